@@ -1,0 +1,243 @@
+"""Token ids, sequences and grammar of dynamic-granularity codes: the one source of them.
+
+An image is a sequence of (position, content) pairs in segments of growing resolution. Segment ``s`` tiles the image
+with ``sides[s] x sides[s]`` cells; the last segment is the finest. Dual granularity has two segments (coarse, fine).
+Ids follow the released code (spec/dq.md section 9): in each vocabulary first the values, then PAD, EOS, and the start
+token(s), one per label where the vocabulary carries the label.
+
+Two position numberings appear: *local* ids, one vocabulary per segment, which the position head predicts; and
+*joint* ids, the local ids of all segments laid end to end, which index the one position embedding table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.errors import ConfigError
+
+ORDERS = ("row-first", "region-first")
+
+
+class Tokens(NamedTuple):
+    """One image as tokens, start tokens included: ``content``, joint ``position``, ``segment``, each int64 [T + 1]."""
+
+    content: NDArray[np.int64]
+    position: NDArray[np.int64]
+    segment: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """Sizes of a token layout, from which every id is derived.
+
+    Args:
+        codebook_size: number of codes K.
+        sides: cells per image side of each segment, coarse to fine; each divides the last.
+        order: order of the positions of every segment but the first. ``row-first`` is row-major over the image,
+            ``region-first`` row-major over the cells of the first segment and row-major within each.
+        classes: number of labels; 0 is an unconditional model.
+        null_label: whether one more label, ``classes``, stands for "no label" (for classifier-free guidance).
+        label_in_position: whether the start tokens of the position vocabularies carry the label too
+            (released class ``dqtransformer_class2_entropy``) or only those of the content vocabulary
+            (``dqtransformer_class``).
+
+    Raises:
+        ConfigError: a size is out of range.
+    """
+
+    codebook_size: int
+    sides: tuple[int, ...]
+    order: str = "row-first"
+    classes: int = 0
+    null_label: bool = False
+    label_in_position: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sides", tuple(self.sides))
+        if self.codebook_size < 1:
+            raise ConfigError(f"layout.codebook_size is {self.codebook_size}; it must be at least 1")
+        if not self.sides or any(s < 1 or self.sides[-1] % s for s in self.sides):
+            raise ConfigError(f"layout.sides is {self.sides}; each must be positive and divide the last")
+        if list(self.sides) != sorted(set(self.sides)):
+            raise ConfigError(f"layout.sides is {self.sides}; they must grow from coarse to fine")
+        if self.order not in ORDERS:
+            raise ConfigError(f"layout.order is {self.order!r}; it must be one of {ORDERS}")
+        if self.classes < 0:
+            raise ConfigError(f"layout.classes is {self.classes}; it must be 0 (unconditional) or more")
+        if self.null_label and not self.classes:
+            raise ConfigError("layout.null_label needs layout.classes of at least 1")
+
+    # --- sizes -------------------------------------------------------------------------------------------------
+    @property
+    def segments(self) -> int:
+        return len(self.sides)
+
+    @property
+    def cells(self) -> int:
+        """Number of cells of the finest grid."""
+        return self.sides[-1] ** 2
+
+    @property
+    def starts(self) -> int:
+        """Number of start tokens: labels, the null label included, or 1."""
+        return max(self.classes, 1) + int(self.null_label)
+
+    @property
+    def max_length(self) -> int:
+        """Most inputs T that one image needs: start and end per segment, every cell in the finest one."""
+        return self.cells + 2 * self.segments - 1
+
+    # --- content ids -------------------------------------------------------------------------------------------
+    @property
+    def content_pad(self) -> int:
+        return self.codebook_size
+
+    @property
+    def content_eos(self) -> int:
+        return self.codebook_size + 1
+
+    @property
+    def content_sos(self) -> int:
+        """First start id; label ``y`` starts with ``content_sos + y``."""
+        return self.codebook_size + 2
+
+    @property
+    def content_vocabulary(self) -> int:
+        return self.content_sos + self.starts
+
+    # --- position ids ------------------------------------------------------------------------------------------
+    def position_pad(self, segment: int) -> int:
+        return self.sides[segment] ** 2
+
+    def position_eos(self, segment: int) -> int:
+        return self.sides[segment] ** 2 + 1
+
+    def position_sos(self, segment: int) -> int:
+        return self.sides[segment] ** 2 + 2
+
+    def position_vocabulary(self, segment: int) -> int:
+        return self.position_sos(segment) + (self.starts if self.label_in_position else 1)
+
+    @property
+    def position_head(self) -> int:
+        """Width of the one position head: the largest (finest) local vocabulary."""
+        return self.position_vocabulary(self.segments - 1)
+
+    def position_offset(self, segment: int) -> int:
+        """Joint id of the segment's local id 0."""
+        return sum(self.position_vocabulary(s) for s in range(segment))
+
+    @property
+    def position_table(self) -> int:
+        """Number of joint position ids."""
+        return self.position_offset(self.segments)
+
+    def start(self, segment: int, label: int) -> tuple[int, int]:
+        """(content id, local position id) of a segment's start token for ``label`` (0 if unconditional)."""
+        if not 0 <= label < self.starts:
+            raise ConfigError(f"label {label} is outside 0..{self.starts - 1}")
+        return self.content_sos + label, self.position_sos(segment) + (label if self.label_in_position else 0)
+
+    # --- order -------------------------------------------------------------------------------------------------
+    def ordered_positions(self, segment: int) -> NDArray[np.int64]:
+        """All positions of a segment in sequence order, int64 [side * side] of row-major ids."""
+        side = self.sides[segment]
+        ids = np.arange(side * side, dtype=np.int64).reshape(side, side)
+        if self.order == "row-first" or segment == 0:
+            return ids.reshape(-1)
+        block = side // self.sides[0]
+        return ids.reshape(self.sides[0], block, self.sides[0], block).transpose(0, 2, 1, 3).reshape(-1)
+
+    def covered_cells(self, segment: int) -> NDArray[np.int64]:
+        """Finest cells that each position of a segment covers, int64 [side * side, (finest / side) ** 2]."""
+        side, block = self.sides[segment], self.sides[-1] // self.sides[segment]
+        ids = np.arange(self.cells, dtype=np.int64).reshape(side, block, side, block)
+        return ids.transpose(0, 2, 1, 3).reshape(side * side, block * block)
+
+    # --- sequences <-> maps ------------------------------------------------------------------------------------
+    def to_tokens(self, codes: NDArray[Any], grain: NDArray[Any], label: int = 0) -> Tokens:
+        """A code map as the token sequence that training sees.
+
+        Args:
+            codes: int [side, side] of the finest grid; cells of one coarser position hold one code.
+            grain: int [sides[0], sides[0]], the segment that codes each coarsest cell.
+            label: start label.
+
+        Returns:
+            Tokens of length T + 1: start, pairs, end for each segment in turn. Inputs are ``[:-1]``, targets ``[1:]``.
+        """
+        flat = np.asarray(codes, dtype=np.int64).reshape(-1)
+        if flat.size != self.cells or np.size(grain) != self.sides[0] ** 2:
+            raise ConfigError(
+                f"code map {np.shape(codes)} and grain map {np.shape(grain)} do not fit the grids {self.sides}"
+            )
+        grain_of_cell = self.grain_of_cells(grain)
+        content, position, segment = [], [], []
+        for s in range(self.segments):
+            first = self.covered_cells(s)[:, 0]
+            chosen = self.ordered_positions(s)
+            chosen = chosen[grain_of_cell[first[chosen]] == s]
+            start_content, start_position = self.start(s, label)
+            content += [[start_content], flat[first[chosen]], [self.content_eos]]
+            offset = self.position_offset(s)
+            position += [[start_position + offset], chosen + offset, [self.position_eos(s) + offset]]
+            segment.append(np.full(chosen.size + 2, s))
+        return Tokens(*(np.concatenate(part).astype(np.int64) for part in (content, position, segment)))
+
+    def grain_of_cells(self, grain: NDArray[Any]) -> NDArray[np.int64]:
+        """The coarsest cells' grain spread to every finest cell, int64 [cells]."""
+        block = self.sides[-1] // self.sides[0]
+        spread = np.asarray(grain, dtype=np.int64).reshape(self.sides[0], self.sides[0])
+        return spread.repeat(block, 0).repeat(block, 1).reshape(-1)
+
+    def to_map(self, content: Sequence[int], position: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Code map and grain map of a token sequence (joint positions, start tokens allowed).
+
+        Each segment is read up to its EOS, later tokens overwrite earlier ones, and cells that nothing covers hold
+        code 0 (spec/dq.md section 9, ``forward_back``). A segment other than the last that never ends is lost, as
+        in the released code.
+
+        Returns:
+            ``codes`` int64 [side, side] of the finest grid, ``grain`` int64 [sides[0], sides[0]].
+        """
+        codes = np.zeros(self.cells, dtype=np.int64)
+        grain = np.full(self.cells, self.segments - 1, dtype=np.int64)
+        tokens_content = np.asarray(content, dtype=np.int64)
+        tokens_position = np.asarray(position, dtype=np.int64)
+        for s in range(self.segments):
+            offset, end = self.position_offset(s), self.position_offset(s + 1)
+            mine = (tokens_position >= offset) & (tokens_position < end)
+            local, values = tokens_position[mine] - offset, tokens_content[mine]
+            ends = np.flatnonzero(local == self.position_eos(s))
+            if ends.size:
+                local, values = local[: ends[0]], values[: ends[0]]
+            elif s < self.segments - 1:
+                continue
+            keep = local < self.sides[s] ** 2
+            cells = self.covered_cells(s)[local[keep]]
+            codes[cells] = values[keep][:, None]
+            grain[cells] = s
+        side, block = self.sides[-1], self.sides[-1] // self.sides[0]
+        return codes.reshape(side, side), grain.reshape(side, side)[::block, ::block].copy()
+
+    # --- files -------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sides": list(self.sides)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenLayout:
+        """Strict inverse of ``to_dict``.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is out of range.
+        """
+        known = set(cls.__dataclass_fields__)
+        if set(values) != known:
+            odd, lacking = sorted(set(values) - known), sorted(known - set(values))
+            raise ConfigError(f"layout: unknown keys {odd}, missing keys {lacking}")
+        return cls(**values)
