@@ -1,0 +1,120 @@
+"""How tokens are drawn: the parameters that a user sets, and the random numbers.
+
+One uniform number per draw decides a token by inverse CDF. The numbers come from a counter-based generator keyed by
+(seed, image index), so the same seed and image index give the same image whatever the batch, the slot and the
+neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.errors import InputError
+
+FINE_POSITIONS = ("fixed", "drawn")
+HEADS = ("position", "content")
+"""Columns of ``uniforms``."""
+
+# Outside these bounds logits overflow in float32; within them they do not.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+MIN_TOP_P = 1e-30
+MAX_GUIDANCE = 1000.0
+MAX_TOP_K = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one image are drawn. The defaults draw from the model's own distribution.
+
+    Args:
+        temperature: divides the logits of both heads, in [1e-6, 1e6]; for the most probable token use ``top_k=1``.
+        top_k: content codes are drawn among the ``top_k`` most probable ones, at least 1; None keeps all.
+        top_p: content codes are drawn among the fewest most probable ones that hold this mass, in (0, 1].
+        top_k_position: the same for the position head.
+        top_p_position: the same for the position head.
+        guidance: weight of the label against "no label", in [0, 1000]; 1 is the plain conditional model.
+        fine_positions: ``fixed`` visits the positions of every segment but the first in their order,
+            ``drawn`` lets the position head choose them.
+
+    Raises:
+        InputError: a value is not a number of the right kind, or out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    top_k_position: int | None = None
+    top_p_position: float = 1.0
+    guidance: float = 1.0
+    fine_positions: str = "fixed"
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (MIN_TEMPERATURE, MAX_TEMPERATURE, f"in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"),
+            "top_p": (MIN_TOP_P, 1.0, "in (0, 1]"),
+            "top_p_position": (MIN_TOP_P, 1.0, "in (0, 1]"),
+            "guidance": (0.0, MAX_GUIDANCE, f"in [0, {MAX_GUIDANCE:g}]"),
+        }
+        for name, (low, high, words) in bounds.items():
+            value: Any = getattr(self, name)
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            if not real or not low <= value <= high:  # NaN fails this too
+                raise InputError(f"{name} is {value!r}; it must be a number {words}")
+            object.__setattr__(self, name, float(value))
+        for name in ("top_k", "top_k_position"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _integer(name, value, 1, MAX_TOP_K, "or None"))
+        if self.fine_positions not in FINE_POSITIONS:
+            raise InputError(f"fine_positions is {self.fine_positions!r}; it must be one of {FINE_POSITIONS}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters from named values; fields that are left out keep their defaults.
+
+        Raises:
+            InputError: a name is unknown, or a value is out of its range.
+        """
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise InputError(f"unknown sampling parameters {unknown}; known are {list(cls.__dataclass_fields__)}")
+        return cls(**values)
+
+
+def uniforms(seed: int, image: int, length: int) -> NDArray[np.float32]:
+    """The random numbers of one image.
+
+    The number of step ``t`` and head ``h`` depends on (seed, image, t, h) alone: a longer table starts with the
+    shorter one. Every number is a multiple of 2**-24, so it is exact in float32 and less than 1.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        image: index of the image among those of the seed, 0 to 2**63 - 1.
+        length: number of steps, 0 or more.
+
+    Returns:
+        float32 [length, 2] in [0, 1): column 0 for the position head, column 1 for the content head.
+
+    Raises:
+        InputError: an argument is not an integer or out of its range.
+    """
+    key = [_integer("seed", seed, 0, 2**64 - 1), _integer("image", image, 0, 2**63 - 1)]
+    steps = _integer("length", length, 0, 2**40)
+    raw = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(steps * len(HEADS))
+    return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(steps, len(HEADS))
+
+
+def _integer(name: str, value: Any, low: int, high: int, otherwise: str = "") -> int:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high} {otherwise}".rstrip())
+    return int(value)

@@ -1,0 +1,164 @@
+"""training/prepare_emoji.py: the demo data from a tiny stand-in for the npm package, without any network."""
+
+import io
+import json
+import stat
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtimes.errors import DataError
+from training.prepare_emoji import emoji_key, load_table, main, prepare, render
+
+STEMS = {
+    "0031-fe0f-20e3": ("symbols/keycap", "keycap: 1"),
+    "1f44b-1f3ff": ("people-body/hand-fingers-open", "waving hand: dark skin tone"),
+    "1f3f4-e0067_e0062_e0065_e006e_e0067": ("flags/subdivision-flag", "flag: England"),
+    "2764-fe0f": ("smileys-emotion/heart", "red heart"),
+}
+
+
+def webp(width: int = 16, height: int = 16, colour: tuple[int, ...] = (255, 0, 0, 255)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGBA", (width, height), colour).save(stream, "WEBP", lossless=True)
+    return stream.getvalue()
+
+
+def pack(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """The four emoji of STEMS, beside files that are not images."""
+    images = {f"package/assets/{stem}.webp": webp() for stem in STEMS}
+    return pack(tmp_path / "emoji.tgz", {"package/package.json": b"{}", "../escape.webp": webp(), **images})
+
+
+def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    folder.mkdir()
+    npm = folder / "npm"
+    npm.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize("classes", ["group", "subgroup"])
+def test_sorts_and_captions_every_image(
+    archive: Path, tmp_path: Path, classes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of the package, however its name is spelled, lands in its Unicode class with its full name."""
+    out = tmp_path / "deep" / "out"
+    assert main([str(out), "--archive", str(archive), "--size", "8", "--classes", classes]) == 0
+    part = 0 if classes == "group" else 1
+    expected = {f"{where.split('/')[part]}/{stem}.png": name for stem, (where, name) in STEMS.items()}
+    assert json.loads((out / "captions.json").read_text(encoding="utf-8")) == expected
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == set(expected)
+    assert capsys.readouterr().out.splitlines()[-1] == f"4 images, 4 classes: {out}"
+    assert sorted(path.name for path in tmp_path.rglob("*") if "escape" in path.name) == []
+    with Image.open(next(out.rglob("*.png"))) as image:
+        assert image.mode == "RGB" and image.size == (8, 8)
+
+
+def test_table_is_well_formed() -> None:
+    """Each row has its three texts, and class names are safe folder names without spaces."""
+    table = load_table()
+    assert len(table) > 3600 and len({row.subgroup for row in table.values()}) > 95
+    assert all(
+        row.name and set(row.group + row.subgroup) <= set("abcdefghijklmnopqrstuvwxyz-") for row in table.values()
+    )
+    assert all(emoji_key(key) == key for key in table)
+
+
+def test_transparent_pixels_leave_no_dark_fringe() -> None:
+    """Black under full transparency does not bleed into the edges of a shape when it is made smaller."""
+    pixels = np.zeros((64, 64, 4), dtype=np.uint8)
+    pixels[:, 29:] = (255, 200, 0, 255)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "WEBP", lossless=True, exact=True)
+    small = np.asarray(render(stream.getvalue(), 16)).astype(int)
+    assert small[..., 0].min() >= 254 and small[..., 1].min() >= 190
+    assert small[0, 0].tolist() == [255, 255, 255] and small[0, -1].tolist() == [255, 200, 0]
+
+
+def test_other_shapes_are_padded_to_a_square() -> None:
+    """An image that is not square keeps its proportions on a white square."""
+    small = np.asarray(render(webp(16, 32), 32))
+    assert small[16, 16].tolist() == [255, 0, 0] and small[16, 2].tolist() == [255, 255, 255]
+
+
+def test_existing_folder_is_kept(archive: Path, tmp_path: Path) -> None:
+    """A folder that is there is neither overwritten nor mixed with."""
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="out already exists"):
+        prepare(archive, tmp_path / "out", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"package/index.js": b""}, "holds no package/assets"),
+        ({"package/assets/1f600.webp": webp(), "package/assets/10fffe.webp": webp()}, "1 files.*10fffe"),
+        ({"package/assets/smile.webp": webp()}, "1 files.*smile"),
+        ({"package/assets/fe0f.webp": webp()}, "1 files.*fe0f"),
+        ({"package/assets/1f600.webp": b"RIFF no image"}, "1f600.webp is no readable image"),
+        ({"package/assets/1f600.webp": webp(1025, 1)}, "1025 x 1 pixels"),
+        ({"package/assets/1f600.webp": bytes((1 << 20) + 1)}, "1048577 bytes"),
+    ],
+)
+def test_wrong_content_is_refused(tmp_path: Path, members: dict[str, bytes], text: str) -> None:
+    """Another package, an unknown file or a broken image is named, and nothing is left behind."""
+    archive = pack(tmp_path / "wrong.tgz", members)
+    with pytest.raises(DataError, match=text):
+        prepare(archive, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.tgz"]
+
+
+def test_unreadable_archives_are_refused(archive: Path, tmp_path: Path) -> None:
+    """A missing, cut or foreign archive gets an error that names it and what to give instead."""
+    cut = tmp_path / "cut.tgz"
+    cut.write_bytes(archive.read_bytes()[:-200])
+    text = tmp_path / "text.tgz"
+    text.write_text("hello", encoding="utf-8")
+    for wrong in (cut, text, tmp_path / "missing.tgz", tmp_path):
+        with pytest.raises(DataError, match=rf"cannot read the archive {wrong}.*npm pack"):
+            prepare(wrong, tmp_path / "out", progress=False)
+
+
+def test_fetches_with_npm(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --archive the package comes from `npm pack`, asked for by its exact version."""
+    fake_npm(tmp_path / "bin", monkeypatch, f'[ "$*" = "pack @lobehub/fluent-emoji-3d@1.1.0" ] && cp {archive} p.tgz')
+    assert main([str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("npm", ["missing", "failing"])
+def test_npm_problems_are_explained(
+    npm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No npm, or an npm that fails, ends in one line that offers --archive, with status 2 and nothing written."""
+    if npm == "failing":
+        fake_npm(tmp_path / "bin", monkeypatch, "echo no registry >&2; exit 7")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "--archive" in error
+    assert ("status 7: no registry" in error) == (npm == "failing")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [7, 257])
+def test_size_is_checked(archive: Path, tmp_path: Path, size: int) -> None:
+    """A size out of range is refused by value."""
+    with pytest.raises(DataError, match=f"size {size} is out of range"):
+        prepare(archive, tmp_path / "out", size=size)

@@ -1,0 +1,203 @@
+"""Checkpoint folders: ``config.json`` and ``model.safetensors``, training state apart. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvq_rt.layout import TokenLayout
+from runtimes.errors import CheckpointError, ConfigError
+from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.transformer import StackedTransformer, TransformerConfig
+
+FORMAT = 1
+
+
+class DQModel(nn.Module):
+    """What a checkpoint holds: the tokenizer and, after stage 2, the transformer with its token layout.
+
+    Attributes:
+        tokenizer: DQVAE, or None for a stage-2 file without its first stage.
+        transformer: StackedTransformer, or None after stage 1.
+        class_names: one name per label, without the null label; empty if unconditional.
+        defaults: recommended sampling parameters, copied to the engine's manifest.
+    """
+
+    def __init__(
+        self,
+        tokenizer: DQVAE | None,
+        transformer: StackedTransformer | None = None,
+        class_names: tuple[str, ...] = (),
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.transformer = tokenizer, transformer
+        self.class_names, self.defaults = tuple(class_names), dict(defaults or {})
+
+    @property
+    def layout(self) -> TokenLayout:
+        if self.transformer is None:
+            raise CheckpointError("this checkpoint holds stage 1 only; train stage 2 with training.train_transformer")
+        return self.transformer.layout
+
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        out: dict[str, Any] = {"format": FORMAT, "family": "dq"}
+        out["tokenizer"] = asdict(self.tokenizer.config) if self.tokenizer else None
+        if self.transformer:
+            out["transformer"] = asdict(self.transformer.config)
+            out["layout"] = self.transformer.layout.to_dict()
+        else:
+            out["transformer"] = out["layout"] = None
+        return {**out, "class_names": list(self.class_names), "defaults": self.defaults}
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """What a resumed run needs beside the weights: the step, scalars such as the best loss, optimiser tensors."""
+
+    step: int = 0
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def strict(cls: Any, values: Any, where: str) -> Any:
+    """Build a frozen config dataclass from a dict that must name exactly its fields.
+
+    Raises:
+        ConfigError: a key is unknown or missing.
+    """
+    known = {f.name for f in fields(cls)}
+    if not isinstance(values, dict) or set(values) != known:
+        keys = set(values) if isinstance(values, dict) else set()
+        raise ConfigError(f"{where}: unknown keys {sorted(keys - known)}, missing keys {sorted(known - keys)}")
+    return cls(**values)
+
+
+def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | None = None) -> None:
+    """Write a checkpoint folder atomically: a crash leaves the old one or the new one, never a mixture."""
+    folder = Path(folder)
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    _recover(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
+    if state is not None:
+        text = json.dumps({"step": state.step, "values": state.values})
+        save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
+    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n")
+    for path in fresh.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: str | Path) -> DQModel:
+    """Read a checkpoint folder, in eval mode.
+
+    Raises:
+        CheckpointError: the folder, a file or a tensor is missing, unknown or damaged.
+    """
+    folder = Path(folder)
+    _recover(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is no checkpoint folder: it has no config.json (a run writes RUN/checkpoint and RUN/best)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if config.get("format") != FORMAT or config.get("family") != "dq":
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format {config.get('format')!r}, family {config.get('family')!r}; "
+            f"this version reads format {FORMAT}, family 'dq'"
+        )
+    model = build_model(config)
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
+    load_strictly(model, tensors, str(folder / "model.safetensors"))
+    return model.eval()
+
+
+def build_model(config: dict[str, Any]) -> DQModel:
+    """A freshly initialised model of a ``config.json`` dict."""
+    tokenizer = DQVAE(strict(DQVAEConfig, config["tokenizer"], "tokenizer")) if config["tokenizer"] else None
+    transformer = None
+    if config["transformer"]:
+        layout = TokenLayout.from_dict(config["layout"])
+        transformer = StackedTransformer(strict(TransformerConfig, config["transformer"], "transformer"), layout)
+    return DQModel(tokenizer, transformer, tuple(config["class_names"]), config["defaults"])
+
+
+def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load tensors whose names and shapes must be the model's.
+
+    Raises:
+        CheckpointError: names the missing, unknown and misshapen keys.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    shapes = [
+        f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(set(own) & set(tensors))
+        if own[k].shape != tensors[k].shape
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
+        )
+    model.load_state_dict(tensors)
+
+
+def load_training_state(folder: str | Path) -> TrainingState:
+    """The training state beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from safetensors import safe_open
+
+    path = Path(folder) / "training.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return TrainingState(state["step"], state["values"], {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; train into a new folder instead") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's per-parameter state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value).clone() for i, s in state.items() for name, value in s.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of ``optimizer_tensors``; the parameter groups keep their own settings."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _recover(folder: Path) -> None:
+    """Finish a swap that a crash interrupted: only ``.old`` is there, so it is the checkpoint."""
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)

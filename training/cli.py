@@ -1,0 +1,99 @@
+"""What the training and export commands share: errors without tracebacks, configuration files, run folders."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import ConfigError, DvqError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+    """Turn a DvqError into ``error: ...`` on stderr and exit status 2; Ctrl-C into status 130."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except DvqError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return run
+
+
+def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Configuration dataclasses from a JSON file of sections, with ``section.field=value`` overrides.
+
+    Args:
+        path: a JSON file, or the name of one in ``training/configs`` without its suffix.
+        sections: section name -> dataclass; fields left out keep their defaults. A section mapped to ``dict`` is
+            passed on as it is.
+        overrides: values are JSON, or plain strings.
+
+    Raises:
+        ConfigError: the file or an override is wrong; names the key.
+    """
+    file = Path(path) if Path(path).suffix == ".json" else CONFIGS / f"{path}.json"
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        names = sorted(p.stem for p in CONFIGS.glob("*.json"))
+        raise ConfigError(f"{file} cannot be read: {error}; give a JSON file or one of {names}") from None
+    if unknown := sorted(set(values) - set(sections)):
+        raise ConfigError(f"{file}: unknown sections {unknown}; there are {sorted(sections)}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        section, dot, name = key.partition(".")
+        if not equals or not dot or section not in sections:
+            raise ConfigError(f"override {text!r} is not SECTION.FIELD=VALUE with a section of {sorted(sections)}")
+        try:
+            values.setdefault(section, {})[name] = json.loads(value)
+        except ValueError:
+            values[section][name] = value
+    out: dict[str, Any] = {}
+    for section, cls in sections.items():
+        given = values.get(section, {})
+        if cls is dict:
+            out[section] = given
+            continue
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise ConfigError(f"{file}: unknown fields {unknown} in section {section!r}; there are {sorted(known)}")
+        try:
+            out[section] = cls(**given)
+        except TypeError as error:
+            raise ConfigError(f"{file}: section {section!r}: {error}") from None
+    return out
+
+
+def open_run(run: str | Path, resume: bool, settings: dict[str, Any]) -> Path:
+    """Create a run folder with its settings, or check that a resumed one has the same.
+
+    Raises:
+        ConfigError: the folder holds another run, or there is nothing to resume.
+    """
+    folder = Path(run)
+    file = folder / "settings.json"
+    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    if resume:
+        if not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
+            raise ConfigError(f"{folder} has no checkpoint to resume; leave --resume out to start")
+        if file.read_text() != text:
+            raise ConfigError(f"{folder} was started with other settings ({file}); resume with the same ones")
+        return folder
+    if (folder / "checkpoint").exists():
+        raise ConfigError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    file.write_text(text)
+    return folder

@@ -1,0 +1,448 @@
+"""Images for training: any folder with one sub-folder per class, and an endless, resumable stream of batches.
+
+``ImageFolder`` lists and splits the files and decodes single images; ``batches`` shuffles, augments and prefetches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from runtimes.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+Batch = tuple[Pixels, Indices]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MAX_PIXELS = 1 << 26  # 8192 x 8192, read from the header before anything is decoded
+_NAMED = 5  # how many files a warning or an error names
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Random changes of a training image.
+
+    Attributes:
+        shift: most pixels of a random translation, in x and in y apart; 0 for none.
+        flip: mirror half of the images left to right.
+        flip_exclude: names of classes that are never mirrored.
+        pad: what a shift brings in: the outermost pixels repeated, or white.
+    """
+
+    shift: int = 0
+    flip: bool = False
+    flip_exclude: frozenset[str] = frozenset()
+    pad: Literal["edge", "white"] = "edge"
+
+    def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise DataError(f"Augment.shift is {self.shift}; choose 0 or more pixels")
+        if self.pad not in ("edge", "white"):
+            raise DataError(f"Augment.pad is {self.pad!r}; choose 'edge' or 'white'")
+
+
+class ImageFolder:
+    """The images under ``root/<sub-folder>/``, decoded on demand to squares of ``size`` pixels.
+
+    Files are found by their suffix (``SUFFIXES``) at any depth below a sub-folder; hidden ones and other suffixes are
+    ignored. Files whose header cannot be read are left out with one warning that counts them.
+
+    Attributes:
+        classes: the label names; ``labels`` counts along this list.
+        paths: the N image files.
+        labels: int64 [N], in 0 .. len(classes) - 1.
+        train, val: int64, ascending indices into ``paths`` that share none and together are all. The split hashes each
+            file's path below ``root`` with the seed, so other files hardly matter to it. With ``val_fraction`` > 0
+            every class of 10 images or more has one in ``val``; every class has one in ``train``.
+        captions: path below ``root`` (with ``/``) to text, from ``captions.json``; empty without that file.
+        unreadable: the files that were left out so far.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int,
+        *,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+        labels: Mapping[str, Sequence[str]] | None = None,
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        """List the folder.
+
+        Args:
+            root: the folder; it is only read.
+            size: side of the decoded images, 1 to 4096 pixels.
+            val_fraction: share of the images held out, 0 <= val_fraction < 1.
+            seed: of the split.
+            labels: label name to the sub-folders it joins, others are left out; None: each sub-folder, sorted, is one.
+            cache_bytes: decoded images are kept in memory until they fill this.
+
+        Raises DataError when the folder is missing, holds no class folders or no readable image, a label stays empty,
+        ``labels`` names a sub-folder that is not there or names one twice, ``captions.json`` is malformed, or ``size``
+        or ``val_fraction`` is out of range.
+        """
+        if not 1 <= size <= 4096:
+            raise DataError(f"size is {size}; choose 1 to 4096 pixels")
+        if not 0 <= val_fraction < 1:
+            raise DataError(f"val_fraction is {val_fraction}; choose 0 <= val_fraction < 1")
+        self.root = Path(root)
+        self.size = size
+        self.unreadable: list[Path] = []
+        self._reported = 0
+        self._cache: dict[int, Pixels] = {}
+        self._cache_room = cache_bytes // (3 * size * size)
+        self._lock = threading.Lock()
+
+        groups = _groups(self.root, labels)
+        self.classes = list(groups)
+        found = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
+        kept: list[tuple[Path, int]] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large: counted below like the others
+            for path, label in tqdm(found, desc="checking images", unit="image", delay=3, leave=False):
+                if _header_is_good(path):
+                    kept.append((path, label))
+                else:
+                    self.unreadable.append(path)
+        self.report_unreadable()
+        self.paths = [path for path, _ in kept]
+        self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        _check_counts(self.root, groups, counts, len(found))
+        self.train, self.val = self._split(val_fraction, seed)
+        self.captions = _captions(self.root)
+
+    def __len__(self) -> int:
+        """The number of images, N."""
+        return len(self.paths)
+
+    def relative(self, index: int) -> str:
+        """The path of image ``index`` below ``root``, with ``/``."""
+        return self.paths[index].relative_to(self.root).as_posix()
+
+    def caption(self, index: int) -> str | None:
+        """The caption of image ``index``, None without one."""
+        return self.captions.get(self.relative(index))
+
+    def pixels(self, index: int) -> Pixels:
+        """Image ``index`` as read-only uint8 [size, size, 3]: RGB, on white, upright, the centre square.
+
+        The shorter side becomes ``size`` (Lanczos). 16-bit values are scaled to 8 bits, floats count as 0 .. 1. Raises
+        DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
+        """
+        index = int(index)
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        path = self.paths[index]
+        try:
+            pixels = _decode(path, self.size)
+        except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
+            with self._lock:
+                if path not in self.unreadable:
+                    self.unreadable.append(path)
+            raise DataError(f"cannot decode {path}: {error}; replace or remove the file") from error
+        pixels.setflags(write=False)
+        with self._lock:
+            if len(self._cache) < self._cache_room:
+                self._cache[index] = pixels
+        return pixels
+
+    def load(self, indices: Sequence[int] | Indices) -> Batch:
+        """Several images, without augmentation: uint8 [M, size, size, 3] and the int64 [M] indices that were readable.
+
+        Files that cannot be decoded are left out with one warning that counts them.
+        """
+        images: list[Pixels] = []
+        kept: list[int] = []
+        for index in indices:
+            try:
+                images.append(self.pixels(int(index)))
+            except DataError:
+                continue
+            kept.append(int(index))
+        self.report_unreadable()
+        stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
+        return stacked, np.array(kept, dtype=np.int64)
+
+    def report_unreadable(self) -> None:
+        """Warn once, with a count and the first few names, of the unreadable files found since the last report."""
+        with self._lock:
+            fresh = self.unreadable[self._reported :]
+            self._reported = len(self.unreadable)
+        if fresh:
+            names = _some([str(path) for path in fresh])
+            warnings.warn(f"{len(fresh)} unreadable image(s) left out: {names}", stacklevel=3)
+
+    def _split(self, val_fraction: float, seed: int) -> tuple[Indices, Indices]:
+        """Train and validation indices, see the class."""
+        draws = np.array([_hash_uniform(f"{seed}/{self.relative(index)}") for index in range(len(self))])
+        held = draws < val_fraction
+        for label in range(len(self.classes)):
+            members = np.flatnonzero(self.labels == label)
+            ordered = members[np.argsort(draws[members], kind="stable")]
+            if val_fraction > 0 and len(members) >= 10:
+                held[ordered[0]] = True
+            held[ordered[-1]] = False
+        return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
+
+
+def batches(
+    folder: ImageFolder,
+    indices: Sequence[int] | Indices,
+    batch_size: int,
+    *,
+    seed: int,
+    step: int = 0,
+    augment: Augment | None = None,
+    workers: int = 2,
+) -> Iterator[Batch]:
+    """An endless stream of (images uint8 [B, size, size, 3], labels int64 [B]) over ``indices``.
+
+    Each epoch visits every index once in a new order; a batch may span two epochs. The stream depends on ``seed`` and
+    the files alone: started at ``step`` it goes on exactly as if it had run from 0, whatever ``workers`` is. In place
+    of a file that cannot be decoded comes the next one in the epoch's order; one warning at the end of the epoch (or
+    when the stream is closed) counts those files.
+
+    Args:
+        folder: where the images come from.
+        indices: images to draw from, such as ``folder.train``; not empty, no repeats needed.
+        batch_size: B, 1 or more.
+        seed: 0 <= seed < 2**64.
+        step: number of batches to leave out, 0 or more.
+        augment: random changes, None for none.
+        workers: threads that prepare batches ahead; 0 prepares them in the caller's thread.
+
+    Raises DataError at once when an argument is out of range or ``augment`` excludes a class the folder lacks, and
+    while running when no image of ``indices`` can be decoded.
+    """
+    augment = augment or Augment()
+    pool = np.array(indices, dtype=np.int64)
+    if pool.ndim != 1 or len(pool) == 0:
+        raise DataError(f"{folder.root}: no images to draw batches from; add images or change val_fraction")
+    if pool.min() < 0 or pool.max() >= len(folder):
+        raise DataError(f"indices span {pool.min()} .. {pool.max()}; {folder.root} has 0 .. {len(folder) - 1}")
+    for name, value, least in (("batch_size", batch_size, 1), ("step", step, 0), ("workers", workers, 0)):
+        if value < least:
+            raise DataError(f"{name} is {value}; choose {least} or more")
+    if not 0 <= seed < 1 << 64:
+        raise DataError(f"seed is {seed}; choose 0 <= seed < 2**64")
+    if augment.shift >= folder.size:
+        raise DataError(f"Augment.shift is {augment.shift}; choose less than the image size {folder.size}")
+    unknown = sorted(augment.flip_exclude - set(folder.classes))
+    if unknown:
+        raise DataError(f"Augment.flip_exclude names {_some(unknown)}; the classes are {_some(folder.classes, 200)}")
+
+    @lru_cache(maxsize=3)
+    def order(epoch: int) -> Indices:
+        return _rng(seed, epoch, None).permutation(pool)
+
+    def item(serial: int) -> tuple[Pixels, int]:
+        epoch, position = divmod(serial, len(pool))
+        index, pixels = _first_readable(folder, order(epoch), position)
+        label = int(folder.labels[index])
+        flips = augment.flip and folder.classes[label] not in augment.flip_exclude
+        return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), label
+
+    def batch(number: int) -> Batch:
+        items = [item(number * batch_size + row) for row in range(batch_size)]
+        return np.stack([pixels for pixels, _ in items]), np.array([label for _, label in items], dtype=np.int64)
+
+    def stream() -> Iterator[Batch]:
+        epoch = step * batch_size // len(pool)
+        try:
+            with closing(_ahead(batch, step, workers)) as ahead:
+                for number, made in enumerate(ahead, start=step + 1):
+                    if number * batch_size // len(pool) > epoch:
+                        epoch = number * batch_size // len(pool)
+                        folder.report_unreadable()
+                    yield made
+        finally:
+            folder.report_unreadable()
+
+    return stream()
+
+
+def _ahead(batch: Callable[[int], Batch], step: int, workers: int) -> Generator[Batch, None, None]:
+    """``batch(step)``, ``batch(step + 1)``, ... in order, a few of them prepared ahead by threads."""
+    if workers == 0:
+        while True:
+            yield batch(step)
+            step += 1
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        while True:
+            while len(waiting) < 2 * workers:
+                waiting.append(executor.submit(batch, step))
+                step += 1
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _rng(seed: int, epoch: int, position: int | None) -> np.random.Generator:
+    """The random numbers of one image's augmentation, or (position None) of one epoch's order."""
+    words = [0, 0, 0, 1] if position is None else [0, 0, position, 0]
+    key = np.array([seed, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array(words, dtype=np.uint64)))
+
+
+def _first_readable(folder: ImageFolder, order: Indices, position: int) -> tuple[int, Pixels]:
+    """The first image from ``position`` on, around the epoch's order, that can be decoded: index and pixels."""
+    for offset in range(len(order)):
+        index = int(order[(position + offset) % len(order)])
+        try:
+            return index, folder.pixels(index)
+        except DataError:
+            continue
+    raise DataError(f"{folder.root}: none of the {len(order)} images can be decoded; replace the files")
+
+
+def _augmented(pixels: Pixels, augment: Augment, flips: bool, rng: np.random.Generator) -> Pixels:
+    """uint8 [S, S, 3] in and out; always draws the same number of random numbers."""
+    down, right = rng.integers(0, 2 * augment.shift + 1, size=2)
+    mirrored = rng.random() < 0.5
+    if augment.shift:
+        around = ((augment.shift, augment.shift), (augment.shift, augment.shift), (0, 0))
+        if augment.pad == "edge":
+            padded = np.pad(pixels, around, mode="edge")
+        else:
+            padded = np.pad(pixels, around, constant_values=255)
+        side = len(pixels)
+        pixels = padded[down : down + side, right : right + side]
+    return pixels[:, ::-1] if flips and mirrored else pixels
+
+
+def _groups(root: Path, labels: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
+    """Label name to sub-folder names, checked against what ``root`` holds."""
+    if not root.exists():
+        raise DataError(f"the image folder {root} does not exist; check the path")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; give the folder that holds one sub-folder of images per class")
+    try:
+        there = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot list {root}: {error}; make it readable") from error
+    if not there:
+        raise DataError(f"{root} has no sub-folders; put the images of each class into a sub-folder named after it")
+    if labels is None:
+        return {name: [name] for name in there}
+    groups = {label: list(names) for label, names in labels.items()}
+    if not groups:
+        raise DataError(f"labels is empty; name at least one label, or pass None to make each sub-folder of {root} one")
+    listed = [name for names in groups.values() for name in names]
+    unknown = sorted(set(listed) - set(there))
+    if unknown:
+        raise DataError(f"labels names {_some(unknown)}, which {root} lacks; its sub-folders are {_some(there, 200)}")
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise DataError(f"labels names {_some(twice)} more than once; give each sub-folder to one label")
+    return groups
+
+
+def _files(root: Path, names: Sequence[str]) -> list[Path]:
+    """The image files below the sub-folders, by suffix, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename}: {error}; make it readable") from error
+
+    files: list[Path] = []
+    for name in names:
+        for folder, inner, members in os.walk(root / name, onerror=fail):
+            inner[:] = [each for each in inner if not each.startswith(".")]
+            files += [
+                Path(folder, each)
+                for each in members
+                if os.path.splitext(each)[1].lower() in SUFFIXES and not each.startswith(".")
+            ]
+    return sorted(files)
+
+
+def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], found: int) -> None:
+    """DataError unless every label has an image."""
+    kinds = " ".join(sorted(SUFFIXES))
+    if counts.sum() == 0:
+        raise DataError(f"{root}: no readable image among {found} candidates; its sub-folders need images ({kinds})")
+    empty = [name for name, count in zip(groups, counts, strict=True) if count == 0]
+    if empty:
+        raise DataError(f"{root}: no readable image for {_some(empty)}; add images ({kinds}) or leave the class out")
+
+
+def _captions(root: Path) -> dict[str, str]:
+    """``captions.json``, or nothing when there is none."""
+    path = root / "captions.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        captions = json.loads(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; mend or remove it") from error
+    if not isinstance(captions, dict) or not all(isinstance(value, str) for value in captions.values()):
+        raise DataError(f"{path} must be one JSON object from relative path to text; mend or remove it")
+    return captions
+
+
+def _header_is_good(path: Path) -> bool:
+    """Whether the header names an allowed format and a size from 1 pixel to MAX_PIXELS; decodes nothing."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return 0 < image.width * image.height <= MAX_PIXELS
+    except Exception:  # Pillow's readers raise nearly anything on broken bytes
+        return False
+
+
+def _decode(path: Path, size: int) -> Pixels:
+    """The file as uint8 [size, size, 3]; raises whatever Pillow does, ValueError above MAX_PIXELS."""
+    with Image.open(path, formats=FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+        image = _rgb(ImageOps.exif_transpose(opened))
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.array(square, dtype=np.uint8)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: deep modes scaled to 8 bits, transparency composited on white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64) * (255 if image.mode == "F" else 255 / 65535)
+        grey = np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
+def _hash_uniform(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) / (1 << 48)
+
+
+def _some(names: Sequence[str], most: int = _NAMED) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,197 @@
+"""The training loop of both stages: schedule, progress, TensorBoard, checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from runtimes.errors import ConfigError
+from training.checkpoint import (
+    DQModel,
+    TrainingState,
+    load_training_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train, for either stage.
+
+    Args:
+        steps: optimiser steps in all.
+        batch_size: images per step.
+        lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
+        betas, weight_decay: of AdamW; only Linear and convolution weights decay.
+        clip: largest gradient norm.
+        seed: of the data order, augmentation, dropout and initialisation.
+        shift: largest random translation of the images, pixels; flip: mirror half of them.
+        validate_every, picture_every, checkpoint_every: steps between these.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    steps: int = 5000
+    batch_size: int = 8
+    lr: float = 2e-3
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    shift: int = 0
+    flip: bool = False
+    validate_every: int = 250
+    picture_every: int = 500
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch_size", "validate_every", "picture_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup", "seed", "shift", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+        if not self.lr > 0 or not self.clip > 0:
+            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(slots=True)
+class Stage:
+    """What a training script supplies to ``fit``.
+
+    Attributes:
+        model: holds all parameters; ``trained`` is the part that is optimised.
+        batches: from a step number, an endless iterator of that step's batch and the next ones'.
+        loss: (batch, step) -> scalars, of which ``loss`` is minimised.
+        validate: () -> scalars, of which ``loss`` picks the best checkpoint.
+        pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
+        count: batch -> number of images.
+    """
+
+    model: DQModel
+    trained: nn.Module
+    batches: Callable[[int], Iterator[Any]]
+    loss: Callable[[Any, int], dict[str, Tensor]]
+    validate: Callable[[], dict[str, float]]
+    pictures: Callable[[], dict[str, np.ndarray]]
+    count: Callable[[Any], int]
+
+
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays only the weights of Linear and convolution layers."""
+    decay = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    groups = [
+        {"params": [p for p in module.parameters() if id(p) in decay], "weight_decay": config.weight_decay},
+        {"params": [p for p in module.parameters() if id(p) not in decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
+    """Train to ``config.steps``, resuming exactly from ``run/checkpoint`` if asked.
+
+    All randomness of step k is a function of (seed, k), so an interrupted and resumed run has the loss curve of an
+    uninterrupted one. SIGTERM and Ctrl-C save a checkpoint first. Writes ``run/checkpoint`` (latest), ``run/best``
+    (lowest validation loss), ``run/tensorboard`` and ``run/log.jsonl``.
+    """
+    optimizer = make_optimizer(stage.trained, config)
+    state = TrainingState(values={"best": math.inf, "seconds": 0.0})
+    if resume:
+        state = load_training_state(run / "checkpoint")
+        restore_optimizer(optimizer, state.tensors)
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step)
+    stop = _catch_signals()
+
+    def save(folder: Path) -> None:
+        state.tensors = optimizer_tensors(optimizer)
+        save_checkpoint(stage.model, folder, state)
+
+    batches = stage.batches(state.step)
+    started, before, smooth = time.monotonic(), state.values["seconds"], math.nan
+    with tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar, writer:
+        while state.step < config.steps and not stop:
+            began = time.monotonic()
+            batch = next(batches)
+            torch.manual_seed(config.seed * 1_000_003 + state.step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(state.step)
+            stage.trained.train()
+            scalars = stage.loss(batch, state.step)
+            optimizer.zero_grad(set_to_none=True)
+            scalars["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(stage.trained.parameters(), config.clip)
+            if torch.isfinite(norm):
+                optimizer.step()
+            state.step += 1
+            state.values["seconds"] = before + time.monotonic() - started
+            values = {k: float(v.detach()) for k, v in scalars.items()}
+            smooth = values["loss"] if math.isnan(smooth) else 0.98 * smooth + 0.02 * values["loss"]
+            speed = stage.count(batch) / (time.monotonic() - began)
+            bar.update()
+            bar.set_postfix_str(f"loss {smooth:.3f}, {speed:.0f} images/s", refresh=False)
+            last = state.step == config.steps
+            if state.step % 10 == 0 or last:
+                for name, value in {**values, "lr": config.rate(state.step - 1), "images_per_s": speed}.items():
+                    writer.add_scalar(f"train/{name}", value, state.step)
+                _log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
+            if state.step % config.validate_every == 0 or last:
+                stage.model.eval()
+                with torch.no_grad():
+                    checked = stage.validate()
+                for name, value in checked.items():
+                    writer.add_scalar(f"val/{name}", value, state.step)
+                _log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
+                bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
+                if checked["loss"] < state.values["best"]:
+                    state.values["best"] = checked["loss"]
+                    save(run / "best")
+            if state.step % config.picture_every == 0 or last:
+                stage.model.eval()
+                with torch.no_grad():
+                    for name, picture in stage.pictures().items():
+                        writer.add_image(name, picture, state.step, dataformats="HWC")
+            if state.step % config.checkpoint_every == 0 or last or stop:
+                save(run / "checkpoint")
+    if stop:
+        print(f"stopped at step {state.step}; the same command with --resume goes on")
+    return stage.model
+
+
+def _catch_signals() -> list[int]:
+    """A list that fills when SIGTERM or SIGINT arrives (main thread only)."""
+    seen: list[int] = []
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: seen.append(n))
+    except ValueError:
+        pass
+    return seen
+
+
+def _log(run: Path, row: dict[str, Any]) -> None:
+    with (run / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")

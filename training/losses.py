@@ -1,0 +1,94 @@
+"""Losses and picture metrics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
+    """Multi-scale pixel loss with a colour term, a scalar.
+
+    At full size and average-pooled by 2, 4 and 8: mean |e| + mean e^2 + half the mean of the two opponent-colour
+    errors |eR - eG| and |(eR + eG) / 2 - eB|; at full size also a quarter of the L1 of the image gradients. Without
+    the colour term small models stay grey for a long time. The released code uses L1 + LPIPS + GAN instead.
+
+    Args:
+        target, output: float [B, 3, H, W] in about [-1, 1].
+    """
+    error = output - target
+    loss = 0.25 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+    for scale in range(4):
+        if scale:
+            error = F.avg_pool2d(error, 2)
+        red, green, blue = error.unbind(1)
+        opponent = (red - green).abs().mean() + ((red + green) / 2 - blue).abs().mean()
+        loss = loss + error.abs().mean() + 0.5 * opponent + error.square().mean()
+    return loss
+
+
+def psnr(target: Tensor, output: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, [B], of [B, 3, H, W] in [-1, 1]; ``output`` is clamped first."""
+    mse = (output.clamp(-1, 1) - target).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+def ssim(target: Tensor, output: Tensor) -> Tensor:
+    """Structural similarity per image, [B]: 11x11 Gaussian window of sigma 1.5, mean over channels and valid places.
+
+    Args:
+        target, output: float [B, 3, H, W] in [-1, 1], H and W at least 11; ``output`` is clamped first.
+    """
+    x, y = (target + 1) / 2, (output.clamp(-1, 1) + 1) / 2
+    axis = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    window = torch.exp(-(axis**2) / (2 * 1.5**2))
+    window = window / window.sum()
+    kernel = (window[:, None] * window).expand(3, 1, 11, 11)
+
+    def blur(z: Tensor) -> Tensor:
+        return F.conv2d(z, kernel, groups=3)
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    score = ((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return score.flatten(1).mean(1)
+
+
+def stacked_losses(
+    position_logits: Tensor,
+    content_logits: Tensor,
+    position: Tensor,
+    content: Tensor,
+    segment: Tensor,
+    weight: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Cross-entropies of a stacked transformer (spec/dq.md section 10).
+
+    ``position`` is the mean over segments of each segment's mean; ``content`` the mean over all targets.
+
+    Args:
+        position_logits: float [B, T, position head]; content_logits: float [B, T, content vocabulary].
+        position: local target ids int64 [B, T], -1 where there is none; content: likewise.
+        segment: int64 [B, T], segment of each target.
+        weight: unused places are marked by -1; ``weight`` [B, T] further weighs targets (None: ones).
+
+    Returns:
+        dict of scalars ``loss``, ``position``, ``content``, ``position_<segment>``.
+    """
+
+    def mean_nll(logits: Tensor, target: Tensor, use: Tensor) -> Tensor:
+        nll = F.cross_entropy(logits.flatten(0, 1), target.clamp_min(0).flatten(), reduction="none").view_as(target)
+        factor = use.to(nll.dtype) if weight is None else use * weight
+        return (nll * factor).sum() / factor.sum().clamp_min(1)
+
+    parts = {
+        f"position_{s}": mean_nll(position_logits, position, (position >= 0) & (segment == s))
+        for s in range(int(segment.max()) + 1)
+    }
+    out = {
+        "position": torch.stack(list(parts.values())).mean(),
+        "content": mean_nll(content_logits, content, content >= 0),
+    }
+    return {"loss": out["position"] + out["content"], **out, **parts}

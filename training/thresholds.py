@@ -1,0 +1,67 @@
+"""Entropy thresholds from a folder of images: ``python -m training.thresholds DATA --checkpoint CKPT``.
+
+The table's entry p is the p-th percentile of the patch entropies of all training images, computed with the model's own
+bins (spec/dq.md section 3 and Q14). It lives in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.cli import guarded
+from training.data import ImageFolder
+from training.models.dqvae import patch_entropy
+
+
+def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
+    """Percentiles 1 to 99 of the patch entropies.
+
+    Args:
+        images: uint8 [S, S, 3] each.
+        patch: patch side in pixels (the coarse stride).
+
+    Returns:
+        float32 [99]: entry p - 1 is the sorted entropies' element floor(N * p / 100).
+    """
+    parts = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
+    entropies = torch.cat(parts).sort().values
+    return torch.stack([entropies[len(entropies) * p // 100] for p in range(1, 100)])
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:
+    """``threshold_table`` of a folder's training images; of an even subset when there are more than ``limit``."""
+    chosen = folder.train[:: max(1, len(folder.train) // limit)]
+    return threshold_table((folder.pixels(int(i)) for i in tqdm(chosen, desc="patch entropies")), patch)
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.thresholds", description=__doc__)
+    parser.add_argument("data", help="folder of images with one sub-folder per class")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder whose table is replaced")
+    args = parser.parse_args(argv)
+    model = load_checkpoint(args.checkpoint)
+    assert model.tokenizer is not None
+    config = model.tokenizer.config
+    table = folder_thresholds(ImageFolder(args.data, config.image_size), config.stride)
+    model.tokenizer.entropy_thresholds.copy_(table)
+    save_checkpoint(model, args.checkpoint)
+    for p in (10, 25, 50, 75, 90):
+        print(f"{p:3d} % of the patches lie at or below {table[p - 1]:.4f} nats")
+    print(args.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Stage 1: ``python -m training.train_tokenizer DATA --out RUN``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvq_rt.images import grain_overlay, grid
+from runtimes.errors import ConfigError
+from training.checkpoint import DQModel, load_checkpoint
+from training.cli import guarded, open_run, read_config
+from training.data import Augment, ImageFolder, batches
+from training.loop import Stage, TrainConfig, fit
+from training.losses import psnr, reconstruction_loss, ssim
+from training.models.dqvae import DQVAE, DQVAEConfig
+from training.thresholds import folder_thresholds, to_float
+
+
+@dataclass(frozen=True, slots=True)
+class StageOneConfig:
+    """What stage 1 has beyond TrainConfig.
+
+    Args:
+        warmup_fraction: share of the steps, at the start, without quantisation; then the codebook starts from k-means.
+        quantizer_weight: factor of the commitment loss.
+        val_fraction: share of the images held out.
+    """
+
+    warmup_fraction: float = 0.25
+    quantizer_weight: float = 1.0
+    val_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_fraction < 1 or not 0 < self.val_fraction < 1:
+            raise ConfigError(
+                f"stage.warmup_fraction {self.warmup_fraction} must be in [0, 1), "
+                f"stage.val_fraction {self.val_fraction} in (0, 1)"
+            )
+
+
+def train_tokenizer(
+    data: str | Path,
+    run: str | Path,
+    tokenizer: DQVAEConfig,
+    training: TrainConfig,
+    stage: StageOneConfig,
+    resume: bool = False,
+) -> DQModel:
+    """Train a DQ-VAE on a folder of images; see ``fit`` for what the run folder holds.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: what a user can cause.
+    """
+    folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
+    settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
+    path = open_run(run, resume, settings)
+    torch.manual_seed(training.seed)
+    if resume:
+        model = load_checkpoint(path / "checkpoint")
+    else:
+        model = DQModel(DQVAE(tokenizer))
+        assert model.tokenizer is not None
+        model.tokenizer.entropy_thresholds.copy_(folder_thresholds(folder, tokenizer.stride))
+    vae = model.tokenizer
+    assert vae is not None
+    start_quantising = int(training.steps * stage.warmup_fraction)
+    quantising = [False]  # of the step just taken
+
+    def stream(step: int) -> Iterator[np.ndarray]:
+        augment = Augment(shift=training.shift, flip=training.flip)
+        return (
+            images
+            for images, _ in batches(
+                folder, folder.train, training.batch_size, seed=training.seed, step=step, augment=augment
+            )
+        )
+
+    def loss(images: np.ndarray, step: int) -> dict[str, Tensor]:
+        x = to_float(images)
+        quantising[0] = step >= start_quantising
+        if step == start_quantising:
+            initialise_codebook(vae, folder, training.batch_size, training.seed)
+        out = vae(x, quantize=quantising[0])
+        picture = reconstruction_loss(x, out.images)
+        scalars = {"loss": picture + stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
+        if out.codes is not None:
+            scalars["perplexity"] = perplexity(out.codes, tokenizer.codebook_size)
+        return {**scalars, "fine": out.grain.float().mean()}
+
+    def validate() -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for start in range(0, len(folder.val), 16):
+            x = to_float(np.stack([folder.pixels(int(i)) for i in folder.val[start : start + 16]]))
+            if not quantising[0]:
+                y, fine = vae(x, quantize=False).images, x.new_zeros(len(x))
+            else:
+                encoding = vae.encode(x)
+                y, fine = vae.decode_codes(encoding.codes), encoding.grain.float().mean((1, 2))
+            parts = {"loss": (x - y).abs().mean((1, 2, 3)), "psnr": psnr(x, y), "ssim": ssim(x, y), "fine": fine}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
+        return sums
+
+    def pictures() -> dict[str, np.ndarray]:
+        originals = np.stack([folder.pixels(int(i)) for i in folder.val[:: max(1, len(folder.val) // 16)][:16]])
+        encoding = vae.encode(to_float(originals))
+        outputs = vae.decode_codes(encoding.codes)
+        made = ((outputs.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        rows = np.concatenate([originals, made])
+        overlays = [
+            np.asarray(grain_overlay(image, grain, tokenizer.sides).convert("RGB"))
+            for image, grain in zip(originals, encoding.grain.numpy(), strict=True)
+        ]
+        return {
+            "reconstruction": np.asarray(grid(rows, columns=len(originals))),
+            "grain": np.asarray(grid(np.stack(overlays), columns=8)),
+        }
+
+    return fit(Stage(model, vae, stream, loss, validate, pictures, len), training, path, resume)
+
+
+def perplexity(codes: Tensor, size: int) -> Tensor:
+    """exp of the entropy of code use, a scalar between 1 and ``size``."""
+    p = torch.bincount(codes.flatten(), minlength=size).float()
+    p = p / p.sum()
+    return torch.exp(-(p * torch.log(p.clamp_min(1e-10))).sum())
+
+
+@torch.no_grad()
+def initialise_codebook(vae: DQVAE, folder: ImageFolder, batch_size: int, seed: int) -> None:
+    """Start the codebook from k-means of the features of a few hundred training images, one vector per code place."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(folder.train), generator=generator)[:256].tolist()
+    vectors = []
+    for start in range(0, len(chosen), 16):
+        x = to_float(np.stack([folder.pixels(int(folder.train[i])) for i in chosen[start : start + 16]]))
+        grain, _ = vae.route(x)
+        h = vae.features(x, grain).permute(0, 2, 3, 1)
+        fine = grain.repeat_interleave(2, 1).repeat_interleave(2, 2).bool()
+        corner = torch.zeros_like(fine)
+        corner[:, ::2, ::2] = True
+        vectors.append(h[fine | corner])
+    found = torch.cat(vectors)
+    vae.quantizer.initialise(found, len(found) * batch_size / len(chosen), noise=generator)
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.train_tokenizer", description="Train a DQ-VAE.")
+    parser.add_argument("data", help="folder of images with one sub-folder per class")
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--config", default="emoji_tokenizer", help="JSON file, or a name in training/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint")
+    args = parser.parse_args(argv)
+    sections: dict[str, Any] = {"tokenizer": DQVAEConfig, "training": TrainConfig, "stage": StageOneConfig}
+    config = read_config(args.config, sections, args.set)
+    train_tokenizer(args.data, args.out, config["tokenizer"], config["training"], config["stage"], args.resume)
+    print(Path(args.out) / "best")
+
+
+if __name__ == "__main__":
+    main()

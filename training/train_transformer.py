@@ -1,0 +1,267 @@
+"""Stage 2: ``python -m training.train_transformer DATA --tokenizer CKPT --out RUN``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dvq_rt.images import grid
+from dvq_rt.layout import TokenLayout
+from dvq_rt.sampling import SamplingParams
+from runtimes.errors import CheckpointError, ConfigError
+from training.checkpoint import DQModel, load_checkpoint
+from training.cli import guarded, open_run, read_config
+from training.data import Augment, ImageFolder, batches
+from training.loop import Stage, TrainConfig, fit
+from training.losses import psnr, stacked_losses
+from training.models.dqvae import DQVAE
+from training.models.transformer import StackedTransformer, TransformerConfig
+from training.sampling import sample_tokens
+from training.thresholds import to_float
+
+BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
+
+
+@dataclass(frozen=True, slots=True)
+class StageTwoConfig:
+    """What stage 2 has beyond TrainConfig and TransformerConfig (whose ``block_size`` comes from the layout).
+
+    Args:
+        labels: label -> sub-folders it joins; empty makes every sub-folder a label. One label "" is unconditional.
+        flip_exclude: labels whose images are never mirrored.
+        order: order of the fine positions, ``row-first`` or ``region-first``.
+        copies: augmented copies of the training set that are tokenised before training starts.
+        balance: 0 draws images alike, 1 draws labels alike.
+        label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
+        val_fraction: share of the images held out; give the value of stage 1.
+        min_psnr: stop if the tokenizer's mean PSNR on the held-out images is lower, dB.
+        defaults: recommended sampling parameters, kept in the checkpoint.
+    """
+
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    flip_exclude: tuple[str, ...] = ()
+    order: str = "row-first"
+    copies: int = 1
+    balance: float = 0.0
+    label_dropout: float = 0.1
+    val_fraction: float = 0.05
+    min_psnr: float = 15.0
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ConfigError(f"stage.copies is {self.copies}; it must be at least 1")
+        if not 0 <= self.balance <= 1 or not 0 <= self.label_dropout < 1:
+            raise ConfigError(
+                f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
+            )
+        SamplingParams.from_dict(self.defaults)
+
+
+class Tokenised(NamedTuple):
+    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]."""
+
+    codes: NDArray[np.int32]
+    grain: NDArray[np.int8]
+    labels: NDArray[np.int64]
+
+
+@torch.no_grad()
+def tokenise(vae: DQVAE, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenised:
+    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
+    codes: list[np.ndarray] = []
+    grains: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    found = 0
+    with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
+        while found < count:
+            pixels, label = next(images)
+            encoding = vae.encode(to_float(pixels))
+            codes.append(encoding.codes.numpy().astype(np.int32))
+            grains.append(encoding.grain.numpy().astype(np.int8))
+            labels.append(label)
+            found += len(pixels)
+            bar.update(len(pixels))
+    return Tokenised(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
+
+
+def collate(
+    layout: TokenLayout, data: Tokenised, chosen: NDArray[np.int64], labels: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """Token sequences of images padded on the right, where causal attention never looks.
+
+    Returns:
+        int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``next_position`` (joint); targets
+        ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
+    """
+    rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(chosen, labels, strict=True)]
+    length = max(len(r.content) for r in rows) - 1
+    offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
+    names = ("content", "position", "segment", "next_position", "target_content", "target_position", "target_segment")
+    out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
+    out["target_content"] -= 1
+    out["target_position"] -= 1
+    for i, row in enumerate(rows):
+        t = len(row.content) - 1
+        out["content"][i, :t], out["position"][i, :t], out["segment"][i, :t] = (part[:-1] for part in row)
+        out["next_position"][i, :t] = row.position[1:]
+        out["target_content"][i, :t] = row.content[1:]
+        out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
+        out["target_segment"][i, :t] = row.segment[1:]
+    return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``stacked_losses`` of a collated batch."""
+    position, content = model(batch["content"], batch["position"], batch["segment"], batch["next_position"])
+    return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
+
+
+def train_transformer(
+    data: str | Path,
+    run: str | Path,
+    tokenizer: str | Path,
+    transformer: dict[str, Any],
+    training: TrainConfig,
+    stage: StageTwoConfig,
+    resume: bool = False,
+) -> DQModel:
+    """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: what a user can cause.
+    """
+    first = load_checkpoint(tokenizer)
+    vae = first.tokenizer
+    if vae is None:
+        raise CheckpointError(f"{tokenizer} holds no tokenizer; give a checkpoint of training.train_tokenizer")
+    vae.requires_grad_(False)
+    labels = stage.labels or None
+    folder = ImageFolder(
+        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels
+    )
+    unconditional = folder.classes == [""]
+    layout = TokenLayout(
+        codebook_size=vae.config.codebook_size,
+        sides=vae.config.sides,
+        order=stage.order,
+        classes=0 if unconditional else len(folder.classes),
+        null_label=stage.label_dropout > 0 and not unconditional,
+    )
+    config = TransformerConfig(**{**transformer, "block_size": layout.max_length})
+    settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
+    path = open_run(run, resume, settings)
+    check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
+    torch.manual_seed(training.seed)
+    names = () if unconditional else tuple(folder.classes)
+    if resume:
+        model = load_checkpoint(path / "checkpoint")
+    else:
+        model = DQModel(vae, StackedTransformer(config, layout), names, stage.defaults)
+    net = model.transformer
+    assert net is not None and model.tokenizer is not None
+    model.tokenizer.requires_grad_(False)
+
+    augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
+    source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
+    held = ((np.stack([folder.pixels(int(i))]), folder.labels[i : i + 1]) for i in folder.val)
+    train = tokenise(vae, source, len(folder.train) * stage.copies, "tokenising")
+    val = tokenise(vae, held, len(folder.val), "tokenising held-out images")
+    counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
+    weights = counts[train.labels] ** -stage.balance
+    weights /= weights.sum()
+    lengths = (train.grain != 0).sum((1, 2))
+
+    def stream(step: int) -> Iterator[dict[str, Tensor]]:
+        size = training.batch_size
+        while True:
+            bucket, place = divmod(step, BUCKET)
+            rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, bucket], dtype=np.uint64)))
+            drawn = rng.choice(len(weights), BUCKET * size, p=weights)
+            drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(BUCKET, size)
+            drawn = drawn[rng.permutation(BUCKET)]
+            dropped = rng.random((BUCKET, size)) < stage.label_dropout
+            for row in range(place, BUCKET):
+                given = train.labels[drawn[row]]
+                given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
+                yield collate(layout, train, drawn[row], given)
+                step += 1
+
+    def validate() -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for start in range(0, len(val.labels), 16):
+            chosen = np.arange(start, min(start + 16, len(val.labels)))
+            for name, value in batch_losses(net, collate(layout, val, chosen, val.labels[chosen])).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(chosen) / len(val.labels)
+        return sums
+
+    def pictures() -> dict[str, np.ndarray]:
+        count = max(1, len(names))
+        shown = [i % count for i in range(2 * count)]
+        params = SamplingParams.from_dict(stage.defaults)
+        images = decode_tokens(model, sample_tokens(net, shown, params))
+        return {"samples": np.asarray(grid(images, columns=count))}
+
+    def count(batch: dict[str, Tensor]) -> int:
+        return len(batch["content"])
+
+    def loss(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        return batch_losses(net, batch)
+
+    return fit(Stage(model, net, stream, loss, validate, pictures, count), training, path, resume)
+
+
+def decode_tokens(model: DQModel, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
+    """Images uint8 [N, S, S, 3] of sampled (content, joint position) sequences."""
+    assert model.tokenizer is not None
+    codes = np.stack([model.layout.to_map(content, position)[0] for content, position in tokens])
+    images = model.tokenizer.decode_codes(torch.from_numpy(codes))
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def check_tokenizer(vae: DQVAE, folder: ImageFolder, least: float, name: str) -> None:
+    """Assert the tokenizer's quality before its codes are used.
+
+    Raises:
+        CheckpointError: its PSNR on held-out images is below ``least`` dB.
+    """
+    chosen = folder.val if len(folder.val) else folder.train
+    x = to_float(np.stack([folder.pixels(int(i)) for i in chosen[:32]]))
+    measured = float(psnr(x, vae.decode_codes(vae.encode(x).codes)).mean())
+    if not measured >= least:
+        raise CheckpointError(
+            f"{name} reconstructs held-out images of {folder.root} at {measured:.1f} dB, below stage.min_psnr {least}; "
+            "train it longer, or give the tokenizer of these images"
+        )
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.train_transformer", description="Train a DQ-Transformer.")
+    parser.add_argument("data", help="folder of images with one sub-folder per class")
+    parser.add_argument("--tokenizer", required=True, help="checkpoint folder of stage 1")
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--config", default="emoji_transformer", help="JSON file, or a name in training/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint")
+    args = parser.parse_args(argv)
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    config = read_config(args.config, sections, args.set)
+    train_transformer(
+        args.data, args.out, args.tokenizer, config["transformer"], config["training"], config["stage"], args.resume
+    )
+    print(Path(args.out) / "best")
+
+
+if __name__ == "__main__":
+    main()
