@@ -18,8 +18,8 @@ from runtimes.errors import InputError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 MAX_PIXELS = 64_000_000
-TINTS = ((64, 110, 190), (236, 122, 40), (200, 40, 90), (120, 40, 140))
-"""Colour of each segment in ``grain_overlay``, coarse to fine."""
+COARSEST, BETWEEN, FINEST = (64, 110, 190), (20, 140, 110), (205, 30, 95)
+"""Colours of the segments in ``grain_overlay``."""
 
 ImageLike = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 
@@ -28,7 +28,7 @@ def to_array(image: ImageLike, size: int) -> NDArray[np.float32]:
     """One picture as the encoder wants it.
 
     Transparent pictures are laid on white, a camera's orientation mark is obeyed, and a picture of another size is
-    cut to its centre square and resized with a Lanczos filter (the shorter side becomes ``size``).
+    resized with a Lanczos filter so that its shorter side is ``size``, of which the centre is kept.
 
     Args:
         image: a file of PNG, JPEG, WebP, BMP or GIF (first frame), a PIL image of mode RGB, RGBA, L, LA, P or 1,
@@ -45,7 +45,7 @@ def to_array(image: ImageLike, size: int) -> NDArray[np.float32]:
         raise InputError(f"size is {size}; it must be at least 1")
     rgb = _read(image)
     if rgb.size != (size, size):
-        # fit() crops before it resizes, so a very long picture does not become a huge one on the way.
+        # fit() resizes the centre alone, so a very long picture does not become a huge one on the way.
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(rgb, dtype=np.float32).transpose(2, 0, 1).copy() / 127.5 - 1.0
 
@@ -126,12 +126,12 @@ def grain_overlay(
     rows, columns = np.arange(canvas.shape[0]), np.arange(canvas.shape[1])
     segment = grain[np.ix_(rows * sides[0] // rows.size, columns * sides[0] // columns.size)]
     for s, side in enumerate(sides):
-        tint = np.array(TINTS[min(s, len(TINTS) - 1)], dtype=np.float32)
+        tint = np.array(COARSEST if s == 0 else FINEST if s == len(sides) - 1 else BETWEEN, dtype=np.float32)
         # A line is the first pixel of each cell; the picture's own edge stays free.
         line_rows = np.diff(rows * side // rows.size, prepend=0) > 0
         line_columns = np.diff(columns * side // columns.size, prepend=0) > 0
         lines = line_rows[:, None] | line_columns[None, :]
-        strength = np.where(lines, 0.6, 0.0 if s == 0 else 0.16)[..., None]
+        strength = np.where(lines, 0.6, 0.0 if s == 0 else 0.2)[..., None]
         strength = strength * (segment == s)[..., None]
         canvas += (tint - canvas) * strength
     return Image.fromarray(np.rint(canvas).astype(np.uint8))
@@ -149,7 +149,7 @@ def _read(image: ImageLike) -> Image.Image:
     if not isinstance(image, str | os.PathLike):
         raise InputError(f"the image is a {type(image).__name__}; give a path, a PIL image or a uint8 array [H, W, 3]")
     path = Path(image)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"image {path} does not exist or is not a file")
     try:
         with Image.open(path, formats=FORMATS) as opened:

@@ -103,7 +103,7 @@ class Manifest:
         fits = len(names) in (0, self.layout.classes)
         _check(fits, "class_names", len(names), f"must be none or one for each of {self.layout.classes} labels")
         _check_dict("tools", self.tools, _is_text, "version texts")
-        _check_dict("tolerances", self.tolerances, _is_size, "finite numbers of at least 0")
+        _check_dict("tolerances", self.tolerances, lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "errors")
         _check_dict("parameters", self.parameters, lambda v: _is_int(v, 0), "counts of at least 0")
         _check_dict("defaults", self.defaults, lambda v: v is None or isinstance(v, int | float | str), "plain values")
         SamplingParams.from_dict(self.defaults)
@@ -140,7 +140,7 @@ def read_engine(path: str | os.PathLike[str]) -> Manifest:
     """
     folder = Path(path)
     remake = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise EngineError(f"engine folder {folder} does not exist; name none to use the bundled demo, or {remake}")
     _describe(folder, MANIFEST, remake)
     try:
@@ -195,7 +195,7 @@ def write_engine(
         raise EngineError(f"{final} exists already; choose another name, or ask to overwrite it")
     if taken and (final.is_symlink() or not (final / MANIFEST).is_file()):
         raise EngineError(f"{final} is not an engine folder, so it is not overwritten; choose another name")
-    made_parents = [p for p in final.parents if not p.exists()]
+    made_parents = [p for p in final.parents if not os.path.exists(p)]
     temporary, old = (final.with_name(f".{final.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
     done = False
     try:
@@ -231,7 +231,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         InputError: the file cannot be written, or the name belongs to something other than a regular file.
     """
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         raise InputError(f"cannot write {path}: it exists and is not a regular file")
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -331,10 +331,6 @@ def _check(good: bool, name: str, value: Any, rule: str) -> None:
 
 def _is_int(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _is_text(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,12 @@ def _recover(folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():
         old.rename(folder)
+
+
+def import_published(
+    config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None
+) -> DQModel:
+    """A checkpoint of the released code as our model; see ``training.import_published``, which also is the command."""
+    from training.import_published import import_published as read  # it builds on this module
+
+    return read(config, ckpt, base)

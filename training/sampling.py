@@ -2,7 +2,7 @@
 
 Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
 and sampling align positions alike, and every cell is covered exactly once. ``training.published`` has the released
-code's rules.
+code's rules; ``sample`` chooses between the two.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
+from training.published import multinomial, sample_published
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -166,3 +167,31 @@ def sample_tokens(
         position = torch.cat([position, joint[:, None]], 1)
         segment = torch.cat([segment, following[:, None]], 1)
     return [(content[i, : lengths[i] + 1].tolist(), position[i, : lengths[i] + 1].tolist()) for i in range(count)]
+
+
+def sample(
+    model: StackedTransformer,
+    labels: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    rules: str = "corrected",
+) -> list[tuple[list[int], list[int]]]:
+    """Draw token sequences by either set of rules.
+
+    Args:
+        rules: ``corrected`` (``sample_tokens``) or ``published`` (``training.published.sample_published``, whose
+            images depend on their neighbours in the batch).
+
+    Returns:
+        see ``sample_tokens``.
+
+    Raises:
+        InputError: the rules are unknown, or do not allow ``params``.
+    """
+    if rules == "corrected":
+        return sample_tokens(model, labels, params, seed=seed)
+    if rules == "published":
+        choose = multinomial(torch.Generator().manual_seed(seed))
+        return sample_published(model, labels, params, choose=choose).sequences(model.layout, labels)
+    raise InputError(f"rules are {rules!r}; they must be 'corrected' or 'published'")

@@ -28,11 +28,15 @@ def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
         patch: patch side in pixels (the coarse stride).
 
     Returns:
-        float32 [99]: entry p - 1 is the sorted entropies' element floor(N * p / 100).
+        float32 [99], see ``percentiles``.
     """
-    parts = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
-    entropies = torch.cat(parts).sort().values
-    return torch.stack([entropies[len(entropies) * p // 100] for p in range(1, 100)])
+    return percentiles(torch.cat([patch_entropy(to_float(image[None]), patch).flatten() for image in images]))
+
+
+def percentiles(values: Tensor) -> Tensor:
+    """Percentiles 1 to 99: float [N] -> [99], entry p - 1 is element floor(N * p / 100) of the sorted values."""
+    ordered = values.sort().values
+    return torch.stack([ordered[len(ordered) * p // 100] for p in range(1, 100)])
 
 
 def to_float(images: np.ndarray) -> Tensor:

@@ -1,0 +1,276 @@
+"""Command line: ``python -m dvq_rt sample | reconstruct | inspect | verify`` (also installed as ``dvq-rt``)."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dvq_rt.images import grain_overlay, grid, to_array, to_uint8
+from dvq_rt.manifest import DEMO, Manifest, read_engine, write_file
+from dvq_rt.sampling import FINE_POSITIONS, SamplingParams
+from runtimes.errors import DvqError, InputError
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+FOLDER_GRID = "grid.png"
+RECONSTRUCTION_COLUMNS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0, 1 (``verify`` found a failure), 2 (bad use, or a ``DvqError``, printed to stderr) or 130
+        (interrupted).
+    """
+    options = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except DvqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+def sample(options: argparse.Namespace) -> int:
+    """Draw pictures and write them as a grid, in a folder also one by one."""
+    given = {name: getattr(options, name) for name in SamplingParams.__dataclass_fields__ if hasattr(options, name)}
+    SamplingParams.from_dict(given)
+    if options.n < 1:
+        raise InputError(f"--n is {options.n}; it must be at least 1")
+    if options.columns is not None and options.columns < 1:
+        raise InputError(f"--columns is {options.columns}; it must be at least 1")
+    target, folder = _output(options.out)
+    generator = _generator(options)
+    params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
+    labels = _labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
+    with tqdm(total=options.n, unit="image", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        samples = generator.sample(n=options.n, labels=labels, seed=options.seed, params=params, progress=progress)
+    if folder is not None:
+        _make_folder(folder)
+        samples.save(folder)
+    _write_picture(target, samples.grid(columns=options.columns))
+    print(target)
+    return 0
+
+
+def reconstruct(options: argparse.Namespace) -> int:
+    """Code pictures and decode them again; write originals above reconstructions above grain maps."""
+    target, folder = _output(options.out)
+    generator = _generator(options)
+    size, layout = generator.manifest.image_size, generator.manifest.layout
+    originals = [to_uint8(to_array(path, size)[None])[0] for path in options.images]
+    codes = generator.encode(originals)
+    restored = generator.decode(codes)
+    scale = max(1, 256 // size)
+    rows: list[list[NDArray[np.uint8]]] = [[], [], []]
+    for path, before, after, code in zip(options.images, originals, restored, codes, strict=True):
+        rows[0].append(before.repeat(scale, 0).repeat(scale, 1))
+        rows[1].append(after.repeat(scale, 0).repeat(scale, 1))
+        rows[2].append(np.asarray(grain_overlay(before, code.grain, layout.sides, scale)))
+        print(
+            f"{path}: {code.length} of {layout.cells} codes, {code.bits_per_pixel(size):.3f} bits per pixel, "
+            f"PSNR {psnr(before, after):.2f} dB"
+        )
+    if folder is not None:
+        _make_folder(folder)
+    _write_picture(target, _blocks(rows, RECONSTRUCTION_COLUMNS))
+    print(target)
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what an engine folder holds, after checking its files."""
+    folder = Path(options.engine or DEMO)
+    print(describe(read_engine(folder), folder))
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check an engine against the numbers stored at its export; exit status 1 if a check fails."""
+    checks = _generator(options).verify()
+    rows = [(c.name, f"{c.measured:.3g}", f"{c.bound:.3g}", "ok" if c.ok else "FAILED") for c in checks]
+    print(_table([("check", "measured", "bound", "result"), *rows]))
+    failed = [c.name for c in checks if not c.ok]
+    print(
+        f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
+    )
+    return 1 if failed else 0
+
+
+# --- texts and pictures ----------------------------------------------------------------------------------------
+def describe(manifest: Manifest, folder: Path) -> str:
+    """A readable summary of an engine."""
+    layout = manifest.layout
+    sides = ", ".join(f"{side} x {side}" for side in layout.sides)
+    labels = f"{layout.classes}" if layout.classes else "none"
+    if layout.classes:
+        labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
+    rows = [
+        ("engine", str(folder)),
+        ("family", f"{manifest.family}, schema {manifest.schema}"),
+        ("runs on", f"{manifest.backend}, {manifest.precision}, weights {manifest.weights}, {manifest.slots} slots"),
+        ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
+        ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; at most {layout.cells} an image"),
+        ("labels", labels),
+    ]
+    sections = [_table(rows)]
+    if manifest.class_names:
+        sections.append("\n".join(["label names", *(f"  {i:3d} {n}" for i, n in enumerate(manifest.class_names))]))
+    files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
+    parts: list[tuple[str, dict[str, Any]]] = [
+        ("recommended sampling", manifest.defaults),
+        ("parameters", {name: f"{count:,}" for name, count in manifest.parameters.items()}),
+        ("errors measured at export", {name: f"{value:.3g}" for name, value in manifest.tolerances.items()}),
+        ("made with", manifest.tools),
+        ("files (sizes and SHA-256 checked)", files),
+    ]
+    for title, values in parts:
+        if values:
+            sections.append(f"{title}\n{_table([(f'  {name}', str(value)) for name, value in values.items()])}")
+    return "\n\n".join(sections)
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape in dB; infinite if they are equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _blocks(rows: list[list[NDArray[np.uint8]]], columns: int) -> Image.Image:
+    """Rows of pictures side by side, broken into blocks of at most ``columns``."""
+    across = min(columns, len(rows[0]))
+    blank = np.full_like(rows[0][0], 255)
+    cells: list[NDArray[np.uint8]] = []
+    for start in range(0, len(rows[0]), across):
+        for row in rows:
+            part = row[start : start + across]
+            cells += part + [blank] * (across - len(part))
+    return grid(np.stack(cells), across)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------
+def _generator(options: argparse.Namespace) -> Any:
+    from dvq_rt.generator import Generator
+
+    return Generator(options.engine, device=options.device, slots=options.slots, threads=options.threads)
+
+
+def _labels(text: str | None, n: int, names: Sequence[str], classes: int) -> list[int | str] | None:
+    """One label for each of n pictures: those asked for, or all, in equal shares and in order."""
+    chosen: list[int | str] = list(range(classes))
+    if text is not None:
+        words = [text] if text in names else [word.strip() for word in text.split(",")]
+        chosen = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
+        if len(chosen) > n:
+            raise InputError(f"--labels names {len(chosen)} labels, but --n is {n}; raise --n or name fewer labels")
+    return [chosen[i * len(chosen) // n] for i in range(n)] if chosen else None
+
+
+def _output(text: str) -> tuple[Path, Path | None]:
+    """The picture to write, and the folder if ``--out`` names one; checked to be writable before any work."""
+    folder = Path(text) if text.endswith(("/", os.sep)) or os.path.isdir(text) else None
+    target = folder / FOLDER_GRID if folder else Path(text)
+    if target.suffix.lower() not in PICTURES:
+        raise InputError(f"--out is {text}; end it with one of {', '.join(PICTURES)}, or with / for a folder")
+    try:
+        if target.exists() and not target.is_file():
+            raise InputError(f"--out {target} exists and is not a regular file; choose another name")
+        parent = target.absolute().parent
+        while folder and not parent.exists():  # it is made later; the nearest parent that exists must take it
+            parent = parent.parent
+        probe = parent / f".{secrets.token_hex(4)}.tmp"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write --out {text}: {error.strerror}; choose a folder that can be written") from error
+    return target, folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make folder {folder}: {error.strerror}") from error
+
+
+def _write_picture(path: Path, picture: Image.Image) -> None:
+    buffer = io.BytesIO()
+    kind = PICTURES[path.suffix.lower()]
+    try:
+        picture.save(buffer, kind, **({"quality": 95} if kind != "PNG" else {}))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"a picture of {picture.width} x {picture.height} cannot be stored as {kind}: {error}"
+        ) from error
+    write_file(path, buffer.getvalue())
+
+
+def _top_k(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
+    commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify")
+
+    def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:
+        words = (function.__doc__ or "").strip()
+        command = commands.add_parser(function.__name__, help=words, description=words, allow_abbrev=False)
+        command.set_defaults(command=function)
+        name = engine.pop("name", "engine")
+        command.add_argument(name, metavar="DIR", help="engine folder; the bundled demo if left out", **engine)
+        if runs:
+            command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+            command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")
+            command.add_argument("--threads", type=int, help="processor threads")
+        return command
+
+    drawing = add(sample, True, name="--engine")
+    drawing.add_argument("--n", type=int, default=16, help="number of pictures (16)")
+    drawing.add_argument("--labels", help="names or indices, separated by commas; all labels if left out")
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--out", default="samples.png", help="picture, or a folder ending with / (samples.png)")
+    drawing.add_argument("--columns", type=int, help="pictures per row of the grid")
+    tuning = drawing.add_argument_group("sampling", "what is left out keeps the engine's recommended value")
+    for name in ("temperature", "top-p", "top-p-position", "guidance"):
+        tuning.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
+    for name in ("top-k", "top-k-position"):
+        tuning.add_argument(f"--{name}", type=_top_k, default=argparse.SUPPRESS, help="a number, or none")
+    tuning.add_argument("--fine-positions", choices=FINE_POSITIONS, default=argparse.SUPPRESS)
+
+    coding = add(reconstruct, True, name="--engine")
+    coding.add_argument("images", nargs="+", metavar="IMAGE")
+    coding.add_argument("--out", default="reconstructions.png", help="picture, or a folder ending with /")
+
+    add(inspect, False, nargs="?")
+    add(verify, True, nargs="?")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Cached attention, the one operation that each export target computes its own way.
+
+Every form appends one token to a cache and attends over what the cache then holds:
+
+    qkv float [B, 1, 3 C] (query, key and value side by side), keys and values float [B, H, Tmax, D],
+    length int32 [B] (tokens already cached, less than Tmax), heads H
+    -> output float [B, 1, C], and both caches with the new token in row ``length``
+
+Rows beyond ``length`` never count. Caches start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+OPSET = 20
+
+
+def reference_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard operators only: what PyTorch runs, and what is exported where no fused kernel fits (CUDA, float32).
+
+    The scatters are in place when an engine binds one buffer on both sides.
+    """
+    b, _, width = qkv.shape
+    q, k, v = qkv.view(b, 3, heads, 1, width // 3 // heads).unbind(1)  # [B, H, 1, D]
+    at = length.long()[:, None, None, None]
+    keys, values = keys.scatter(2, at.expand_as(k), k), values.scatter(2, at.expand_as(v), v)
+    scores = (q @ keys.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, 1, Tmax]
+    seen = torch.arange(keys.shape[2], device=qkv.device) <= at
+    weight = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    return (weight @ values).view(b, 1, width // 3), keys, values
+
+
+def grouped_query_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ONNX Runtime's ``GroupQueryAttention`` (CPU). For tracing only; it computes nothing in PyTorch.
+
+    ``total_sequence_length`` is the whole cache, so that no slot's arithmetic depends on another slot's length.
+    """
+    total = torch.full((), keys.shape[2], dtype=torch.int32)
+    y, keys, values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        [qkv, None, None, keys, values, length, total],
+        attrs={"num_heads": heads, "kv_num_heads": heads, "do_rotary": 0},
+        dtypes=[qkv.dtype, keys.dtype, values.dtype],
+        shapes=[[qkv.shape[0], 1, qkv.shape[2] // 3], keys.shape, values.shape],
+        version=1,
+    )
+    return y, keys, values
+
+
+LOWERINGS: dict[str, Attention] = {"cpu": grouped_query_attention, "cuda": reference_attention}

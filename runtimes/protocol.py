@@ -1,0 +1,51 @@
+"""What a backend offers: programs, device buffers, a program bound to buffers. Nothing of images or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import DTypeLike, NDArray
+
+Array = NDArray[Any]
+
+
+class Buffer(Protocol):
+    """A tensor that stays at one address on the device."""
+
+    def write(self, values: Array) -> None:
+        """Copy host values of the buffer's shape and dtype in."""
+
+    def read(self) -> Array:
+        """A host copy, or on a CPU a view, of the values after the last ``Binding.run``."""
+
+
+class Binding(Protocol):
+    """A program with every input and output tied to a buffer."""
+
+    def run(self) -> None:
+        """Execute once; outputs are complete, or in order on the device, when this returns."""
+
+
+class Program(Protocol):
+    """A loaded graph."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute on host arrays."""
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
+        """Tie all inputs and outputs to buffers of this backend."""
+
+
+class Backend(Protocol):
+    """One execution device."""
+
+    poll: int
+    """Steps to take before looking at a device value again: reading costs a synchronisation on a GPU."""
+
+    def load(self, path: Path, *, main: bool = False) -> Program:
+        """Open a graph file. ``main`` marks the one program that runs in a tight loop."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """A zeroed buffer."""

@@ -1,0 +1,294 @@
+"""Import of checkpoints of the released code: ``python -m training.import_published CONFIG CKPT --out DIR``.
+
+CONFIG is the released configuration (JSON or YAML, ``target`` and ``params``, on its own or under ``model:``), CKPT the
+Lightning file it was trained to. Read are the entropy-routed DQ-VAE and the three DQ-Transformers that run with it.
+Whatever cannot be reproduced exactly is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtimes.errors import CheckpointError, ConfigError
+from training.checkpoint import DQModel, load_strictly, save_checkpoint
+from training.cli import guarded
+from training.models.dqvae import DQVAE
+from training.models.transformer import StackedTransformer
+from training.released_config import (
+    TOKENIZER,
+    TRANSFORMERS,
+    agree,
+    read_released_config,
+    released_tokenizer,
+    released_transformer,
+)
+
+
+def import_published(
+    config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None
+) -> DQModel:
+    """A released checkpoint as our model, float32, in eval mode.
+
+    Args:
+        config: the released configuration: a mapping, or a JSON or YAML file.
+        ckpt: a file with a ``state_dict``, read without executing anything in it. Training losses and causal-mask
+            buffers in it are passed over.
+        base: folder that the configuration's own paths (threshold table, first-stage checkpoint) start from; the
+            configuration file's folder when left out. The checkpoint's folder and the working directory come next.
+
+    Returns:
+        DQModel; its ``transformer`` is None for a stage-1 file. Its ``tokenizer`` is None for a stage-2 file that has
+        no ``first_stage_model.*`` tensors and whose configuration's ``ckpt_path`` does not exist.
+
+    Raises:
+        ConfigError: the configuration is unreadable, contradicts itself, or asks for what is not supported.
+        CheckpointError: the file is unreadable or would execute code, or a tensor is missing, unknown or misshapen.
+    """
+    if isinstance(config, str | Path):
+        base = Path(config).parent if base is None else base
+    node, ckpt = read_released_config(config), Path(ckpt)
+    folders = [*([Path(base)] if base is not None else []), ckpt.parent, Path()]
+    target = node["target"]
+    if target == TOKENIZER:
+        return DQModel(_tokenizer(node, "config", _read_state(ckpt), str(ckpt), folders)).eval()
+    if target not in list(TRANSFORMERS):
+        raise ConfigError(f"config.target is {target!r}, not one of the supported {[TOKENIZER, *TRANSFORMERS]}")
+    released = released_transformer(node)
+    parts: dict[str, dict[str, Tensor]] = {"transformer.": {}, "first_stage_model.": {}, "": {}}
+    for name, tensor in _read_state(ckpt).items():
+        prefix = next(p for p in parts if name.startswith(p))
+        parts[prefix][name.removeprefix(prefix)] = tensor
+    if parts[""]:
+        raise CheckpointError(f"{ckpt} does not fit its config: unknown {sorted(parts[''])}")
+    layout = released.layout
+    transformer = StackedTransformer(released.config, layout)
+    load_transformer(transformer, parts["transformer."], str(ckpt), "transformer.")
+    tokenizer = _first_stage(released.first_stage, parts["first_stage_model."], ckpt, folders)
+    if tokenizer is not None:
+        agree(
+            "first_stage_config",
+            {"codebook_size": tokenizer.config.codebook_size, "coarse and fine side": tokenizer.config.sides},
+            {"codebook_size": layout.codebook_size, "coarse and fine side": layout.sides},
+        )
+    return DQModel(tokenizer, transformer, tuple(str(label) for label in range(layout.classes))).eval()
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+def _find(path: str, folders: Sequence[Path]) -> Path | None:
+    return next((folder / path for folder in folders if (folder / path).is_file()), None)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The ``state_dict`` of a checkpoint file, without pickle execution.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, has no state dict, or needs pickle to run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is no file; give the .ckpt file of the released code")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is damaged, or holds pickled objects{f' ({wanted[1]})' if wanted else ''} beside its tensors and "
+            "would have to execute code, which is never done; where you trust the file, save its state_dict alone: "
+            "torch.save({'state_dict': ...})"
+        ) from None
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} has no 'state_dict'; give the Lightning checkpoint of the released code")
+    if odd := sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor)):
+        raise CheckpointError(f"{path}: the state_dict entries {odd} are no tensors")
+    return state
+
+
+def _read_thresholds(path: str, folders: Sequence[Path]) -> Tensor:
+    """The released threshold table, float32 [99]: entry p - 1 is that of key p."""
+    file = _find(path, folders)
+    if file is None:
+        raise ConfigError(
+            f"the threshold table {path} (json_path) is in none of {[str(folder) for folder in folders]}; "
+            "put it there, or run from the folder that the path starts in"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}; give the released threshold table") from None
+    table = [values.get(str(p)) if isinstance(values, dict) else None for p in range(1, 100)]
+    wrong = [p for p, v in enumerate(table, 1) if not isinstance(v, int | float) or not math.isfinite(v)]
+    if wrong:
+        raise ConfigError(
+            f"{file} is no threshold table: the keys {wrong} have no finite number; there must be 1 to 99"
+        )
+    return torch.tensor(table, dtype=torch.float32)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------
+class Source(NamedTuple):
+    """A released tensor: its name and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def tokenizer_sources(tokenizer: DQVAE, position_type: str) -> dict[str, list[Source]]:
+    """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
+    names = {
+        "quantizer.codebook": "quantize.codebook.weight",
+        "quantizer.cluster_size": "quantize.codebook.cluster_size_ema",
+        "quantizer.embed_sum": "quantize.codebook.embed_ema",
+    }
+    fourier = "position_bias" if position_type == "fourier" else "position_bias_fourier"
+    out = {}
+    for name, tensor in tokenizer.state_dict().items():
+        rows = len(tensor) + (name == "quantizer.codebook")  # the released codebook ends in an unused row (spec Q39)
+        released = names.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
+        out[name] = [Source(released, (rows, *tensor.shape[1:]))]
+    del out["entropy_thresholds"]
+    return out
+
+
+def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Source]]:
+    """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
+    renames = {
+        "position_blocks.": "position_transformer.",
+        "content_blocks.": "content_transformer.",
+        "segment_emb.": "seg_emb.",
+        "_head.norm.": "_head.0.",
+        "_head.linear.": "_head.1.",
+    }
+    layout = transformer.layout
+    out = {}
+    for name, tensor in transformer.state_dict().items():
+        released, shape = name, tuple(tensor.shape)
+        for ours, theirs in renames.items():
+            released = released.replace(ours, theirs)
+        if name == "index_emb":
+            out[name] = [Source("pos_emb", (1, *shape))]
+        elif name == "position_emb.weight":
+            out[name] = [
+                Source(f"content_{grain}_pos_emb.weight", (layout.position_vocabulary(s), *shape[1:]))
+                for s, grain in enumerate(("coarse", "fine"))
+            ]
+        elif ".qkv." in name:
+            third = (shape[0] // 3, *shape[1:])
+            out[name] = [Source(released.replace(".qkv.", f".{part}."), third) for part in ("query", "key", "value")]
+        else:
+            out[name] = [Source(released, shape)]
+    return out
+
+
+def load_released(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    sources: Mapping[str, list[Source]],
+    source: str,
+    prefix: str = "",
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Fill a model with released tensors.
+
+    Args:
+        state: released name -> tensor; every one must be used.
+        sources: our name -> released tensors, which are flattened to rows, joined, and cut to our number of rows.
+        source: the file, and ``prefix`` what the names start with in it, for errors.
+        extra: further tensors under our names.
+
+    Raises:
+        CheckpointError: names the missing, unknown and misshapen tensors as the released code does.
+    """
+    wanted = {part.name: part.shape for parts in sources.values() for part in parts}
+    missing, unknown = (
+        [prefix + name for name in sorted(one - other)]
+        for one, other in ((set(wanted), set(state)), (set(state), set(wanted)))
+    )
+    shapes = [
+        f"{prefix}{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in sorted(wanted.items())
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
+        )
+    own = model.state_dict()
+    tensors = {
+        name: torch.cat([state[p.name].float().reshape(-1, *own[name].shape[1:]) for p in parts])[: len(own[name])]
+        for name, parts in sources.items()
+    }
+    load_strictly(model, {**tensors, **(extra or {})}, source)
+
+
+def load_transformer(
+    transformer: StackedTransformer, state: Mapping[str, Tensor], source: str, prefix: str = ""
+) -> None:
+    """Fill a stacked transformer with the released StackGPT's tensors; ``prefix`` has been cut off their names.
+
+    Raises:
+        CheckpointError: see ``load_released``.
+    """
+    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # spec Q28
+    load_released(transformer, used, transformer_sources(transformer), source, prefix)
+
+
+def _tokenizer(
+    node: Any, where: str, state: Mapping[str, Tensor], source: str, folders: Sequence[Path], prefix: str = ""
+) -> DQVAE:
+    """The tokenizer of a released stage-1 section and its tensors."""
+    released = released_tokenizer(node, where)
+    table = _read_thresholds(released.json_path, folders)
+    ignored: tuple[str, ...] = ("loss.",)
+    if released.position_type.startswith("learned"):
+        ignored += ("decoder.position_bias.row_embed.", "decoder.position_bias.col_embed.")
+    used = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
+    tokenizer = DQVAE(released.config)
+    sources = tokenizer_sources(tokenizer, released.position_type)
+    load_released(tokenizer, used, sources, source, prefix, {"entropy_thresholds": table})
+    return tokenizer
+
+
+def _first_stage(
+    node: Mapping[str, Any], state: Mapping[str, Tensor], ckpt: Path, folders: Sequence[Path]
+) -> DQVAE | None:
+    """The tokenizer of a stage-2 file: from the file itself, else from the section's ``ckpt_path``, else None."""
+    if state:
+        return _tokenizer(node, "first_stage_config", state, str(ckpt), folders, "first_stage_model.")
+    path = (node.get("params") or {}).get("ckpt_path")
+    file = _find(path, folders) if isinstance(path, str) and path else None
+    return None if file is None else _tokenizer(node, "first_stage_config", _read_state(file), str(file), folders)
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.import_published", description="Turn a released checkpoint into a checkpoint folder."
+    )
+    parser.add_argument("config", help="released configuration, JSON or YAML")
+    parser.add_argument("ckpt", help="released checkpoint (.ckpt)")
+    parser.add_argument("--out", required=True, help="checkpoint folder to write; it must not exist")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        raise ConfigError(f"{args.out} already exists; choose another --out")
+    model = import_published(args.config, args.ckpt)
+    save_checkpoint(model, args.out)
+    for name, part in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
+        size = f"{sum(p.numel() for p in part.state_dict().values()):,} values" if part is not None else "none"
+        print(f"{name}: {size}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
