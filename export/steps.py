@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dvq_rt.layout import TokenLayout
-from training.models.dqvae import DQVAE
 from export.lowering import Attention, reference_attention
+from training.models.dqvae import DQVAE
 from training.models.transformer import Block, StackedTransformer
-
 
 STATE = ("content", "position", "length", "done", "cells")
 CONTROLS = (
@@ -143,7 +142,7 @@ class Step(nn.Module):
         special = torch.where(starting, start_content, torch.full_like(label, layout.content_eos))
         codes = (self.content_ids < layout.codebook_size)[None]
         plain = (~starting & (local != eos))[:, None]
-        allowed = torch.where(plain, codes, self.content_ids == special[:, None])
+        allowed = choose(plain, codes, self.content_ids == special[:, None])
         value, content_logprob = draw(
             content_logits, allowed, random[:, 1], temperature, top_k, top_p, forced_content, forced_content >= 0
         )
@@ -183,7 +182,7 @@ class Step(nn.Module):
     ) -> Tensor:
         """The grammar: which local positions each slot may take next, bool [B, position head]."""
         layout = self.layout
-        b, width = len(cells), layout.position_head
+        b, width = cells.shape[0], layout.position_head
         empty = cells < 0
         result = torch.zeros(1, 1, dtype=torch.bool)
         for s, side in enumerate(layout.sides):
@@ -199,8 +198,13 @@ class Step(nn.Module):
             pad = torch.zeros_like(free[:, :1])
             rest = pad.expand(b, width - side * side - 2)
             mask = torch.cat([free, pad, ends, rest], 1)
-            result = mask if s == 0 else torch.where((segment == s)[:, None], mask, result)
-        return torch.where(starting[:, None], self.position_ids == start[:, None], result)
+            result = mask if s == 0 else choose((segment == s)[:, None], mask, result)
+        return choose(starting[:, None], self.position_ids == start[:, None], result)
+
+
+def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``torch.where`` of bool tensors, for which ONNX Runtime has no kernel."""
+    return (condition & yes) | (~condition & no)
 
 
 def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
@@ -210,7 +214,7 @@ def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     ``unconditional + weight * (conditional - unconditional)``, by the same arithmetic and so with the same bits. A
     slot that is its own partner keeps its logits.
     """
-    own = torch.arange(len(logits))
+    own = torch.arange(logits.shape[0])
     low, high = logits[torch.minimum(own, partner)], logits[torch.maximum(own, partner)]
     return high + weight[:, None] * (low - high)
 

@@ -21,13 +21,8 @@ LOSSES = {
 }
 
 
-def images_of(tokenizer, maps):
-    with torch.no_grad():
-        return tokenizer.decode_codes(maps)
-
-
 def test_entropy(check):
-    """Protects the entropy formula on flat, dark and noisy patches, with the model's bins and the old table script's."""
+    """Protects the entropy formula on flat, dark and noisy patches, with the model's and the released table's bins."""
     g = load("a2_entropy_formula")
     check.close("model bins", patch_entropy(g["image"], 8), g["entropy"])
     check.close("table bins", patch_entropy(g["image"], 8, low=0.0), g["entropy_threshold_script"])
@@ -122,20 +117,18 @@ def test_teacher_forcing(check, case, sample):
     given = {k.removeprefix(f"{sample}.in."): v for k, v in g.items() if k.startswith(f"{sample}.in.")}
     rows = range(3) if sample == "padded" else [int(sample[-1])]
     ours = released_inputs(layout, [(g["codes"][i], g["grain_indices"][i]) for i in rows])
-    for name, value in with_starts(layout, ours, g["labels"][rows] if layout.classes else torch.zeros(len(rows))).items():
+    for name, value in with_starts(
+        layout, ours, g["labels"][rows] if layout.classes else torch.zeros(len(rows))
+    ).items():
         check.same(name, value, given[name])
     inputs, targets = teacher_forcing(layout, given)
     position, content = transformer(**inputs)
     if sample != "padded":
         check.close("position logits", position, g[f"{sample}.position_logits"])
         check.close("content logits", content, g[f"{sample}.content_logits"])
-    losses = stacked_losses(position, content, **targets_of(targets))
+    losses = stacked_losses(position, content, **targets)
     for theirs, ours_name in LOSSES.items():
         check.close(theirs, losses[ours_name][None], g[f"{sample}.{theirs}"])
-
-
-def targets_of(targets):
-    return {"position": targets["position"], "content": targets["content"], "segment": targets["segment"]}
 
 
 @torch.no_grad()
@@ -164,7 +157,9 @@ def test_command(case, tmp_path, capsys):
     written, imported = load_checkpoint(out), model(case)
     assert written.config() == imported.config()
     assert written.state_dict().keys() == imported.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(written.state_dict().values(), imported.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(written.state_dict().values(), imported.state_dict().values(), strict=True)
+    )
     before = (out / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(SystemExit):
         main(arguments)

@@ -294,7 +294,7 @@ class DQVAE(nn.Module):
             raise InputError(f"images have shape {tuple(images.shape)}; this model takes [B, 3, {size}, {size}]")
         grain, entropy = self.route(images)
         h = self.features(images, grain)
-        codes = self.quantizer.search(to_vectors(h)).view(len(h), *h.shape[2:])
+        codes = self.quantizer.search(to_vectors(h)).view(h.shape[0], *h.shape[2:])
         return Encoding(codes, grain, entropy)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class DQVAE(nn.Module):
         weight = 0.25 + 0.75 * spread(grain).to(h.dtype)  # 1 / number of copies
         out = self.quantizer(to_vectors(h), weight.flatten(), noise)
         values = out.values.view(len(h), *h.shape[2:], -1).permute(0, 3, 1, 2)
-        return Reconstruction(self.decode(values), out.loss, out.codes.view(len(h), *h.shape[2:]), grain)
+        return Reconstruction(self.decode(values), out.loss, out.codes.view(h.shape[0], *h.shape[2:]), grain)
 
 
 def spread(x: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""The autoregressive loop: slots, state buffers, refills, and when an image is done.
+
+The loop only calls the step graph, whose contract is in ``export.steps.Step``: state goes in and comes out in two sets
+of buffers that swap roles every step, caches stay in place, controls are written only when a slot gets a new image.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvq_rt.layout import TokenLayout
+from dvq_rt.manifest import Manifest
+from dvq_rt.sampling import SamplingParams
+from runtimes.errors import EngineError
+from runtimes.protocol import Backend, Buffer, Program
+
+
+@dataclass(slots=True)
+class Job:
+    """One image to draw.
+
+    Attributes:
+        index: the caller's number of the image.
+        label: start label; with guidance a second slot starts with the null label.
+        uniforms: float32 [Tmax, 2], the image's random numbers.
+        params: sampling parameters.
+        forced: joint positions and contents of tokens 1, 2, ... that are taken instead of drawn (int64, -1 draws).
+        steps: tokens taken so far.
+    """
+
+    index: int
+    label: int
+    uniforms: NDArray[np.float32]
+    params: SamplingParams
+    forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    steps: int = 0
+
+
+class Event(NamedTuple):
+    """State of an image: ``cells`` int32 [cells] (-1 where no code stands yet, else segment * K + code)."""
+
+    job: Job
+    cells: NDArray[np.int32]
+    finished: bool
+
+
+class Loop:
+    """The step graph bound to buffers for a fixed number of slots.
+
+    Args:
+        backend, program: the step graph on its device.
+        manifest: its interface.
+        slots: B.
+    """
+
+    def __init__(self, backend: Backend, program: Program, manifest: Manifest, slots: int) -> None:
+        self.layout, self.slots, self._poll = manifest.layout, slots, backend.poll
+        interface = manifest.step
+        caches = dict(interface["caches"])
+
+        def allocate(spec: dict[str, Any]) -> Buffer:
+            shape = tuple(slots if size == "B" else size for size in spec["shape"])
+            return backend.allocate(shape, spec["dtype"])
+
+        inputs = {spec["name"]: spec for spec in interface["inputs"]}
+        outputs = {spec["name"]: spec for spec in interface["outputs"]}
+        state = [name for name in inputs if f"{name}_out" in outputs and name not in caches]
+        controls = [name for name in inputs if name not in state and name not in caches]
+        self._state = [{name: allocate(inputs[name]) for name in state} for _ in range(2)]
+        self._controls = {name: allocate(inputs[name]) for name in controls}
+        self._host = {name: buffer.read().copy() for name, buffer in self._controls.items()}
+        self._reports = {
+            name: allocate(spec)
+            for name, spec in outputs.items()
+            if not (name.endswith("_out") and name[:-4] in inputs) and name not in caches.values()
+        }
+        kept = {name: allocate(inputs[name]) for name in caches}
+        self._bindings = []
+        for side in range(2):
+            into = {f"{name}_out": buffer for name, buffer in self._state[1 - side].items()}
+            self._bindings.append(
+                program.bind(
+                    {**self._state[side], **self._controls, **kept},
+                    {**into, **self._reports, **{caches[name]: buffer for name, buffer in kept.items()}},
+                )
+            )
+        self._side = 0
+        self._idle()
+
+    def _idle(self) -> None:
+        """Every slot done, neutral controls."""
+        for state in self._state:
+            state["done"].write(np.ones(self.slots, dtype=bool))
+        host = self._host
+        for name in ("temperature", "top_p", "top_p_position", "partner_weight", "top_k", "top_k_position"):
+            host[name][:] = 1
+        host["partner"][:] = np.arange(self.slots)
+        host["forced_position"][:] = host["forced_content"][:] = -1
+        host["reset"][:] = False
+        for name, buffer in self._controls.items():
+            buffer.write(host[name])
+
+    def report(self, name: str) -> NDArray[Any]:
+        """A report of the last step, see ``export.steps.Step``."""
+        return self._reports[name].read()
+
+    def step(self) -> None:
+        """One token of every slot that is not done."""
+        self._bindings[self._side].run()
+        self._side = 1 - self._side
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A state tensor after the last step."""
+        return self._state[self._side][name].read()
+
+    def run(
+        self, jobs: Iterable[Job], every: int = 0, watch: Callable[[dict[int, Job]], None] | None = None
+    ) -> Iterator[Event]:
+        """Draw all jobs; images that wait take over the slots of those that are done.
+
+        Args:
+            jobs: any number of them. If one is guided all take two slots.
+            every: also report unfinished images every so many steps; 0 for finished ones only.
+            watch: called after every step with the job of each busy slot; may read ``report``. A device that is
+                polled rarely may call it a few times more after an image is done.
+
+        Yields:
+            events of images in the order in which they finish.
+        """
+        waiting = deque(jobs)
+        width = 2 if any(job.params.guidance != 1 for job in waiting) else 1
+        if self.slots < width:
+            raise EngineError(
+                f"guidance takes two slots an image, but the generator has {self.slots}; use slots=2 or more"
+            )
+        active: dict[int, Job] = {}
+        free = list(range(0, self.slots - width + 1, width))[::-1]
+        self._idle()
+        count = 0
+        while waiting or active:
+            started = False
+            while waiting and free:
+                slot = free.pop()
+                active[slot] = waiting.popleft()
+                self._start(slot, width, active[slot])
+                started = True
+            if started:
+                for name in self._host:
+                    self._controls[name].write(self._host[name])
+            if any(job.forced for job in active.values()):
+                self._force(active)
+            self.step()
+            if started:
+                self._host["reset"][:] = False
+                self._controls["reset"].write(self._host["reset"])
+            count += 1
+            for job in active.values():
+                job.steps += 1
+            if watch:
+                watch(active)
+            if count % self._poll:
+                continue
+            done = self.read("done")
+            finished = [slot for slot in active if done[slot]]
+            if finished or (every and count % every == 0):
+                cells = self.read("cells").copy()
+                for slot in list(active):
+                    if slot in finished:
+                        free.append(slot)
+                        yield Event(active.pop(slot), cells[slot], True)
+                    elif every and count % every == 0:
+                        yield Event(active[slot], cells[slot], False)
+            for job in active.values():
+                if job.steps > self.layout.max_length + self._poll:
+                    raise EngineError(f"image {job.index} did not end after {job.steps} tokens; the engine is broken")
+
+    def _start(self, slot: int, width: int, job: Job) -> None:
+        """Fill the controls of the one or two slots of a job."""
+        params, host = job.params, self._host
+        for place in range(slot, slot + width):
+            host["reset"][place] = True
+            host["label"][place] = job.label if place == slot else self.layout.classes
+            host["uniforms"][place] = job.uniforms
+            host["temperature"][place] = params.temperature
+            host["top_k"][place] = params.top_k or self.layout.content_vocabulary
+            host["top_p"][place] = params.top_p
+            host["top_k_position"][place] = params.top_k_position or self.layout.position_head
+            host["top_p_position"][place] = params.top_p_position
+            host["fixed"][place] = params.fine_positions == "fixed"
+            host["partner"][place] = 2 * slot + width - 1 - place  # of a pair, the other one
+            host["partner_weight"][place] = params.guidance
+            host["forced_position"][place] = host["forced_content"][place] = -1
+
+    def _force(self, active: dict[int, Job]) -> None:
+        """Write this step's forced tokens."""
+        for i, name in enumerate(("forced_position", "forced_content")):
+            for slot, job in active.items():
+                forced = job.forced[i] if job.forced else ()
+                self._host[name][slot] = forced[job.steps] if job.steps < len(forced) else -1
+            self._controls[name].write(self._host[name])
+
+
+def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Code map [side, side] and grain map [sides[0], sides[0]] of a finished image's cells."""
+    side, block = layout.sides[-1], layout.sides[-1] // layout.sides[0]
+    square = cells.astype(np.int64).reshape(side, side)
+    return square % layout.codebook_size, (square // layout.codebook_size)[::block, ::block]
+
+
+def fill_gaps(cells: NDArray[np.int32], side: int) -> NDArray[np.int32]:
+    """Give every empty cell (-1) the value of a nearby filled one, so that an unfinished image can be decoded."""
+    square = cells.reshape(side, side).copy()
+    if (square < 0).all():
+        square[:] = 0
+    while (empty := square < 0).any():
+        padded = np.pad(square, 1, constant_values=-1)
+        for rows, columns in (
+            (slice(1, -1), slice(0, -2)),
+            (slice(1, -1), slice(2, None)),
+            (slice(0, -2), slice(1, -1)),
+            (slice(2, None), slice(1, -1)),
+        ):
+            neighbour = padded[rows, columns]
+            take = empty & (square < 0) & (neighbour >= 0)
+            square[take] = neighbour[take]
+    return square.reshape(-1)

@@ -1,0 +1,233 @@
+"""Checkpoint to ONNX Runtime engine: ``python -m export.to_onnx CKPT [--out ENGINE_DIR] [--slots B]``.
+
+The engine folder gets its name only after its graphs, run by ONNX Runtime, agree with PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from dvq_rt.manifest import Manifest, write_engine
+from export.lowering import LOWERINGS, OPSET
+from export.parity import check_engine
+from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
+from runtimes.errors import ExportError
+from training.checkpoint import DQModel, load_checkpoint
+from training.cli import guarded
+
+EXTERNAL_ABOVE = 1_900_000_000
+"""Bytes of weights from which a graph keeps them in a file beside it; protobuf ends at 2 GiB."""
+
+
+def export_onnx(
+    model: DQModel,
+    out: str | Path,
+    *,
+    slots: int = 8,
+    target: str = "cpu",
+    half_weights: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write an engine folder.
+
+    Args:
+        model: a whole model, tokenizer and transformer.
+        out: the folder's name.
+        slots: number of slots that a generator uses by default; the graphs take any.
+        target: ``cpu`` uses ONNX Runtime's fused attention; ``cuda`` standard operators only.
+        half_weights: store weights as float16 (half the size; computation stays float32). They are rounded before
+            anything is compared, so that the golden values are those of the rounded model.
+        overwrite: replace an existing engine folder.
+
+    Returns:
+        the manifest, with the errors measured against PyTorch in ``tolerances``.
+
+    Raises:
+        ExportError: a part of the model is missing, or the graphs do not agree with PyTorch.
+        EngineError: the folder exists.
+    """
+    if model.tokenizer is None or model.transformer is None:
+        missing = "tokenizer" if model.tokenizer is None else "transformer"
+        raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
+    model = model.eval().requires_grad_(False)
+    if half_weights:
+        round_to_half(model)
+
+    def build(folder: Path) -> Manifest:
+        interface = write_graphs(model, folder, target, half_weights)
+        assert model.tokenizer is not None and model.transformer is not None
+        manifest = Manifest(
+            layout=model.transformer.layout,
+            image_size=model.tokenizer.config.image_size,
+            slots=slots,
+            step=interface,
+            precision="fp32",
+            weights="fp16" if half_weights else "fp32",
+            tools={name: version(name) for name in ("torch", "onnx")},
+            class_names=model.class_names,
+            defaults=model.defaults,
+            parameters={
+                name: sum(p.numel() for p in part.parameters())
+                for name, part in (
+                    ("encoder", model.tokenizer.encoder),
+                    ("decoder", model.tokenizer.decoder),
+                    ("transformer", model.transformer),
+                )
+            },
+        )
+        return check_engine(model, folder, manifest)
+
+    return write_engine(out, build, overwrite=overwrite)
+
+
+def write_graphs(model: DQModel, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+    """Trace the three graphs into a folder; returns the step's interface for the manifest."""
+    vae, transformer = model.tokenizer, model.transformer
+    assert vae is not None and transformer is not None
+    if target not in LOWERINGS:
+        raise ExportError(f"target is {target!r}; it must be one of {sorted(LOWERINGS)}")
+    size, side = vae.config.image_size, vae.config.sides[1]
+    trace(
+        EncoderGraph(vae),
+        {"images": torch.zeros(2, 3, size, size)},
+        ["codes", "grain"],
+        folder / "encoder.onnx",
+        half_weights,
+    )
+    trace(
+        DecoderGraph(vae),
+        {"codes": torch.zeros(2, side, side, dtype=torch.long)},
+        ["images"],
+        folder / "decoder.onnx",
+        half_weights,
+    )
+    step = Step(transformer, LOWERINGS[target]).eval()
+    inputs = example_inputs(model.layout, transformer, 2)
+    caches = [f"cache_{i}" for i in range(len(inputs["caches"]))]
+    outputs = [*(f"{name}_out" for name in STATE), *REPORTS, *(f"{name}_out" for name in caches)]
+    trace(step, inputs, outputs, folder / "step.onnx", half_weights)
+    flat = {**{k: v for k, v in inputs.items() if k != "caches"}, **dict(zip(caches, inputs["caches"], strict=True))}
+    heads = {"position": model.layout.position_head, "content": model.layout.content_vocabulary}
+
+    def describe(name: str, tensor: Tensor) -> dict[str, Any]:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return {"name": name, "dtype": dtype, "shape": ["B", *tensor.shape[1:]]}
+
+    reports = [
+        {"name": name, "dtype": "float32", "shape": ["B", heads[name.split("_")[0]]] if name.endswith("s") else ["B"]}
+        for name in REPORTS
+    ]
+    return {
+        "inputs": [describe(name, tensor) for name, tensor in flat.items()],
+        "outputs": [
+            *(describe(f"{name}_out", flat[name]) for name in STATE),
+            *reports,
+            *(describe(f"{name}_out", flat[name]) for name in caches),
+        ],
+        "caches": [[name, f"{name}_out"] for name in caches],
+    }
+
+
+def trace(module: nn.Module, inputs: dict[str, Any], outputs: list[str], path: Path, half_weights: bool) -> None:
+    """Export a module with a symbolic batch dimension ``B`` on every input."""
+    batch = torch.export.Dim("B", min=1, max=4096)
+    shapes = {k: [{0: batch}] * len(v) if isinstance(v, list) else {0: batch} for k, v in inputs.items()}
+    names = [
+        name
+        for k, v in inputs.items()
+        for name in ([f"cache_{i}" for i in range(len(v))] if isinstance(v, list) else [k])
+    ]
+    with quiet():
+        program = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
+        graph = torch.onnx.export(program, input_names=names, output_names=outputs, opset_version=OPSET, verbose=False)
+    assert graph is not None
+    proto = graph.model_proto
+    if half_weights:
+        store_half(proto)
+    save(proto, path)
+
+
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, with its weights in ``<name>.data`` beside it if they are too large for one file."""
+    if sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_ABOVE:
+        onnx.save_model(proto, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+    else:
+        onnx.save_model(proto, path)
+
+
+def round_to_half(model: nn.Module) -> None:
+    """Round every parameter and float buffer but the entropy thresholds to values that float16 holds."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not name.endswith("entropy_thresholds"):
+            tensor.copy_(tensor.half().float())
+
+
+def store_half(proto: onnx.ModelProto) -> None:
+    """Store float32 weights that float16 holds exactly as float16 with a Cast, which the engine folds at load."""
+    for tensor in list(proto.graph.initializer):
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size < 256 or not np.array_equal(values.astype(np.float16).astype(np.float32), values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), name + ".half"))
+        cast = onnx.helper.make_node("Cast", [name + ".half"], [name], to=onnx.TensorProto.FLOAT)
+        proto.graph.node.insert(0, cast)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's progress and deprecation notices off the terminal; errors pass."""
+    import logging
+
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m export.to_onnx", description="Checkpoint to ONNX Runtime engine.")
+    parser.add_argument("checkpoint", help="checkpoint folder with both stages")
+    parser.add_argument("--out", help="engine folder; CHECKPOINT-onnx if left out")
+    parser.add_argument("--slots", type=int, default=8, help="images drawn side by side by default")
+    parser.add_argument("--target", choices=sorted(LOWERINGS), default="cpu")
+    parser.add_argument("--half-weights", action="store_true", help="store weights as float16, compute in float32")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing engine folder")
+    args = parser.parse_args(argv)
+    out = Path(args.out or f"{args.checkpoint.rstrip('/')}-onnx")
+    manifest = export_onnx(
+        load_checkpoint(args.checkpoint),
+        out,
+        slots=args.slots,
+        target=args.target,
+        half_weights=args.half_weights,
+        overwrite=args.overwrite,
+    )
+    for name, error in manifest.tolerances.items():
+        print(f"{name:60s} {error:.3g}")
+    print(f"{sum(f['bytes'] for f in manifest.files.values()) / 1e6:.1f} MB")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
