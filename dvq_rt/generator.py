@@ -203,15 +203,15 @@ class Generator:
         return previews()
 
     # --- images and codes --------------------------------------------------------------------------------------
-    def encode(self, images: ImageLike | Sequence[ImageLike]) -> list[Codes]:
-        """Codes of images (PIL, uint8 [H, W, 3] arrays or paths), resized and cropped to the model's size.
+    def encode(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> list[Codes]:
+        """Codes of an image or a list of them (PIL, uint8 [H, W, 3] or paths), resized and cropped to the model's size.
 
         Raises:
             InputError: an image cannot be read, is too large, or has a mode that is not RGB, RGBA, L, LA, P or 1.
         """
-        several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         found = []
-        for image in images if several else [images]:  # type: ignore[list-item]
+        for image in several:
             array = to_array(image, self.manifest.image_size)
             out = self._program("encoder").run({"images": array[None]})
             found.append(Codes(out["codes"][0], out["grain"][0], self.layout))
@@ -231,7 +231,7 @@ class Generator:
             return np.zeros((0, size, size, 3), dtype=np.uint8)
         return np.concatenate([self._decode(c.codes[None]) for c in several])
 
-    def reconstruct(self, images: ImageLike | Sequence[ImageLike]) -> NDArray[np.uint8]:
+    def reconstruct(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
         """Images through their codes and back, uint8 [N, H, W, 3]; raises as ``encode``."""
         return self.decode(self.encode(images))
 
@@ -341,7 +341,7 @@ class Generator:
     def _codes(self, event: Event) -> Codes:
         codes, grain = cells_to_maps(self.layout, event.cells)
         label = event.job.label if event.job.label < self.layout.classes else None
-        return Codes(codes, grain, self.layout, label)
+        return Codes(codes, grain.astype(np.int8), self.layout, label)
 
     def _decode(self, maps: NDArray[np.int64]) -> NDArray[np.uint8]:
         return to_uint8(self._program("decoder").run({"codes": maps})["images"])

@@ -53,6 +53,13 @@ class Step(nn.Module):
     was taken under the mask at temperature 1, [B] each.
     """
 
+    place: Tensor  # [segments, cells], the position of each segment that covers a cell
+    offset: Tensor  # [segments], joint id of each segment's local id 0
+    eos: Tensor  # [segments], local end id
+    ranks: Tensor  # [segments, cells], place of each position in the order
+    position_ids: Tensor
+    content_ids: Tensor
+
     def __init__(self, model: StackedTransformer, attention: Attention = reference_attention) -> None:
         super().__init__()
         self.model, self.layout, self.attention = model, model.layout, attention
@@ -117,6 +124,7 @@ class Step(nn.Module):
         new_caches: list[Tensor] = []
         h = model.embed(content, position, here, length.long())[:, None]
         for i, block in enumerate(model.position_blocks):
+            assert isinstance(block, Block)
             h = self.block(block, h, caches[2 * i], caches[2 * i + 1], length, new_caches)
         position_logits = mix(model.position_head(h)[:, 0], partner, partner_weight)
         start = self.sos(segment) + start_local
@@ -137,6 +145,7 @@ class Step(nn.Module):
         g = h + model.position_emb(joint)[:, None]
         first = 2 * len(model.position_blocks)
         for i, block in enumerate(model.content_blocks):
+            assert isinstance(block, Block)
             g = self.block(block, g, caches[first + 2 * i], caches[first + 2 * i + 1], length, new_caches)
         content_logits = mix(model.content_head(g)[:, 0], partner, partner_weight)
         special = torch.where(starting, start_content, torch.full_like(label, layout.content_eos))

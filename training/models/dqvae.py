@@ -157,7 +157,7 @@ class Encoder(nn.Module):
             if i == len(self.down) - 2:
                 fine = h
             if i < len(self.down) - 1:
-                h = level.downsample(h)
+                h = level.get_submodule("downsample")(h)
         coarse = self.conv_out_coarse(F.silu(self.norm_out_coarse(self.mid_coarse(h))))
         return coarse, self.conv_out_fine(F.silu(self.norm_out_fine(self.mid_fine(fine))))
 
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         for i, level in reversed(list(enumerate(self.up))):
             h = level(h)
             if i:
-                h = level.upsample(h)
+                h = level.get_submodule("upsample")(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
