@@ -1,0 +1,113 @@
+"""A small classifier of real images, the judge of ``training.evaluate``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from runtimes.errors import ConfigError
+from training.data import Augment, ImageFolder, Indices, Pixels, batches
+from training.thresholds import to_float
+
+WIDTHS = (24, 48, 80, 112)
+SEED = 0  # fixed, so that the judge depends on the data alone
+BATCH, RATE, WEIGHT_DECAY, SMOOTHING, NOISE = 32, 3e-3, 0.05, 0.1, 0.1
+
+
+class Block(nn.Module):
+    """Halve the side: float [B, in, H, W] -> [B, out, ceil(H / 2), ceil(W / 2)]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(8, outputs), nn.GroupNorm(8, outputs)
+        self.conv = nn.Conv2d(outputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm1(self.down(x)))
+        return x + F.gelu(self.norm2(self.conv(x)))
+
+
+class Classifier(nn.Module):
+    """Four blocks, global mean, one Linear: 0.3 M parameters, for squares of any side."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(i, o) for i, o in zip((3, *WIDTHS), WIDTHS, strict=False)))
+        self.head = nn.Linear(WIDTHS[-1], classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """float [B, 3, S, S] in [-1, 1] -> [B, 112], the mean of the last block over all places."""
+        return self.blocks(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, 3, S, S] in [-1, 1] -> logits [B, classes]."""
+        return self.head(F.dropout(self.features(x), 0.2, self.training))
+
+
+class Verdict(NamedTuple):
+    """``labels`` int64 [N], the most probable ones; ``features`` float32 [N, 112], of length 1."""
+
+    labels: NDArray[np.int64]
+    features: NDArray[np.float32]
+
+
+def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Classifier:
+    """Train on ``folder.train``, every label drawn alike, with random blur and noise on top of ``augment``.
+
+    Raises:
+        ConfigError: ``steps`` is not positive.
+        DataError: no image can be decoded.
+    """
+    if steps < 1:
+        raise ConfigError(f"the classifier's steps are {steps}; it must be at least 1")
+    source = batches(folder, balanced(folder), BATCH, seed=SEED, augment=augment)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = Classifier(len(folder.classes)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
+        with tqdm(total=steps, desc="training the classifier", unit="step", dynamic_ncols=True) as bar:
+            for _, (pixels, labels) in zip(range(steps), source, strict=False):
+                logits = model(degrade(to_float(pixels)))
+                loss = F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=SMOOTHING)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
+    return model.eval().requires_grad_(False)
+
+
+def balanced(folder: ImageFolder) -> Indices:
+    """int64 [labels * M]: the training images of each label, repeated to M, the number of the most frequent one's."""
+    members = [folder.train[folder.labels[folder.train] == label] for label in range(len(folder.classes))]
+    most = max(map(len, members))
+    return np.concatenate([np.resize(each, most) for each in members])
+
+
+def degrade(x: Tensor) -> Tensor:
+    """Blur and noise of a random strength per image, so that sharpness says nothing: float [B, 3, S, S], also back."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    kernel = (row[:, None] * row).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+    mix, noise = torch.rand(2, len(x), 1, 1, 1)
+    return x + mix * (blurred - x) + NOISE * noise * torch.randn_like(x)
+
+
+@torch.no_grad()
+def judge(model: Classifier, images: Pixels) -> Verdict:
+    """What the classifier makes of images uint8 [N, S, S, 3]."""
+    labels, features = [np.zeros(0, np.int64)], [np.zeros((0, WIDTHS[-1]), np.float32)]
+    for start in range(0, len(images), 64):
+        pooled = model.features(to_float(images[start : start + 64]))
+        labels.append(model.head(pooled).argmax(1).numpy())
+        features.append(F.normalize(pooled).numpy())
+    return Verdict(np.concatenate(labels), np.concatenate(features))
