@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import EngineError
+from runtimes.errors import EngineError, InputError
 from runtimes.protocol import Backend, Buffer, Program
 
 
@@ -136,7 +136,7 @@ class Loop:
         waiting = deque(jobs)
         width = 2 if any(job.params.guidance != 1 for job in waiting) else 1
         if self.slots < width:
-            raise EngineError(
+            raise InputError(
                 f"guidance takes two slots an image, but the generator has {self.slots}; use slots=2 or more"
             )
         active: dict[int, Job] = {}
@@ -214,19 +214,11 @@ def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArra
 
 
 def fill_gaps(cells: NDArray[np.int32], side: int) -> NDArray[np.int32]:
-    """Give every empty cell (-1) the value of a nearby filled one, so that an unfinished image can be decoded."""
-    square = cells.reshape(side, side).copy()
-    if (square < 0).all():
-        square[:] = 0
-    while (empty := square < 0).any():
-        padded = np.pad(square, 1, constant_values=-1)
-        for rows, columns in (
-            (slice(1, -1), slice(0, -2)),
-            (slice(1, -1), slice(2, None)),
-            (slice(0, -2), slice(1, -1)),
-            (slice(2, None), slice(1, -1)),
-        ):
-            neighbour = padded[rows, columns]
-            take = empty & (square < 0) & (neighbour >= 0)
-            square[take] = neighbour[take]
-    return square.reshape(-1)
+    """Give every empty cell (-1) the value of the nearest filled one (code 0 if there is none), int32 [side * side],
+    so that an unfinished image can be decoded."""
+    filled = np.flatnonzero(cells >= 0)
+    if not filled.size:
+        return np.zeros_like(cells)
+    row, column = np.divmod(np.arange(side * side), side)
+    distance = (row[:, None] - row[filled]) ** 2 + (column[:, None] - column[filled]) ** 2
+    return cells[filled[distance.argmin(1)]]

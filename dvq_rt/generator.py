@@ -20,7 +20,7 @@ from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, fill_gaps
 from dvq_rt.images import ImageLike, grid, to_array, to_uint8
 from dvq_rt.manifest import DEMO, Manifest, read_engine
 from dvq_rt.sampling import SamplingParams, uniforms
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Backend, Program
 
@@ -116,7 +116,10 @@ class Generator:
         if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
             raise InputError(f"slots is {slots!r}; it must be a positive integer or None")
         path = Path(DEMO if engine_dir is None else engine_dir)
-        self._open(path, read_engine(path), OnnxRuntimeBackend(device, threads), slots)
+        backend, manifest = OnnxRuntimeBackend(device, threads), read_engine(path)
+        if device == "cuda" and manifest.target != "cuda":
+            raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")
+        self._open(path, manifest, backend, slots)
 
     @classmethod
     def of_folder(cls, path: Path, manifest: Manifest) -> Generator:
@@ -253,7 +256,8 @@ class Generator:
         jobs, lengths = [], []
         for i, (c, label) in enumerate(zip(several, given, strict=True)):
             self._check_layout(c)
-            tokens = c.tokens(label)
+            # in this model's own ids, which another order or other labels would change
+            tokens = Codes(c.codes, c.grain, self.layout, c.label if label is None else label).tokens()
             start = int(tokens.content[0]) - self.layout.content_sos
             forced = (tokens.position[1:], tokens.content[1:])
             jobs.append(Job(i, start, uniforms(0, i, self.layout.max_length), params, forced))

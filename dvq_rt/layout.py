@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class TokenLayout:
 
     Args:
         codebook_size: number of codes K.
-        sides: cells per image side of each segment, coarse to fine; each divides the last.
+        sides: cells per image side of each segment, coarse to fine; each is a multiple of the one before.
         order: order of the positions of every segment but the first. ``row-first`` is row-major over the image,
             ``region-first`` row-major over the cells of the first segment and row-major within each.
         classes: number of labels; 0 is an unconditional model.
@@ -47,7 +48,7 @@ class TokenLayout:
             (``dqtransformer_class``).
 
     Raises:
-        ConfigError: a size is out of range.
+        ConfigError: a size is of the wrong type or out of range.
     """
 
     codebook_size: int
@@ -58,17 +59,21 @@ class TokenLayout:
     label_in_position: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sides", tuple(self.sides))
-        if self.codebook_size < 1:
-            raise ConfigError(f"layout.codebook_size is {self.codebook_size}; it must be at least 1")
-        if not self.sides or any(s < 1 or self.sides[-1] % s for s in self.sides):
-            raise ConfigError(f"layout.sides is {self.sides}; each must be positive and divide the last")
-        if list(self.sides) != sorted(set(self.sides)):
-            raise ConfigError(f"layout.sides is {self.sides}; they must grow from coarse to fine")
+        if not _is_int(self.codebook_size, 1):
+            raise ConfigError(f"layout.codebook_size is {self.codebook_size!r}; it must be an integer of at least 1")
+        sides = self.sides
+        if not isinstance(sides, tuple | list) or not sides or not all(_is_int(side, 1) for side in sides):
+            raise ConfigError(f"layout.sides is {sides!r}; it must be a list of integers of at least 1")
+        object.__setattr__(self, "sides", tuple(sides))
+        if any(fine == coarse or fine % coarse for coarse, fine in pairwise(sides)):
+            raise ConfigError(f"layout.sides is {self.sides}; each must be a larger multiple of the one before")
         if self.order not in ORDERS:
             raise ConfigError(f"layout.order is {self.order!r}; it must be one of {ORDERS}")
-        if self.classes < 0:
-            raise ConfigError(f"layout.classes is {self.classes}; it must be 0 (unconditional) or more")
+        if not _is_int(self.classes, 0):
+            raise ConfigError(f"layout.classes is {self.classes!r}; it must be an integer, 0 (unconditional) or more")
+        for name in ("null_label", "label_in_position"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"layout.{name} is {getattr(self, name)!r}; it must be true or false")
         if self.null_label and not self.classes:
             raise ConfigError("layout.null_label needs layout.classes of at least 1")
 
@@ -241,3 +246,7 @@ class TokenLayout:
             odd, lacking = sorted(set(values) - known), sorted(known - set(values))
             raise ConfigError(f"layout: unknown keys {odd}, missing keys {lacking}")
         return cls(**values)
+
+
+def _is_int(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

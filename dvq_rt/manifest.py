@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 DEMO = Path(__file__).with_name("demo")
 FAMILIES = ("dq",)
 BACKENDS = ("onnxruntime",)
+TARGETS = ("cpu", "cuda")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -63,6 +64,7 @@ class Manifest:
         defaults: recommended values of SamplingParams fields.
         tolerances: errors measured at export, by name.
         parameters: parameter counts, by name.
+        target: device that the graphs were lowered for; those for ``cuda`` run on a CPU too, though slower.
         family, backend, schema: kind of model, kind of engine, version of this format.
 
     Raises:
@@ -83,12 +85,14 @@ class Manifest:
     parameters: dict[str, int] = field(default_factory=dict)
     family: str = "dq"
     backend: str = "onnxruntime"
+    target: str = "cpu"
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         _check(self.schema == SCHEMA, "schema", self.schema, f"must be {SCHEMA}")
         _check(self.family in FAMILIES, "family", self.family, f"must be one of {FAMILIES}")
         _check(self.backend in BACKENDS, "backend", self.backend, f"must be one of {BACKENDS}")
+        _check(self.target in TARGETS, "target", self.target, f"must be one of {TARGETS}")
         _check(isinstance(self.layout, TokenLayout), "layout", self.layout, "must be a TokenLayout")
         finest = self.layout.sides[-1]
         whole = _is_int(self.image_size, 1) and self.image_size % finest == 0

@@ -39,8 +39,8 @@ class SamplingParams:
         top_k_position: the same for the position head.
         top_p_position: the same for the position head.
         guidance: weight of the label against "no label", in [0, 1000]; 1 is the plain conditional model.
-        fine_positions: ``fixed`` visits the positions of every segment but the first in their order,
-            ``drawn`` lets the position head choose them.
+        fine_positions: ``fixed`` visits the free positions of the last segment in their order, ``drawn`` lets the
+            position head choose them.
 
     Raises:
         InputError: a value is not a number of the right kind, or out of its range.

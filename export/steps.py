@@ -45,9 +45,9 @@ class Step(nn.Module):
 
     Controls (in): ``reset`` bool [B] starts a slot afresh with ``label`` int64 [B]; ``uniforms`` float32
     [B, Tmax, 2] holds the random numbers of each step and head; sampling parameters per slot (``top_k`` of the
-    vocabulary's size or more switches it off); ``fixed`` bool [B] takes the positions after the first segment in
+    vocabulary's size or more switches it off); ``fixed`` bool [B] takes the positions of the last segment in
     order; ``partner`` int64 [B] and ``partner_weight`` float32 [B], see ``mix``; ``forced_position`` (joint) and
-    ``forced_content`` int64 [B] override the draws where they are not negative.
+    ``forced_content`` int64 [B] override the draws of slots that are not done, where they are not negative.
 
     Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of what
     was taken under the mask at temperature 1, [B] each.
@@ -137,7 +137,7 @@ class Step(nn.Module):
             top_k_position,
             top_p_position,
             forced_position - self.offset[segment],
-            forced_position >= 0,
+            (forced_position >= 0) & ~done,
         )
         joint = local + self.offset[segment]
 
@@ -153,7 +153,14 @@ class Step(nn.Module):
         plain = (~starting & (local != eos))[:, None]
         allowed = choose(plain, codes, self.content_ids == special[:, None])
         value, content_logprob = draw(
-            content_logits, allowed, random[:, 1], temperature, top_k, top_p, forced_content, forced_content >= 0
+            content_logits,
+            allowed,
+            random[:, 1],
+            temperature,
+            top_k,
+            top_p,
+            forced_content,
+            (forced_content >= 0) & ~done,
         )
 
         # advance; a slot that was done stays as it is
@@ -200,7 +207,6 @@ class Step(nn.Module):
             ends = torch.ones_like(free[:, :1])
             if s == layout.segments - 1:
                 ends = ~free.any(1, keepdim=True)
-            if s:
                 rank = self.ranks[s, : side * side]
                 lowest = torch.where(free, rank, torch.full_like(rank, side * side)).amin(1, keepdim=True)
                 free = free & (~fixed[:, None] | (rank == lowest))

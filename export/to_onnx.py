@@ -75,6 +75,7 @@ def export_onnx(
             step=interface,
             precision="fp32",
             weights="fp16" if half_weights else "fp32",
+            target=target,
             tools={name: version(name) for name in ("torch", "onnx")},
             class_names=model.class_names,
             defaults=model.defaults,

@@ -139,8 +139,6 @@ class OnnxRuntimeBackend:
             options.intra_op_num_threads = self.threads
         if not main:  # only one pool of spinning threads: two of them cost a factor of 2
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if self.device == "cuda":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             session = self._ort.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:

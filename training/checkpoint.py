@@ -100,6 +100,7 @@ def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | N
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # a crash may have left it
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -121,12 +122,17 @@ def load_checkpoint(folder: str | Path) -> DQModel:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
     if config.get("format") != FORMAT or config.get("family") != "dq":
         raise CheckpointError(
             f"{folder / 'config.json'} has format {config.get('format')!r}, family {config.get('family')!r}; "
             f"this version reads format {FORMAT}, family 'dq'"
         )
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is wrong: {error}") from None
     try:
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -136,7 +142,14 @@ def load_checkpoint(folder: str | Path) -> DQModel:
 
 
 def build_model(config: dict[str, Any]) -> DQModel:
-    """A freshly initialised model of a ``config.json`` dict."""
+    """A freshly initialised model of a ``config.json`` dict.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is out of range.
+    """
+    keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
+    if set(config) != keys:
+        raise ConfigError(f"unknown keys {sorted(set(config) - keys)}, missing keys {sorted(keys - set(config))}")
     tokenizer = DQVAE(strict(DQVAEConfig, config["tokenizer"], "tokenizer")) if config["tokenizer"] else None
     transformer = None
     if config["transformer"]:

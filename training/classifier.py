@@ -16,6 +16,7 @@ from training.data import Augment, ImageFolder, Indices, Pixels, batches
 from training.thresholds import to_float
 
 WIDTHS = (24, 48, 80, 112)
+FEATURES = 4 * WIDTHS[2]
 SEED = 0  # fixed, so that the judge depends on the data alone
 BATCH, RATE, WEIGHT_DECAY, SMOOTHING, NOISE = 32, 3e-3, 0.05, 0.1, 0.1
 
@@ -35,24 +36,38 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Four blocks, global mean, one Linear: 0.3 M parameters, for squares of any side."""
+    """Four blocks, global mean, one Linear: 0.3 M parameters, for squares of any side.
+
+    Its features, for distances between images, are the means of the third block over the picture's quadrants: the last
+    block forgets what does not tell labels apart. ``standardise`` brings them to mean 0 and deviation 1.
+    """
+
+    centre: Tensor
+    scale: Tensor
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(i, o) for i, o in zip((3, *WIDTHS), WIDTHS, strict=False)))
+        self.early = nn.Sequential(*(Block(i, o) for i, o in zip((3, *WIDTHS), WIDTHS[:-1], strict=False)))
+        self.last = Block(*WIDTHS[-2:])
         self.head = nn.Linear(WIDTHS[-1], classes)
+        self.register_buffer("centre", torch.zeros(FEATURES))
+        self.register_buffer("scale", torch.ones(FEATURES))
 
-    def features(self, x: Tensor) -> Tensor:
-        """float [B, 3, S, S] in [-1, 1] -> [B, 112], the mean of the last block over all places."""
-        return self.blocks(x).mean((2, 3))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B, 3, S, S] in [-1, 1] -> logits [B, classes], features [B, FEATURES]."""
+        early = self.early(x)
+        features = (F.adaptive_avg_pool2d(early, 2).flatten(1) - self.centre) / self.scale
+        return self.head(F.dropout(self.last(early).mean((2, 3)), 0.2, self.training)), features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float [B, 3, S, S] in [-1, 1] -> logits [B, classes]."""
-        return self.head(F.dropout(self.features(x), 0.2, self.training))
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Take the mean and deviation of the training images' raw features, float [N, FEATURES]."""
+        self.centre.copy_(features.mean(0))
+        self.scale.copy_(features.std(0, correction=0).clamp_min(1e-4))
 
 
 class Verdict(NamedTuple):
-    """``labels`` int64 [N], the most probable ones; ``features`` float32 [N, 112], of length 1."""
+    """``labels`` int64 [N], the most probable ones; ``features`` float32 [N, FEATURES], of length 1."""
 
     labels: NDArray[np.int64]
     features: NDArray[np.float32]
@@ -75,7 +90,7 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
         with tqdm(total=steps, desc="training the classifier", unit="step", dynamic_ncols=True) as bar:
             for _, (pixels, labels) in zip(range(steps), source, strict=False):
-                logits = model(degrade(to_float(pixels)))
+                logits, _ = model(degrade(to_float(pixels)))
                 loss = F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=SMOOTHING)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -83,7 +98,10 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
                 schedule.step()
                 bar.update()
                 bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    images, _ = folder.load(folder.train)
+    model.standardise(torch.cat([model(to_float(images[i : i + 64]))[1] for i in range(0, len(images), 64)]))
+    return model
 
 
 def balanced(folder: ImageFolder) -> Indices:
@@ -105,9 +123,9 @@ def degrade(x: Tensor) -> Tensor:
 @torch.no_grad()
 def judge(model: Classifier, images: Pixels) -> Verdict:
     """What the classifier makes of images uint8 [N, S, S, 3]."""
-    labels, features = [np.zeros(0, np.int64)], [np.zeros((0, WIDTHS[-1]), np.float32)]
+    labels, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
     for start in range(0, len(images), 64):
-        pooled = model.features(to_float(images[start : start + 64]))
-        labels.append(model.head(pooled).argmax(1).numpy())
-        features.append(F.normalize(pooled).numpy())
+        logits, found = model(to_float(images[start : start + 64]))
+        labels.append(logits.argmax(1).numpy())
+        features.append(F.normalize(found).numpy())
     return Verdict(np.concatenate(labels), np.concatenate(features))

@@ -49,6 +49,8 @@ def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]
     except (OSError, ValueError) as error:
         names = sorted(p.stem for p in CONFIGS.glob("*.json"))
         raise ConfigError(f"{file} cannot be read: {error}; give a JSON file or one of {names}") from None
+    if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
+        raise ConfigError(f"{file} must be one JSON object of sections, each an object of fields")
     if unknown := sorted(set(values) - set(sections)):
         raise ConfigError(f"{file}: unknown sections {unknown}; there are {sorted(sections)}")
     for text in overrides:
@@ -66,14 +68,29 @@ def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]
         if cls is dict:
             out[section] = given
             continue
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(given) - known):
-            raise ConfigError(f"{file}: unknown fields {unknown} in section {section!r}; there are {sorted(known)}")
-        try:
-            out[section] = cls(**given)
-        except TypeError as error:
-            raise ConfigError(f"{file}: section {section!r}: {error}") from None
+        out[section] = build(cls, given, f"{file}: section {section!r}")
     return out
+
+
+def build(cls: Any, given: dict[str, Any], where: str) -> Any:
+    """A configuration dataclass from some of its fields, whose values are checked against the declared plain types.
+
+    Raises:
+        ConfigError: a field is unknown, or a value of the wrong type or out of range.
+    """
+    known = {f.name: str(f.type) for f in fields(cls)}
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(f"{where}: unknown fields {unknown}; there are {sorted(known)}")
+    kinds: dict[str, Any] = {"int": int, "float": int | float, "bool": bool, "str": str, "dict": dict, "tuple": list}
+    for name, value in given.items():
+        kind = known[name].partition("[")[0]
+        good = isinstance(value, kinds[kind]) or (kind == "tuple" and isinstance(value, tuple))
+        if not good or (isinstance(value, bool) and kind != "bool"):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be of type {known[name]}")
+    try:
+        return cls(**given)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def open_run(run: str | Path, resume: bool, settings: dict[str, Any]) -> Path:
@@ -88,12 +105,15 @@ def open_run(run: str | Path, resume: bool, settings: dict[str, Any]) -> Path:
     if resume:
         if not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
             raise ConfigError(f"{folder} has no checkpoint to resume; leave --resume out to start")
-        if file.read_text() != text:
+        if not file.exists() or file.read_text() != text:
             raise ConfigError(f"{folder} was started with other settings ({file}); resume with the same ones")
         return folder
-    if (folder / "checkpoint").exists():
+    if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
         raise ConfigError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)
-    file.write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").unlink(missing_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; choose another --out") from None
     return folder

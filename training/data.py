@@ -193,6 +193,14 @@ class ImageFolder:
             names = _some([str(path) for path in fresh])
             warnings.warn(f"{len(fresh)} unreadable image(s) left out: {names}", stacklevel=3)
 
+    def check_held_out(self) -> None:
+        """Raise DataError when ``val`` is empty, where training needs images to validate on."""
+        if not len(self.val):
+            raise DataError(
+                f"none of the {len(self)} images of {self.root} is held out for validation; raise stage.val_fraction, "
+                "or give every class at least 10 images"
+            )
+
     def _split(self, val_fraction: float, seed: int) -> tuple[Indices, Indices]:
         """Train and validation indices, see the class."""
         draws = np.array([_hash_uniform(f"{seed}/{self.relative(index)}") for index in range(len(self))])

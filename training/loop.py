@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class Stage:
         model: holds all parameters; ``trained`` is the part that is optimised.
         batches: from a step number, an endless iterator of that step's batch and the next ones'.
         loss: (batch, step) -> scalars, of which ``loss`` is minimised.
-        validate: () -> scalars, of which ``loss`` picks the best checkpoint.
+        validate: () -> scalars, of which ``loss`` picks the best checkpoint; without it the checkpoint is no candidate.
         pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
         count: batch -> number of images.
     """
@@ -123,8 +124,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
     if resume:
         state = load_training_state(run / "checkpoint")
         restore_optimizer(optimizer, state.tensors)
+        _cut_log(run, state.step)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step)
-    stop = _catch_signals()
 
     def save(folder: Path) -> None:
         state.tensors = optimizer_tensors(optimizer)
@@ -132,7 +133,11 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
 
     batches = stage.batches(state.step)
     started, before, smooth = time.monotonic(), state.values["seconds"], math.nan
-    with tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar, writer:
+    with (
+        tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar,
+        writer,
+        _signals() as stop,
+    ):
         while state.step < config.steps and not stop:
             began = time.monotonic()
             batch = next(batches)
@@ -166,7 +171,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
                     writer.add_scalar(f"val/{name}", value, state.step)
                 _log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
                 bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
-                if checked["loss"] < state.values["best"]:
+                if checked.get("loss", math.inf) < state.values["best"]:
                     state.values["best"] = checked["loss"]
                     save(run / "best")
             if state.step % config.picture_every == 0 or last:
@@ -181,15 +186,29 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
     return stage.model
 
 
-def _catch_signals() -> list[int]:
-    """A list that fills when SIGTERM or SIGINT arrives (main thread only)."""
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that fills when SIGTERM or SIGINT arrives (main thread only); afterwards they act as before."""
     seen: list[int] = []
+    before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: seen.append(n))
-    except ValueError:
-        pass
-    return seen
+        with suppress(ValueError):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, lambda n, _: seen.append(n))
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cut_log(run: Path, step: int) -> None:
+    """Drop the log's rows beyond a step, which a resumed run writes again, and a row that a crash left half."""
+    path = run / "log.jsonl"
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    path.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _log(run: Path, row: dict[str, Any]) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from runtimes.errors import CheckpointError
+from training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
 from training.data import ImageFolder
 from training.models.dqvae import patch_entropy
@@ -57,11 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder whose table is replaced")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint)
-    assert model.tokenizer is not None
+    if model.tokenizer is None:
+        raise CheckpointError(f"{args.checkpoint} holds no tokenizer; give a checkpoint of training.train_tokenizer")
+    resumable = (Path(args.checkpoint) / "training.safetensors").exists()
+    state = load_training_state(args.checkpoint) if resumable else None
     config = model.tokenizer.config
     table = folder_thresholds(ImageFolder(args.data, config.image_size), config.stride)
     model.tokenizer.entropy_thresholds.copy_(table)
-    save_checkpoint(model, args.checkpoint)
+    save_checkpoint(model, args.checkpoint, state)
     for p in (10, 25, 50, 75, 90):
         print(f"{p:3d} % of the patches lie at or below {table[p - 1]:.4f} nats")
     print(args.checkpoint)

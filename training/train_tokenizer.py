@@ -59,6 +59,7 @@ def train_tokenizer(
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
     folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
+    folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
     path = open_run(run, resume, settings)
     torch.manual_seed(training.seed)
@@ -103,7 +104,9 @@ def train_tokenizer(
             else:
                 encoding = vae.encode(x)
                 y, fine = vae.decode_codes(encoding.codes), encoding.grain.float().mean((1, 2))
-            parts = {"loss": (x - y).abs().mean((1, 2, 3)), "psnr": psnr(x, y), "ssim": ssim(x, y), "fine": fine}
+            parts = {"psnr": psnr(x, y), "ssim": ssim(x, y), "fine": fine}
+            if quantising[0]:  # a checkpoint without a codebook is no candidate for the best one
+                parts["loss"] = (x - y).abs().mean((1, 2, 3))
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums

@@ -19,7 +19,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import DQModel, load_checkpoint
-from training.cli import guarded, open_run, read_config
+from training.cli import build, guarded, open_run, read_config
 from training.data import Augment, ImageFolder, batches
 from training.loop import Stage, TrainConfig, fit
 from training.losses import psnr, stacked_losses
@@ -149,6 +149,7 @@ def train_transformer(
     folder = ImageFolder(
         data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels
     )
+    folder.check_held_out()
     unconditional = folder.classes == [""]
     layout = TokenLayout(
         codebook_size=vae.config.codebook_size,
@@ -157,7 +158,7 @@ def train_transformer(
         classes=0 if unconditional else len(folder.classes),
         null_label=stage.label_dropout > 0 and not unconditional,
     )
-    config = TransformerConfig(**{**transformer, "block_size": layout.max_length})
+    config = build(TransformerConfig, {**transformer, "block_size": layout.max_length}, "section 'transformer'")
     settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
     path = open_run(run, resume, settings)
     check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
@@ -235,8 +236,7 @@ def check_tokenizer(vae: DQVAE, folder: ImageFolder, least: float, name: str) ->
     Raises:
         CheckpointError: its PSNR on held-out images is below ``least`` dB.
     """
-    chosen = folder.val if len(folder.val) else folder.train
-    x = to_float(np.stack([folder.pixels(int(i)) for i in chosen[:32]]))
+    x = to_float(np.stack([folder.pixels(int(i)) for i in folder.val[:32]]))
     measured = float(psnr(x, vae.decode_codes(vae.encode(x).codes)).mean())
     if not measured >= least:
         raise CheckpointError(

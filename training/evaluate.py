@@ -1,0 +1,523 @@
+"""Judge an engine on real images: ``python -m training.evaluate ENGINE_DIR DATA --out DIR``.
+
+Everything is drawn, encoded and decoded by the engine; PyTorch runs the judge alone, a classifier trained on the real
+images. Pictures and ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from dvq_rt import Codes, Generator, Samples, SamplingParams
+from dvq_rt.images import grain_overlay
+from dvq_rt.manifest import write_file
+from runtimes.errors import ConfigError, InputError
+from runtimes.onnxruntime import import_onnxruntime
+from training.classifier import Classifier, judge, train_classifier
+from training.cli import guarded, read_config
+from training.data import Augment, ImageFolder, Indices, Pixels
+from training.loop import TrainConfig
+from training.losses import psnr, ssim
+from training.thresholds import to_float
+from training.train_tokenizer import StageOneConfig
+from training.train_transformer import StageTwoConfig
+
+SHIFT = 3  # pixels by which training images are moved in the search for the nearest one
+QUANTILES = (0, 5, 25, 50, 75, 95, 100)
+COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
+SWEEP = {"temperature": (0.5, 0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
+GAP, TEXT = 6, 15  # pixels in the pictures
+
+Distances = NDArray[np.float32]
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+def accuracy(found: NDArray[np.int64], wanted: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Share (None of a count of 0) of ``found`` [N] that equals ``wanted`` [N], and count, overall and per label."""
+
+    def share(use: NDArray[np.bool_]) -> dict[str, Any]:
+        return {"share": float((found == wanted)[use].mean()) if use.any() else None, "count": int(use.sum())}
+
+    labels = {name: share(wanted == i) for i, name in enumerate(names)}
+    return {**share(np.ones(len(wanted), dtype=bool)), "labels": labels}
+
+
+def cost(codes: Sequence[Codes], image_size: int) -> dict[str, float]:
+    """Mean number of codes and bits per pixel, beside those of one code per fine cell."""
+    layout = codes[0].layout
+    fixed = layout.sides[-1] ** 2
+    return {
+        "codes": float(np.mean([c.length for c in codes])),
+        "fixed_codes": fixed,
+        "bits_per_pixel": float(np.mean([c.bits_per_pixel(image_size) for c in codes])),
+        "fixed_bits_per_pixel": float(fixed * np.log2(layout.codebook_size) / image_size**2),
+    }
+
+
+def fidelity(images: Pixels, decoded: Pixels) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of uint8 [N, S, S, 3], in chunks."""
+    chunks = [slice(start, start + 64) for start in range(0, len(images), 64)]
+    pairs = [(to_float(images[c]), to_float(decoded[c])) for c in chunks]
+    return {f.__name__: float(torch.cat([f(x, y) for x, y in pairs]).mean()) for f in (psnr, ssim)}
+
+
+def nearest_pixels(queries: Pixels, training: Pixels, shift: int = SHIFT) -> tuple[Distances, Indices]:
+    """The nearest training image of each query, wherever it is moved by up to ``shift`` pixels and mirrored or not.
+
+    Args:
+        queries: uint8 [N, S, S, 3]; training: uint8 [M, S, S, 3], M at least 1. Shifts bring in repeated edges.
+
+    Returns:
+        root mean square difference float32 [N] in grey levels (0..255), and index int64 [N] into ``training``.
+    """
+    flat = to_float(queries).sub(1).flatten(1)  # white is 0, which keeps the norms small
+    norms, side = flat.square().sum(1), queries.shape[1]
+    best, index = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.long)
+    for start in tqdm(range(0, len(training), 256), desc="nearest training images", dynamic_ncols=True):
+        padded = F.pad(to_float(training[start : start + 256]).sub(1), (shift,) * 4, mode="replicate")
+        for down, right, mirrored in product(range(2 * shift + 1), range(2 * shift + 1), (False, True)):
+            moved = padded[..., down : down + side, right : right + side]
+            moved = (moved.flip(-1) if mirrored else moved).flatten(1)
+            found, where = (norms[:, None] + moved.square().sum(1) - 2 * flat @ moved.T).min(1)
+            index = torch.where(found < best, where + start, index)
+            best = torch.minimum(found, best)
+    rms = (best.clamp_min(0) / flat.shape[1]).sqrt() * 127.5
+    return rms.numpy(), index.numpy()
+
+
+def nearest_features(
+    queries: NDArray[np.float32], training: NDArray[np.float32], mirrored: NDArray[np.float32]
+) -> tuple[Distances, Indices]:
+    """The training image, as it is or mirrored, whose features are nearest.
+
+    Args:
+        queries: float32 [N, D]; training, mirrored: float32 [M, D], M at least 1; all of length 1.
+
+    Returns:
+        cosine distance float32 [N] in 0..2, and index int64 [N] into ``training``.
+    """
+    similar = np.maximum(queries @ training.T, queries @ mirrored.T)
+    return 1 - similar.max(1), similar.argmax(1)
+
+
+def spreads(features: NDArray[np.float32], labels: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Mean cosine distance between the images of each label.
+
+    Args:
+        features: float32 [N, D] of length 1; labels: int64 [N] in 0..count-1.
+
+    Returns:
+        float64 [count]; NaN for labels with fewer than two images.
+    """
+
+    def spread(members: NDArray[np.float32]) -> float:
+        pairs = ~np.eye(len(members), dtype=bool)
+        return float((1 - members @ members.T)[pairs].mean()) if len(members) > 1 else float("nan")
+
+    return np.array([spread(features[labels == label]) for label in range(count)])
+
+
+def diversity(samples: NDArray[np.float64], real: NDArray[np.float64]) -> float:
+    """Mean over the labels of the samples' spread relative to real images', both of ``spreads``; NaN without any."""
+    ratios = samples / np.maximum(real, 1e-6)
+    return float(ratios[~np.isnan(ratios)].mean()) if not np.isnan(ratios).all() else float("nan")
+
+
+def memorisation(samples: Distances, held_out: Distances, copies: Distances) -> dict[str, Any]:
+    """Quantiles of three sets' distances to the training set, and the share of the samples that is suspiciously near.
+
+    ``copies`` are reconstructions of training images: what a verbatim copy would measure. ``closer`` is the share of
+    the samples below the 5th percentile of ``held_out``, ``copy_like`` that below the 95th of ``copies``; None without.
+    """
+
+    def below(reference: Distances, percent: int) -> float | None:
+        return float((samples < np.percentile(reference, percent)).mean()) if len(reference) else None
+
+    sets = {"samples": samples, "held_out": held_out, "copies": copies}
+    table = {
+        name: {f"p{q}": float(np.percentile(values, q)) for q in QUANTILES} if len(values) else {}
+        for name, values in sets.items()
+    }
+    return {**table, "closer": below(held_out, 5), "copy_like": below(copies, 95)}
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+def enlarged(image: NDArray[np.uint8], least: int = 128) -> Image.Image:
+    """A picture of [S, S, 3] at the smallest whole multiple of its size that is at least ``least`` pixels wide."""
+    scale = -(-least // image.shape[1])
+    return Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], headings: Sequence[str] = ()) -> Image.Image:
+    """Rows of pictures of one size on white, each row's title at its left, the columns' headings above."""
+    font = ImageFont.load_default(TEXT)
+    side = rows[0][1][0].width
+    left = GAP + int(max(font.getlength(title) for title, _ in rows)) + GAP
+    top = GAP + (TEXT + GAP if headings else 0)
+    columns = max(len(pictures) for _, pictures in rows)
+    canvas = Image.new("RGB", (left + columns * (side + GAP), top + len(rows) * (side + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, text in enumerate(headings):
+        draw.text((left + column * (side + GAP) + side // 2, GAP), text, fill="black", font=font, anchor="ma")
+    for row, (title, pictures) in enumerate(rows):
+        y = top + row * (side + GAP)
+        draw.text((GAP, y + side // 2), title, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (left + column * (side + GAP), y))
+    return canvas
+
+
+def pick(count: int, most: int) -> list[int]:
+    """At most ``most`` indices, evenly over 0..count-1."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def picture_samples(samples: Samples, names: Sequence[str], per_label: int = 8) -> Image.Image:
+    """A row of samples per label."""
+    pictures = samples.to_numpy()
+    of_label = [np.flatnonzero(np.array(samples.labels) == i)[:per_label] for i in range(len(names))]
+    return sheet([(name, [enlarged(pictures[i]) for i in of_label[row]]) for row, name in enumerate(names)])
+
+
+def picture_reconstructions(images: Pixels, decoded: Pixels, columns: int = 8) -> Image.Image:
+    """Originals above their reconstructions."""
+    chosen = pick(len(images), 2 * columns)
+    rows = []
+    for start in range(0, len(chosen), columns):
+        for title, source in (("original", images), ("decoded", decoded)):
+            rows.append((title, [enlarged(source[i]) for i in chosen[start : start + columns]]))
+    return sheet(rows)
+
+
+def picture_grain(images: Pixels, codes: Sequence[Codes], columns: int = 6) -> Image.Image:
+    """Originals above the same with the cells of their code."""
+    chosen, size = pick(len(images), columns), images.shape[1]
+    scale, sides = -(-192 // size), codes[0].layout.sides
+    overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in chosen]
+    originals = [enlarged(images[i], 192) for i in chosen]
+    headings = [f"{codes[i].length} of {sides[-1] ** 2} codes" for i in chosen]
+    return sheet([("original", originals), ("grain", overlays)], headings)
+
+
+def picture_nearest(
+    samples: Samples, names: Sequence[str], training: Pixels, pixels: tuple[Distances, Indices], features: Indices
+) -> Image.Image:
+    """Two samples per label, the first one and the other that is nearest in pixels, with their nearest training images.
+
+    Args:
+        pixels: of ``nearest_pixels``; features: the indices of ``nearest_features``.
+    """
+    pictures, distances = samples.to_numpy(), pixels[0]
+    rows = []
+    for label, name in enumerate(names):
+        members = np.flatnonzero(np.array(samples.labels) == label)
+        chosen = [members[0], *members[1:][distances[members[1:]].argsort()[:1]]]
+        cells = [(pictures[i], training[pixels[1][i]], training[features[i]]) for i in chosen]
+        rows.append((name, [enlarged(image) for cell in cells for image in cell]))
+    nearest = ("nearest (pixels)", "nearest (features)")
+    return sheet(rows, ("first sample", *nearest, "closest sample", *nearest))
+
+
+# --- the steps -------------------------------------------------------------------------------------------------
+def open_data(
+    generator: Generator, data: str | Path, training: TrainConfig, stage: StageTwoConfig
+) -> tuple[ImageFolder, Augment]:
+    """The labelled images of stage 2 with its split, labels in the engine's order, and its augmentation.
+
+    Raises:
+        InputError: the engine has no named labels.
+        ConfigError: its labels are not the configuration's.
+        DataError: the folder cannot be used, or holds no held-out image.
+    """
+    names = generator.class_names
+    if not names:
+        raise InputError(
+            f"engine {generator.path} has no named labels, so nothing says what its samples should show; "
+            "evaluate an engine of a class-conditional model"
+        )
+    size = generator.manifest.image_size
+    if stage.labels and set(stage.labels) == set(names):
+        stage = replace(stage, labels={name: stage.labels[name] for name in names})
+    folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None)
+    if folder.classes != list(names):
+        raise ConfigError(
+            f"engine {generator.path} has the labels {sorted(names)}, the configuration has {sorted(folder.classes)}; "
+            "give the one it was trained with by --config"
+        )
+    return folder, Augment(training.shift, training.flip, frozenset(stage.flip_exclude))
+
+
+def through(generator: Generator, images: Pixels, title: str) -> tuple[list[Codes], Pixels]:
+    """Codes and reconstructions of images uint8 [N, S, S, 3]."""
+    codes = [generator.encode(image)[0] for image in tqdm(images, desc=title, unit="image", dynamic_ncols=True)]
+    return codes, generator.decode(codes)
+
+
+def evaluate(
+    generator: Generator,
+    folder: ImageFolder,
+    held_out: ImageFolder,
+    model: Classifier,
+    n: int,
+    seed: int,
+    save: Callable[[str, Image.Image], None],
+) -> dict[str, Any]:
+    """All numbers of ``evaluation.json`` but the settings.
+
+    Args:
+        folder: labelled as the engine is; held_out: with stage 1's split.
+        model: trained on ``folder.train``; n: samples per label; save: called with each picture's name and picture.
+    """
+    names, size = folder.classes, folder.size
+    samples = generator.sample(n * len(names), [i for i in range(len(names)) for _ in range(n)], seed, progress=True)
+    drawn = judge(model, samples.to_numpy())
+    wanted = np.array(samples.labels, dtype=np.int64)
+    training, used = folder.load(folder.train)
+    real, kept = folder.load(folder.val)
+    real_codes, real_decoded = through(generator, real, "held-out labelled images")
+    seen, seen_decoded = judge(model, real), judge(model, real_decoded)
+    images, _ = held_out.load(held_out.val)
+    codes, decoded = through(generator, images, "held-out images")
+    origins = np.array(pick(len(training), COPIES))
+    copies = through(generator, training[origins], "training images")[1]
+
+    queries = np.concatenate([samples.to_numpy(), real, copies])
+    parts = [len(samples), len(samples) + len(real)]
+    pixels = nearest_pixels(queries, training)
+    features = np.concatenate([drawn.features, seen.features, judge(model, copies).features])
+    mirrored = judge(model, training[:, :, ::-1]).features
+    plain = judge(model, training).features
+    close = nearest_features(features, plain, mirrored)
+
+    save("samples.png", picture_samples(samples, names))
+    save("nearest.png", picture_nearest(samples, names, training, pixels, close[1]))
+    save("reconstructions.png", picture_reconstructions(images, decoded))
+    save("grain.png", picture_grain(images, codes))
+    files = [folder.relative(int(used[i])) for i in pixels[1][: len(samples)]]
+    ranked = pixels[0][: len(samples)].argsort()[:10]
+    return {
+        "params": samples.params.to_dict(),
+        "training_images": {name: int((folder.labels[used] == i).sum()) for i, name in enumerate(names)},
+        "accuracy": {
+            "held_out": accuracy(seen.labels, folder.labels[kept], names),
+            "held_out_reconstructed": accuracy(seen_decoded.labels, folder.labels[kept], names),
+            "samples": accuracy(drawn.labels, wanted, names),
+        },
+        "reconstruction": {"count": len(images), **fidelity(images, decoded)},
+        "cost": {
+            "held_out": cost(codes, size),
+            "held_out_labelled": cost(real_codes, size),
+            "samples": cost(samples.codes, size),
+        },
+        "diversity": diversity(
+            spreads(drawn.features, wanted, len(names)), spreads(plain, folder.labels[used], len(names))
+        ),
+        "memorisation": {
+            **{
+                space: {
+                    **memorisation(*np.split(distances, parts)),
+                    "copies_found": float((index[parts[1] :] == origins).mean()),
+                }
+                for space, (distances, index) in (("pixels", pixels), ("features", close))
+            },
+            "closest": [
+                {"label": names[wanted[i]], "image": int(i), "rms": float(pixels[0][i]), "file": files[i]}
+                for i in ranked
+            ],
+        },
+    }
+
+
+def sweep(generator: Generator, folder: ImageFolder, model: Classifier, n: int, seed: int) -> list[dict[str, Any]]:
+    """Accuracy and diversity of ``n`` samples per label over the grid ``SWEEP``, the best worst label first."""
+    names = folder.classes
+    labels = [i for i in range(len(names)) for _ in range(n)]
+    wanted = np.array(labels, dtype=np.int64)
+    images, used = folder.load(folder.train)
+    real = spreads(judge(model, images).features, folder.labels[used], len(names))
+    base = SamplingParams.from_dict(generator.manifest.defaults)
+    guidance = SWEEP["guidance"] if generator.layout.null_label else (1.0,)
+    rows = []
+    for values in tqdm(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep", dynamic_ncols=True):
+        chosen = dict(zip(SWEEP, values, strict=True))
+        samples = generator.sample(len(labels), labels, seed, replace(base, **chosen))
+        verdict = judge(model, samples.to_numpy())
+        shares = {name: row["share"] for name, row in accuracy(verdict.labels, wanted, names)["labels"].items()}
+        worst = min(shares, key=shares.__getitem__)
+        rows.append(
+            {
+                **chosen,
+                "min": shares[worst],
+                "mean": float(np.mean(list(shares.values()))),
+                "worst_label": worst,
+                "diversity": diversity(spreads(verdict.features, wanted, len(names)), real),
+                "labels": shares,
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["min"], -row["mean"]))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; floats with three digits after the point."""
+
+    def text(value: Any) -> str:
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The numbers of ``evaluate`` as Markdown tables."""
+    found = [result["accuracy"][name] for name in ("held_out", "held_out_reconstructed", "samples")]
+
+    def shares(rows: Sequence[dict[str, Any]]) -> list[str]:
+        return ["–" if r["share"] is None else f"{r['share']:.1%} of {r['count']}" for r in rows]
+
+    counts = result["training_images"]
+    lines = [[name, counts[name], *shares([each["labels"][name] for each in found])] for name in counts]
+    lines.append(["**all**", sum(counts.values()), *shares(found)])
+    first = table(["label", "training images", "held-out named right", "their reconstructions", "samples"], lines)
+
+    held, drawn = result["cost"]["held_out"], result["cost"]["samples"]
+    measured = result["reconstruction"]
+    second = table(
+        ["measure", "value"],
+        [
+            [f"PSNR of {measured['count']} held-out images, dB", f"{measured['psnr']:.2f}"],
+            ["SSIM of the same", measured["ssim"]],
+            ["codes per held-out image", f"{held['codes']:.1f} of {held['fixed_codes']}"],
+            ["codes per sample", f"{drawn['codes']:.1f} of {drawn['fixed_codes']}"],
+            ["bits per pixel, held-out", f"{held['bits_per_pixel']:.3f} of {held['fixed_bits_per_pixel']:.3f}"],
+            ["bits per pixel, samples", f"{drawn['bits_per_pixel']:.3f} of {drawn['fixed_bits_per_pixel']:.3f}"],
+            ["diversity of samples relative to real images", result["diversity"]],
+        ],
+    )
+    rows = []
+    for space, unit in (("pixels", "grey levels RMS"), ("features", "cosine distance")):
+        values = result["memorisation"][space]
+        for name in ("samples", "held_out", "copies"):
+            rows.append([f"{name}, {unit}", *(values[name].get(f"p{q}") for q in QUANTILES)])
+    third = table(["distance to the nearest training image", *(f"p{q}" for q in QUANTILES)], rows)
+    near = [
+        [space, *(result["memorisation"][space][name] for name in ("closer", "copy_like", "copies_found"))]
+        for space in ("pixels", "features")
+    ]
+    fourth = table(
+        ["by", "samples below held-out's p5", "samples below copies' p95", "copies traced to their original"], near
+    )
+    return "\n\n".join((first, second, third, fourth))
+
+
+def save_json(path: Path, values: dict[str, Any]) -> None:
+    """Numbers that are not finite become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    write_file(path, (json.dumps(plain(values), indent=1, allow_nan=False) + "\n").encode())
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Judge an engine on real images.")
+    parser.add_argument("engine", help="engine folder")
+    parser.add_argument("data", help="folder of images that the engine's model was trained on")
+    parser.add_argument("--out", required=True, help="folder for numbers and pictures")
+    parser.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override --config")
+    parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
+    parser.add_argument("--n", type=int, default=32, help="samples per label")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--classifier-steps", type=int, default=1500)
+    parser.add_argument(
+        "--sweep", type=int, nargs="?", const=8, metavar="N", help="instead try sampling parameters, N samples a label"
+    )
+    args = parser.parse_args(argv)
+    for name in ("n", "classifier_steps", "sweep"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not 0 <= args.seed < 2**64:
+        raise InputError(f"--seed is {args.seed}; it must be in 0..2**64-1")
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    config = read_config(args.config, sections, args.set)
+    sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
+    first = read_config(args.tokenizer_config, sections, [])
+
+    generator = Generator(args.engine)
+    folder, augment = open_data(generator, args.data, config["training"], config["stage"])
+    held_out = ImageFolder(
+        args.data, folder.size, val_fraction=first["stage"].val_fraction, seed=first["training"].seed
+    )
+    if not len(held_out.val) or not len(folder.val):
+        raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror or error}; choose another --out") from error
+
+    began = time.monotonic()
+    model = train_classifier(folder, args.classifier_steps, augment)
+    manifest = generator.manifest
+    settings = {
+        "engine": {"files": manifest.files, "tools": manifest.tools, "parameters": manifest.parameters},
+        "config": args.config,
+        "overrides": args.set,
+        "tokenizer_config": args.tokenizer_config,
+        "n": args.sweep or args.n,
+        "seed": args.seed,
+        "classifier": {
+            "steps": args.classifier_steps,
+            "seconds": time.monotonic() - began,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("dvq-rt", "torch", "numpy", "pillow")},
+            "onnxruntime": import_onnxruntime().__version__,
+        },
+    }
+    if args.sweep:
+        rows = sweep(generator, folder, model, args.sweep, args.seed)
+        save_json(out / "sweep.json", {"settings": settings, "rows": rows})
+        shown = [name for name in rows[0] if name != "labels"]
+        print(table(shown, [[row[name] for name in shown] for row in rows]))
+    else:
+
+        def save(name: str, picture: Image.Image) -> None:
+            try:
+                picture.save(out / name)
+            except OSError as error:
+                raise InputError(f"cannot write {out / name}: {error.strerror or error}") from error
+
+        result = evaluate(generator, folder, held_out, model, args.n, args.seed, save)
+        save_json(out / "evaluation.json", {"settings": settings, **result})
+        print(report(result))
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
