@@ -25,13 +25,12 @@ from training.evaluate import (
     nearest_features,
     nearest_pixels,
     open_data,
-    report,
-    sheet,
     spreads,
 )
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.report import report, sheet
 from training.thresholds import to_float
 from training.train_transformer import StageTwoConfig
 
