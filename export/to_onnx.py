@@ -55,12 +55,14 @@ def export_onnx(
         the manifest, with the errors measured against PyTorch in ``tolerances``.
 
     Raises:
-        ExportError: a part of the model is missing, or the graphs do not agree with PyTorch.
+        ExportError: a part of the model or its threshold table is missing, or the graphs do not agree with PyTorch.
         EngineError: the folder exists.
     """
     if model.tokenizer is None or model.transformer is None:
         missing = "tokenizer" if model.tokenizer is None else "transformer"
         raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
+    if model.tokenizer.threshold().isnan():
+        raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
     model = model.eval().requires_grad_(False)
     if half_weights:
         round_to_half(model)

@@ -193,8 +193,8 @@ def _signals() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     try:
         with suppress(ValueError):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, lambda n, _: seen.append(n))
+            for wanted in (signal.SIGTERM, signal.SIGINT):
+                before[wanted] = signal.signal(wanted, lambda n, _: seen.append(n))
         yield seen
     finally:
         for number, handler in before.items():
