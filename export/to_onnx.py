@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dvq_rt.manifest import Manifest, write_engine
+from dvq_rt.sampling import SamplingParams
 from export.lowering import LOWERINGS, OPSET
 from export.parity import check_engine
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
@@ -215,11 +217,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8, help="images drawn side by side by default")
     parser.add_argument("--target", choices=sorted(LOWERINGS), default="cpu")
     parser.add_argument("--half-weights", action="store_true", help="store weights as float16, compute in float32")
+    parser.add_argument(
+        "--default", action="append", default=[], metavar="NAME=VALUE", help="recommend another sampling parameter"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing engine folder")
     args = parser.parse_args(argv)
     out = Path(args.out or f"{args.checkpoint.rstrip('/')}-onnx")
+    model = load_checkpoint(args.checkpoint)
+    for text in args.default:
+        name, _, value = text.partition("=")
+        try:
+            model.defaults[name] = json.loads(value)
+        except ValueError:
+            model.defaults[name] = value
+    SamplingParams.from_dict(model.defaults)
     manifest = export_onnx(
-        load_checkpoint(args.checkpoint),
+        model,
         out,
         slots=args.slots,
         target=args.target,

@@ -49,7 +49,7 @@ from training.train_transformer import StageTwoConfig
 
 SHIFT = 3  # pixels by which training images are moved in the search for the nearest one
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
-SWEEP = {"temperature": (0.5, 0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
+SWEEP = {"temperature": (0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------
