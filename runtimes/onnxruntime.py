@@ -119,8 +119,8 @@ class OnnxRuntimeBackend:
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         if device not in DEVICES:
             raise BackendError(f"device is {device!r}; it must be one of {DEVICES}")
-        if threads is not None and threads < 1:
-            raise BackendError(f"threads is {threads}; it must be at least 1")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise BackendError(f"threads is {threads!r}; it must be a positive integer or None")
         self._ort = import_onnxruntime()
         self.device, self.threads = device, threads
         self.poll = 1 if device == "cpu" else 8

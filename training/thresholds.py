@@ -43,7 +43,7 @@ def percentiles(values: Tensor) -> Tensor:
 
 def to_float(images: np.ndarray) -> Tensor:
     """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:

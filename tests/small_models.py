@@ -1,0 +1,130 @@
+"""Models that train, export and run in seconds, and sequences to compare them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dvq_rt.decoding import Job, Loop
+from dvq_rt.generator import Generator
+from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.sampling import SamplingParams, uniforms
+from training.checkpoint import DQModel
+from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.transformer import StackedTransformer, TransformerConfig
+
+Logits = dict[str, NDArray[np.float32]]
+HEADS = ("position", "content")
+BOUND = 2e-4
+"""Largest logit error that the project allows, relative to the largest logit."""
+
+TOKENIZER = DQVAEConfig(
+    image_size=16,
+    channels=16,
+    encoder_mult=(1, 1, 2),
+    decoder_channels=16,
+    decoder_mult=(2, 1),
+    z_channels=16,
+    code_dim=8,
+    codebook_size=32,
+    norm_groups=8,
+)
+
+
+def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
+    """Random weights, large enough that every draw matters, in eval mode."""
+    torch.manual_seed(seed)
+    config = TransformerConfig(width=32, heads=4, position_blocks=1, content_blocks=2, block_size=layout.max_length)
+    net = StackedTransformer(config, layout)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.1)
+        net.index_emb.normal_(std=0.1)
+    return net.eval().requires_grad_(False)
+
+
+def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0) -> DQModel:
+    """A whole model with random weights; with class names it also has a null label."""
+    torch.manual_seed(seed + 100)
+    vae = DQVAE(TOKENIZER)
+    vae.entropy_thresholds.fill_(1.0)
+    vae.quantizer.codebook.normal_()
+    layout = TokenLayout(32, TOKENIZER.sides, order, len(class_names), null_label=bool(class_names))
+    defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
+    return DQModel(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
+
+
+def ragged_tokens(layout: TokenLayout, count: int, seed: int = 0) -> list[Tokens]:
+    """Sequences of random codes, from all coarse to all fine, the positions of each segment shuffled."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        grain = np.zeros(layout.sides[0] ** 2, dtype=np.int64)
+        finer = rng.permutation(grain.size)[: round(grain.size * i / max(1, count - 1))]
+        grain[finer] = rng.integers(1, layout.segments, finer.size)
+        codes = rng.integers(0, layout.codebook_size, layout.cells)
+        content, position, segment = layout.to_tokens(codes, grain, i % layout.starts)
+        for s in range(layout.segments):
+            pairs = np.flatnonzero(segment == s)[1:-1]
+            position[pairs] = position[rng.permutation(pairs)]
+        found.append(Tokens(content, position, segment))
+    return found
+
+
+def steps_of(layout: TokenLayout, tokens: Tokens) -> int:
+    """Steps until every cell has a code; what follows (ends and empty segments) an engine need not compute."""
+    return int(np.flatnonzero(tokens.content[1:] < layout.codebook_size)[-1]) + 1
+
+
+@torch.no_grad()
+def full_logits(net: StackedTransformer, tokens: Tokens) -> Logits:
+    """Both heads of the uncached forward over one sequence alone, [T, V] each."""
+    content, position, segment = (torch.from_numpy(part)[None] for part in tokens)
+    out = net(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:])
+    steps = steps_of(net.layout, tokens)
+    return {head: values[0, :steps].numpy() for head, values in zip(HEADS, out, strict=True)}
+
+
+def engine_logits(
+    generator: Generator, rows: Sequence[Tokens], slots: int, names: Sequence[int] | None = None
+) -> dict[int, Logits]:
+    """Both heads of an engine that is forced along sequences, which take slots in the order given; by name."""
+    layout, params = generator.layout, SamplingParams(fine_positions="drawn")
+    loop = Loop(generator._backend, generator._program("step"), generator.manifest, slots)
+    jobs = []
+    for name, tokens in zip(names or range(len(rows)), rows, strict=True):
+        label = int(tokens.content[0]) - layout.content_sos
+        numbers = uniforms(0, name, layout.max_length)
+        jobs.append(Job(name, label, numbers, params, (tokens.position[1:], tokens.content[1:])))
+    seen: dict[int, dict[str, list[NDArray[np.float32]]]] = {job.index: {h: [] for h in HEADS} for job in jobs}
+
+    def watch(active: dict[int, Job]) -> None:
+        for slot, job in active.items():
+            for head in HEADS:
+                seen[job.index][head].append(loop.report(f"{head}_logits")[slot].copy())
+
+    for _ in loop.run(jobs, watch=watch):
+        pass
+    return {name: {head: np.stack(found) for head, found in heads.items()} for name, heads in seen.items()}
+
+
+def relative_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+    """Largest difference over the largest wanted value, NaN if there is any."""
+    assert got.shape == want.shape, f"{got.shape} instead of {want.shape}"
+    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+
+
+def cells_of(layout: TokenLayout, sequence: tuple[Sequence[int], Sequence[int]]) -> NDArray[np.int64]:
+    """What an engine's ``cells`` hold at the end of a (content, joint position) sequence."""
+    cells = np.full(layout.cells, -1, dtype=np.int64)
+    for content, position in zip(*sequence, strict=True):
+        if content < layout.codebook_size:
+            segment = max(s for s in range(layout.segments) if layout.position_offset(s) <= position)
+            covered = layout.covered_cells(segment)[position - layout.position_offset(segment)]
+            assert (cells[covered] == -1).all(), "a cell is coded twice"
+            cells[covered] = content + segment * layout.codebook_size
+    assert (cells >= 0).all(), "a cell has no code"
+    return cells

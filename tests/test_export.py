@@ -1,0 +1,304 @@
+"""Exported engines against PyTorch: logits, tokens, images; and that an export without parity is refused."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import DTypeLike
+from small_models import (
+    BOUND,
+    HEADS,
+    Logits,
+    cells_of,
+    engine_logits,
+    full_logits,
+    ragged_tokens,
+    relative_error,
+    small_model,
+    steps_of,
+)
+
+import export.to_onnx as to_onnx
+from dvq_rt.decoding import Job, Loop
+from dvq_rt.generator import Generator
+from dvq_rt.layout import Tokens
+from dvq_rt.manifest import Manifest, read_engine, write_engine
+from dvq_rt.sampling import SamplingParams, uniforms
+from runtimes.errors import EngineError, ExportError
+from runtimes.onnxruntime import OnnxRuntimeBackend
+from runtimes.protocol import Buffer
+from training.checkpoint import DQModel, import_published, save_checkpoint
+from training.sampling import sample_tokens
+
+GOLDEN = Path(__file__).parent / "data" / "golden" / "dq" / "e_class2_entropy"
+MODES = {
+    "fixed": SamplingParams(),
+    "drawn": SamplingParams(fine_positions="drawn"),
+    "filtered": SamplingParams(1.2, 12, 0.9, 8, 0.8, fine_positions="drawn"),
+    "greedy": SamplingParams(top_k=1, top_k_position=1),
+    "guided": SamplingParams(temperature=0.8, guidance=2.0),
+    "guided drawn": SamplingParams(top_p=0.9, guidance=0.5, fine_positions="drawn"),
+}
+
+
+def largest_error(model: DQModel, rows: Sequence[Tokens], found: dict[int, Logits]) -> float:
+    """Over both heads and all positions of every row, each relative to the row's largest logit."""
+    assert model.transformer is not None
+    wanted = [full_logits(model.transformer, row) for row in rows]
+    return float(np.max([relative_error(found[i][h], want[h]) for i, want in enumerate(wanted) for h in HEADS]))
+
+
+def check_tokens(model: DQModel, generator: Generator, params: SamplingParams, labels: Sequence[int | None]) -> None:
+    """A free run gives the oracle's tokens."""
+    layout, net = model.layout, model.transformer
+    assert net is not None
+    starts = [layout.classes if label is None else label for label in labels]
+    samples = generator.sample(len(labels), labels if layout.classes else None, seed=9, params=params)
+    for codes, sequence in zip(samples.codes, sample_tokens(net, starts, params, seed=9), strict=True):
+        cells = codes.codes.reshape(-1) + layout.grain_of_cells(codes.grain) * layout.codebook_size
+        np.testing.assert_array_equal(cells, cells_of(layout, sequence))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["class", "plain"])
+def test_engine_logits_equal_pytorch(kind: str, slots: int, request: pytest.FixtureRequest) -> None:
+    """Both lowerings of the step compute the model: every position of ragged images, side by side and in turn."""
+    model: DQModel = request.getfixturevalue(f"{kind}_model")
+    generator: Generator = request.getfixturevalue("generator" if kind == "class" else "plain_generator")
+    rows = ragged_tokens(model.layout, 8)
+    assert len({steps_of(model.layout, row) for row in rows}) > 5
+    error = largest_error(model, rows, engine_logits(generator, rows, slots))
+    print(f"\n{kind} engine, {slots} slots: largest relative logit error {error:.1e}")
+    assert error <= BOUND
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_tokens_equal_the_oracle(mode: str, class_model: DQModel, generator: Generator) -> None:
+    """A dozen images of all labels and none, drawn freely with the same random numbers, are the oracle's."""
+    check_tokens(class_model, generator, MODES[mode], [0, 1, 2, None] * 3)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "drawn", "filtered"])
+def test_plain_engine_tokens_equal_the_oracle(mode: str, plain_model: DQModel, plain_generator: Generator) -> None:
+    """The same without labels, region-first, on standard operators and weights stored as float16."""
+    check_tokens(plain_model, plain_generator, MODES[mode], [None] * 12)
+
+
+def test_encoder_and_decoder_equal_pytorch(class_model: DQModel, generator: Generator) -> None:
+    """The other two graphs: codes and grain of pictures, and pictures of codes within half an 8-bit level."""
+    vae, rng = class_model.tokenizer, np.random.default_rng(0)
+    assert vae is not None
+    pictures = rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    pictures[:, :8] = 200
+    with torch.no_grad():
+        want = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        decoded = vae.decode_codes(want.codes)
+    found = generator.encode(list(pictures))
+    assert [c.codes.tolist() for c in found] == want.codes.tolist()
+    assert [c.grain.tolist() for c in found] == want.grain.tolist()
+    assert {0, 1} == set(want.grain.flatten().tolist())
+    exact = ((decoded.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(generator.decode(found) - exact).max() <= 0.5 + 1e-3 * 127.5
+
+
+def test_rows_beyond_the_length_are_never_read(class_model: DQModel, generator: Generator) -> None:
+    """Fused attention does not touch cache rows that no token has filled: planted NaN changes no bit."""
+
+    class Planted(OnnxRuntimeBackend):
+        caches = 0
+
+        def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+            buffer = super().allocate(shape, dtype)
+            if len(shape) == 4:
+                buffer.write(np.full(shape, np.nan, dtype))
+                Planted.caches += 1
+            return buffer
+
+    rows = ragged_tokens(class_model.layout, 4)
+    planted = Generator(generator.path, threads=1)
+    planted._backend = Planted(threads=1)
+    clean, found = engine_logits(generator, rows, 4), engine_logits(planted, rows, 4)
+    assert Planted.caches == 6
+    for i in range(4):
+        for head in HEADS:
+            np.testing.assert_array_equal(clean[i][head], found[i][head])
+
+
+def test_rare_polling_changes_nothing(class_model: DQModel, class_engine: Path, generator: Generator) -> None:
+    """A device that is looked at every eighth step runs on past the end of an image, and gives the same."""
+    rows = ragged_tokens(class_model.layout, 5)
+    rare = Generator(class_engine, slots=4, threads=1)
+    rare._backend.poll = 8
+    scores = [[s.total for s in g.score(generator.sample(9, seed=1).codes)] for g in (generator, rare)]
+    assert scores[0] == scores[1]
+    codes = [g.sample(9, seed=4, params=SamplingParams()).codes for g in (generator, rare)]
+    assert codes[0] == codes[1]
+    for slots in (2, 5):
+        often, seldom = engine_logits(generator, rows, slots), engine_logits(rare, rows, slots)
+        for i, row in enumerate(rows):
+            for head in HEADS:
+                np.testing.assert_array_equal(often[i][head], seldom[i][head][: steps_of(class_model.layout, row)])
+
+
+def test_what_is_in_the_folder(class_engine: Path, plain_engine: Path) -> None:
+    """Each target has its own attention, every graph a symbolic batch, float16 weights halve the file, and the
+    manifest says what was measured."""
+    sizes, operators = {}, {}
+    for name, folder in (("class", class_engine), ("plain", plain_engine)):
+        manifest = read_engine(folder)
+        assert set(manifest.files) == {"encoder.onnx", "decoder.onnx", "step.onnx", "golden.safetensors"}
+        assert len(manifest.tolerances) == 8 and max(manifest.tolerances.values()) <= BOUND
+        assert (
+            set(manifest.parameters) == {"encoder", "decoder", "transformer"} and min(manifest.parameters.values()) > 0
+        )
+        for graph in ("encoder", "decoder", "step"):
+            proto = onnx.load(folder / f"{graph}.onnx")
+            batched = [*proto.graph.input, *proto.graph.output]
+            batches = {value.type.tensor_type.shape.dim[0].dim_param for value in batched}
+            assert len(batches) == 1 and batches != {""}  # a name, not a number
+        operators[name] = {node.op_type for node in proto.graph.node}
+        sizes[name] = sum(len(t.raw_data) for t in proto.graph.initializer)
+        assert (manifest.weights, manifest.target) == (("fp32", "cpu") if name == "class" else ("fp16", "cuda"))
+    assert "GroupQueryAttention" in operators["class"] and "Softmax" in operators["plain"]
+    assert "GroupQueryAttention" not in operators["plain"]
+    assert sizes["plain"] < 0.6 * sizes["class"]
+
+
+def test_published_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
+    """The way of a released model: import, the export command, verification, and the oracle's images."""
+    model = import_published(GOLDEN / "config.json", GOLDEN / "model.ckpt")
+    save_checkpoint(model, tmp_path / "checkpoint")
+    to_onnx.main([str(tmp_path / "checkpoint"), "--slots", "3"])
+    generator = Generator(tmp_path / "checkpoint-onnx", threads=1)
+    assert generator.manifest.slots == 3
+    for check in generator.verify():
+        assert check.ok, check
+    rows = ragged_tokens(model.layout, 4)
+    error = largest_error(model, rows, engine_logits(generator, rows, 4))
+    print(f"\npublished model: largest relative logit error {error:.1e}")
+    assert error <= BOUND
+    for mode in ("fixed", "filtered"):
+        check_tokens(model, generator, MODES[mode], [0, 3, 1, 2])
+
+
+# --- what an export refuses ------------------------------------------------------------------------------------
+def graphs_of(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``export_onnx`` take the graphs of an engine instead of tracing."""
+
+    def copy(model: DQModel, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+        for name in ("encoder.onnx", "decoder.onnx", "step.onnx"):
+            shutil.copy(engine / name, folder)
+        return read_engine(engine).step
+
+    monkeypatch.setattr(to_onnx, "write_graphs", copy)
+
+
+def test_wrong_graphs_get_no_name(class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export whose graphs compute another model is refused, every failed check is named, and nothing is left."""
+    graphs_of(class_engine, monkeypatch)
+    other = small_model(("ant", "bee", "cat"), seed=3)
+    with pytest.raises(ExportError, match="do not agree with PyTorch") as caught:
+        to_onnx.export_onnx(other, tmp_path / "engine")
+    for words in ("share of codes", "largest pixel error", "position logit error", "content logit error", "free run"):
+        assert words in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_right_graphs_get_a_name_once(
+    class_model: DQModel, class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path with the right model passes (so that the test above fails for its reason alone), and a second
+    export does not replace the first unasked."""
+    graphs_of(class_engine, monkeypatch)
+    to_onnx.export_onnx(class_model, tmp_path / "engine")
+    with pytest.raises(EngineError, match="exists already"):
+        to_onnx.export_onnx(class_model, tmp_path / "engine", slots=2)
+    assert read_engine(tmp_path / "engine").slots == 8
+    to_onnx.export_onnx(class_model, tmp_path / "engine", slots=2, overwrite=True)
+    assert read_engine(tmp_path / "engine").slots == 2
+
+
+def test_half_a_model_is_refused(class_model: DQModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage-1 checkpoint, a wrong target and a missing folder each get their own error, and no engine."""
+    with pytest.raises(ExportError, match="has no transformer"):
+        to_onnx.export_onnx(DQModel(class_model.tokenizer), tmp_path / "engine")
+    with pytest.raises(ExportError, match="has no tokenizer"):
+        to_onnx.export_onnx(DQModel(None, class_model.transformer), tmp_path / "engine")
+    with pytest.raises(ExportError, match="target is 'tpu'; it must be one of"):
+        to_onnx.export_onnx(class_model, tmp_path / "engine", target="tpu")
+    with pytest.raises(SystemExit):
+        to_onnx.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "engine")])
+    assert "nowhere is no checkpoint folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def retouched(source: Path, target: Path, change: Any, external: int | None = None) -> Path:
+    """A copy of an engine whose step graph was changed, under a manifest that fits it again."""
+
+    def build(folder: Path) -> Manifest:
+        for name in ("encoder.onnx", "decoder.onnx", "golden.safetensors"):
+            shutil.copy(source / name, folder)
+        proto = onnx.load(source / "step.onnx")
+        change(proto)
+        to_onnx.save(proto, folder / "step.onnx")
+        return read_engine(source)
+
+    write_engine(target, build)
+    return target
+
+
+@pytest.mark.parametrize("factor", [np.nan, 1.001])
+def test_verify_notices_changed_weights(factor: float, class_engine: Path, tmp_path: Path) -> None:
+    """``verify`` fails where one head's weights are NaN or off by a thousandth, although every hash is right."""
+
+    def spoil(proto: onnx.ModelProto) -> None:
+        (weight,) = (t for t in proto.graph.initializer if t.name == "model.content_head.norm.weight")
+        values = onnx.numpy_helper.to_array(weight) * np.float32(factor)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+    checks = Generator(retouched(class_engine, tmp_path / "spoilt", spoil), threads=1).verify()
+    failed = [check.name for check in checks if not check.ok]
+    assert "step: relative content logit error" in failed
+    assert "step: relative position logit error" not in failed
+
+
+def test_external_weights(class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph too large for one file keeps its weights beside it: listed, hashed, and the images are the same."""
+    monkeypatch.setattr(to_onnx, "EXTERNAL_ABOVE", 10_000)
+    folder = retouched(class_engine, tmp_path / "external", lambda proto: None)
+    assert read_engine(folder).files["step.onnx.data"]["bytes"] > 10_000
+    samples = [Generator(path, threads=1).sample(3, seed=2) for path in (class_engine, folder)]
+    assert samples[0].codes == samples[1].codes
+    data = bytearray((folder / "step.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "step.onnx.data").write_bytes(data)
+    with pytest.raises(EngineError, match=r"step\.onnx\.data is corrupted"):
+        Generator(folder)
+
+
+def test_guided_pairs_draw_the_same(class_model: DQModel, generator: Generator) -> None:
+    """Both slots of a pair take the same position and content at every step but for the label's own start tokens, and
+    the label does matter."""
+    layout, params = class_model.layout, SamplingParams(guidance=3.0, fine_positions="drawn")
+    loop = Loop(generator._backend, generator._program("step"), generator.manifest, 4)
+    jobs = [Job(i, i, uniforms(1, i, layout.max_length), params) for i in range(2)]
+    steps = 0
+
+    def watch(active: dict[int, Job]) -> None:
+        nonlocal steps
+        content, position, cells = (loop.read(name) for name in ("content", "position", "cells"))
+        for slot in active:
+            np.testing.assert_array_equal(cells[slot], cells[slot + 1])
+            if content[slot] < layout.content_sos:
+                assert content[slot] == content[slot + 1] and position[slot] == position[slot + 1]
+                steps += 1
+
+    guided = {event.job.index: event.cells for event in loop.run(jobs, watch=watch)}
+    assert steps > 30
+    plain = generator.sample(2, [0, 1], seed=1, params=SamplingParams(fine_positions="drawn"))
+    assert any((plain.codes[i].codes.reshape(-1) != guided[i] % layout.codebook_size).any() for i in range(2))

@@ -1,0 +1,146 @@
+"""The cached step in PyTorch: against the full forward, beside other slots, and against the uncached sampler."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from small_models import BOUND, HEADS, cells_of, full_logits, ragged_tokens, relative_error, small_transformer, steps_of
+from torch import Tensor
+
+from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.sampling import SamplingParams, uniforms
+from export.steps import REPORTS, STATE, Step, example_inputs
+from training.models.transformer import StackedTransformer
+from training.sampling import sample_tokens
+
+LAYOUTS = {
+    "row-first": TokenLayout(32, (4, 8), classes=3, null_label=True),
+    "region-first": TokenLayout(32, (4, 8), order="region-first"),
+    "content labels": TokenLayout(32, (4, 8), classes=3, label_in_position=False),
+    "three segments": TokenLayout(32, (2, 4, 8), order="region-first", classes=2, null_label=True),
+}
+MODES = {
+    "fixed": SamplingParams(),
+    "drawn": SamplingParams(fine_positions="drawn", temperature=1.3),
+    "filtered": SamplingParams(fine_positions="drawn", top_k=5, top_p=0.8, top_k_position=6, top_p_position=0.9),
+    "greedy": SamplingParams(top_k=1, top_k_position=1),
+    "guided": SamplingParams(guidance=2.5, temperature=0.7),
+    "guided drawn": SamplingParams(guidance=0.5, fine_positions="drawn", top_p=0.9),
+}
+
+
+class Slots:
+    """The step over a batch: every slot starts afresh with its label, and state is carried from step to step."""
+
+    def __init__(self, net: StackedTransformer, labels: Sequence[int]) -> None:
+        self.step = Step(net).eval()
+        self.inputs = example_inputs(net.layout, net, len(labels))
+        self.inputs["reset"] = torch.ones(len(labels), dtype=torch.bool)
+        self.inputs["label"] = torch.tensor(labels)
+
+    @torch.no_grad()
+    def advance(self, **controls: Tensor) -> dict[str, Tensor]:
+        """One token; ``controls`` stay as they are until given again."""
+        self.inputs.update(controls)
+        out = self.step(**self.inputs)
+        named = dict(zip([*STATE, *REPORTS], out, strict=False))
+        self.inputs.update({name: named[name] for name in STATE}, caches=list(out[len(named) :]))
+        self.inputs["reset"] = torch.zeros_like(self.inputs["reset"])
+        return named
+
+
+def forced_logits(net: StackedTransformer, rows: Sequence[Tokens]) -> list[dict[str, np.ndarray]]:
+    """Both heads of every row, all rows side by side, [T, V] each until the row is done."""
+    layout = net.layout
+    slots = Slots(net, [int(row.content[0]) - layout.content_sos for row in rows])
+    seen = []
+    for t in range(max(steps_of(layout, row) for row in rows)):
+        at = [min(t + 1, len(row.content) - 1) for row in rows]
+        forced_position = torch.tensor([int(row.position[i]) for row, i in zip(rows, at, strict=True)])
+        forced_content = torch.tensor([int(row.content[i]) for row, i in zip(rows, at, strict=True)])
+        seen.append(slots.advance(forced_position=forced_position, forced_content=forced_content))
+        done = [t + 1 >= steps_of(layout, row) for row in rows]
+        assert slots.inputs["done"].tolist() == done
+    return [
+        {h: torch.stack([out[f"{h}_logits"][i] for out in seen[: steps_of(layout, row)]]).numpy() for h in HEADS}
+        for i, row in enumerate(rows)
+    ]
+
+
+def free_run(
+    net: StackedTransformer, labels: Sequence[int], params: SamplingParams, seed: int
+) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+    """Final cells [B, cells] and the (content, joint position) tokens of every image, drawn side by side."""
+    layout, guided = net.layout, params.guidance != 1
+    starts = [label for one in labels for label in ((one, layout.classes) if guided else (one,))]
+    slots, width = Slots(net, starts), 2 if guided else 1
+    count = len(starts)
+    own = torch.arange(count)
+    numbers = np.stack([uniforms(seed, i // width, layout.max_length) for i in range(count)])
+    controls = {
+        "uniforms": torch.from_numpy(numbers),
+        "temperature": torch.full((count,), params.temperature),
+        "top_k": torch.full((count,), params.top_k or layout.content_vocabulary),
+        "top_p": torch.full((count,), params.top_p),
+        "top_k_position": torch.full((count,), params.top_k_position or layout.position_head),
+        "top_p_position": torch.full((count,), params.top_p_position),
+        "fixed": torch.full((count,), params.fine_positions == "fixed"),
+        "partner": own ^ 1 if guided else own,
+        "partner_weight": torch.full((count,), params.guidance),
+    }
+    tokens: list[list[tuple[int, int]]] = [[] for _ in labels]
+    done = torch.zeros(count, dtype=torch.bool)
+    while not done.all():
+        slots.advance(**controls)
+        content, position = slots.inputs["content"], slots.inputs["position"]
+        for i in range(len(labels)):
+            if not done[i * width]:
+                tokens[i].append((int(content[i * width]), int(position[i * width])))
+        assert torch.equal(slots.inputs["done"][::width], slots.inputs["done"][width - 1 :: width])
+        done = slots.inputs["done"]
+    return slots.inputs["cells"].numpy()[::width], tokens
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_cached_step_equals_the_full_forward(name: str) -> None:
+    """The caches, indices, segments and start tokens of every position, with rows of different lengths together."""
+    net = small_transformer(LAYOUTS[name])
+    rows = ragged_tokens(net.layout, 7)
+    assert len({steps_of(net.layout, row) for row in rows}) > 4
+    found, worst = forced_logits(net, rows), 0.0
+    for got, row in zip(found, rows, strict=True):
+        want = full_logits(net, row)
+        worst = np.max([worst, *(relative_error(got[head], want[head]) for head in HEADS)])
+    print(f"\ncached step, {name}: largest relative logit error {worst:.1e}")
+    assert worst <= BOUND
+
+
+def test_neighbours_change_nothing() -> None:
+    """A slot's logits keep every bit when the other slots hold other images, labels and lengths."""
+    net = small_transformer(LAYOUTS["row-first"])
+    mine, *others = ragged_tokens(net.layout, 7)[3:] + ragged_tokens(net.layout, 7, seed=1)[:3]
+    first = forced_logits(net, [mine, *others[:3]])[0]
+    second = forced_logits(net, [mine, *others[3:]])[0]
+    alike = forced_logits(net, [others[0], *others[:3]])[0]
+    for head in HEADS:
+        np.testing.assert_array_equal(first[head], second[head])
+        assert first[head].shape != alike[head].shape or (first[head] != alike[head]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(n, m) for n in LAYOUTS for m in MODES if LAYOUTS[n].null_label or not m.startswith("guided")]
+)
+def test_free_run_equals_the_uncached_sampler(name: str, mode: str) -> None:
+    """Grammar, draws, guidance and the end of an image: with the same random numbers every token is the oracle's, and
+    every cell is coded exactly once."""
+    net, params = small_transformer(LAYOUTS[name]), MODES[mode]
+    layout = net.layout
+    labels = [i % layout.starts for i in range(6)]
+    wanted = sample_tokens(net, labels, params, seed=5)
+    cells, tokens = free_run(net, labels, params, seed=5)
+    for i, (content, position) in enumerate(wanted):
+        # the oracle also takes the forced ends that follow the last code
+        assert tokens[i] == list(zip(content[1:], position[1:], strict=True))[: len(tokens[i])]
+        np.testing.assert_array_equal(cells[i], cells_of(layout, wanted[i]))
+    assert len({len(t) for t in tokens}) > 1 or params.top_k == 1
