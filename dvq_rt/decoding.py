@@ -142,7 +142,7 @@ class Loop:
         active: dict[int, Job] = {}
         free = list(range(0, self.slots - width + 1, width))[::-1]
         self._idle()
-        count = 0
+        count = told = 0
         while waiting or active:
             started = False
             while waiting and free:
@@ -168,13 +168,14 @@ class Loop:
                 continue
             done = self.read("done")
             finished = [slot for slot in active if done[slot]]
-            if finished or (every and count % every == 0):
-                cells = self.read("cells").copy()
+            due = every > 0 and count - told >= every
+            if finished or due:
+                cells, told = self.read("cells").copy(), count if due else told
                 for slot in list(active):
                     if slot in finished:
                         free.append(slot)
                         yield Event(active.pop(slot), cells[slot], True)
-                    elif every and count % every == 0:
+                    elif due:
                         yield Event(active[slot], cells[slot], False)
             for job in active.values():
                 if job.steps > self.layout.max_length + self._poll:

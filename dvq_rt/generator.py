@@ -26,6 +26,8 @@ from runtimes.protocol import Backend, Program
 
 Label = int | str | None
 Progress = bool | Callable[[int, int], None] | None
+KEPT_LOOPS = 2
+"""Decode loops, with their caches, that are kept for the next call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class Generator:
         self._slots = slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}
-        self._idle: dict[int, list[Loop]] = {}
+        self._idle: list[Loop] = []
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -363,14 +365,13 @@ class Generator:
         slots = self._slots or min(images * width, max(self.manifest.slots, width))
         program = self._program("step")
         with self._lock:
-            waiting = self._idle.setdefault(slots, [])
-            loop = waiting.pop() if waiting else None
+            fitting = [i for i, idle in enumerate(self._idle) if idle.slots == slots]
+            loop = self._idle.pop(fitting[-1]) if fitting else None
         if loop is None:
             loop = Loop(self._backend, program, self.manifest, slots)
         yield loop
         with self._lock:
-            if len(waiting) < 2:
-                waiting.append(loop)
+            self._idle = [*self._idle, loop][-KEPT_LOOPS:]
 
 
 @contextmanager

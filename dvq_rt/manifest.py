@@ -110,7 +110,10 @@ class Manifest:
         _check_dict("tolerances", self.tolerances, lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "errors")
         _check_dict("parameters", self.parameters, lambda v: _is_int(v, 0), "counts of at least 0")
         _check_dict("defaults", self.defaults, lambda v: v is None or isinstance(v, int | float | str), "plain values")
-        SamplingParams.from_dict(self.defaults)
+        guidance = SamplingParams.from_dict(self.defaults).guidance
+        _check(
+            guidance == 1 or self.layout.null_label, "defaults.guidance", guidance, "must be 1: there is no null label"
+        )
         _check_dict("files", self.files, _is_file_entry, "entries {sha256: 64 hex digits, bytes: size}")
         for name in self.files:
             plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST

@@ -127,7 +127,7 @@ class Step(nn.Module):
             assert isinstance(block, Block)
             h = self.block(block, h, caches[2 * i], caches[2 * i + 1], length, new_caches)
         position_logits = mix(model.position_head(h)[:, 0], partner, partner_weight)
-        start = self.sos(segment) + start_local
+        start = eos + 1 + start_local
         allowed = self.allowed_positions(cells, segment, starting, eos, start, fixed)
         local, position_logprob = draw(
             position_logits,
@@ -188,10 +188,6 @@ class Step(nn.Module):
         out += [keys, values]
         x = x + attn.proj(y)
         return x + block.mlp(block.ln2(x))
-
-    def sos(self, segment: Tensor) -> Tensor:
-        """First local start id of each slot's segment, int64 [B]."""
-        return self.eos[segment] + 1
 
     def allowed_positions(
         self, cells: Tensor, segment: Tensor, starting: Tensor, eos: Tensor, start: Tensor, fixed: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import warnings
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
+from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET
-from export.parity import check_engine
+from export.parity import check_engine, heads
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from runtimes.errors import ExportError
+from runtimes.onnxruntime import import_onnxruntime
 from training.checkpoint import DQModel, load_checkpoint
 from training.cli import guarded
 
@@ -65,7 +68,7 @@ def export_onnx(
         raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
     if model.tokenizer.threshold().isnan():
         raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
-    model = model.eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     if half_weights:
         round_to_half(model)
 
@@ -80,7 +83,7 @@ def export_onnx(
             precision="fp32",
             weights="fp16" if half_weights else "fp32",
             target=target,
-            tools={name: version(name) for name in ("torch", "onnx")},
+            tools={"onnxruntime": import_onnxruntime().__version__, **{n: version(n) for n in ("torch", "onnx")}},
             class_names=model.class_names,
             defaults=model.defaults,
             parameters={
@@ -124,15 +127,16 @@ def write_graphs(model: DQModel, folder: Path, target: str, half_weights: bool) 
     outputs = [*(f"{name}_out" for name in STATE), *REPORTS, *(f"{name}_out" for name in caches)]
     trace(step, inputs, outputs, folder / "step.onnx", half_weights)
     flat = {**{k: v for k, v in inputs.items() if k != "caches"}, **dict(zip(caches, inputs["caches"], strict=True))}
-    heads = {"position": model.layout.position_head, "content": model.layout.content_vocabulary}
+    width = heads(model)
 
     def describe(name: str, tensor: Tensor) -> dict[str, Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return {"name": name, "dtype": dtype, "shape": ["B", *tensor.shape[1:]]}
 
     reports = [
-        {"name": name, "dtype": "float32", "shape": ["B", heads[name.split("_")[0]]] if name.endswith("s") else ["B"]}
+        {"name": name, "dtype": "float32", "shape": ["B", width[head]] if kind == "logits" else ["B"]}
         for name in REPORTS
+        for head, kind in [name.split("_")]
     ]
     return {
         "inputs": [describe(name, tensor) for name, tensor in flat.items()],
@@ -159,6 +163,9 @@ def trace(module: nn.Module, inputs: dict[str, Any], outputs: list[str], path: P
         graph = torch.onnx.export(program, input_names=names, output_names=outputs, opset_version=OPSET, verbose=False)
     assert graph is not None
     proto = graph.model_proto
+    for node in proto.graph.node:  # stack traces with this machine's paths
+        del node.metadata_props[:]
+        node.doc_string = ""
     if half_weights:
         store_half(proto)
     save(proto, path)
@@ -217,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8, help="images drawn side by side by default")
     parser.add_argument("--target", choices=sorted(LOWERINGS), default="cpu")
     parser.add_argument("--half-weights", action="store_true", help="store weights as float16, compute in float32")
+    parser.add_argument("--labels", help="offer only these labels, separated by commas")
     parser.add_argument(
         "--default", action="append", default=[], metavar="NAME=VALUE", help="recommend another sampling parameter"
     )
@@ -231,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError:
             model.defaults[name] = value
     SamplingParams.from_dict(model.defaults)
+    if args.labels:
+        model = keep_labels(model, args.labels.split(","))
     manifest = export_onnx(
         model,
         out,

@@ -74,7 +74,10 @@ class OrtBinding:
         self._session, self._binding, self._buffers = session, binding, buffers
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises many kinds
+            raise BackendError(f"onnxruntime failed while running the step: {error}") from error
 
 
 class OrtProgram:
@@ -85,7 +88,11 @@ class OrtProgram:
         self._outputs = [o.name for o in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        try:
+            found = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:  # onnxruntime raises many kinds
+            raise BackendError(f"onnxruntime failed while running a graph: {error}") from error
+        return dict(zip(self._outputs, found, strict=True))
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtBinding:
         binding = self._session.io_binding()

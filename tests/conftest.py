@@ -7,7 +7,7 @@ import torch
 from small_models import small_model
 
 from dvq_rt.generator import Generator
-from export.to_onnx import export_onnx
+from export.to_onnx import export_onnx, round_to_half
 from training.checkpoint import DQModel
 
 torch.set_num_threads(1)
@@ -42,6 +42,7 @@ def plain_engine(plain_export: tuple[DQModel, Path]) -> Path:
 @pytest.fixture(scope="session")
 def plain_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[DQModel, Path]:
     model, folder = small_model(order="region-first", seed=1), tmp_path_factory.mktemp("engines") / "plain"
+    round_to_half(model)
     export_onnx(model, folder, slots=4, target="cuda", half_weights=True)
     return model, folder
 

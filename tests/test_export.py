@@ -29,6 +29,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams, uniforms
+from export.labels import keep_labels
 from runtimes.errors import EngineError, ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
@@ -184,6 +185,23 @@ def test_published_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     assert error <= BOUND
     for mode in ("fixed", "filtered"):
         check_tokens(model, generator, MODES[mode], [0, 3, 1, 2])
+
+
+# --- fewer labels ----------------------------------------------------------------------------------------------
+def test_kept_labels_draw_the_same(class_model: DQModel) -> None:
+    """Protects ``--labels``: a model with fewer labels, in another order, draws for each exactly what the whole model
+    draws, guidance by the null label included; unknown and repeated names are refused."""
+    smaller = keep_labels(class_model, ["cat", "ant"])
+    assert smaller.class_names == ("cat", "ant") and smaller.layout.classes == 2
+    params = SamplingParams(temperature=0.8, guidance=1.5, fine_positions="drawn")
+    assert class_model.transformer and smaller.transformer
+    whole = sample_tokens(class_model.transformer, [2, 0], params, seed=4)
+    fewer = sample_tokens(smaller.transformer, [0, 1], params, seed=4)
+    for one, other in zip(whole, fewer, strict=True):
+        np.testing.assert_array_equal(cells_of(class_model.layout, one), cells_of(smaller.layout, other))
+    for names in ([], ["dog"], ["ant", "ant"]):
+        with pytest.raises(ExportError, match="must be different ones of"):
+            keep_labels(class_model, names)
 
 
 # --- what an export refuses ------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_sorts_and_captions_every_image(
 ) -> None:
     """Every file of the package, however its name is spelled, lands in its Unicode class with its full name."""
     out = tmp_path / "deep" / "out"
-    assert main([str(out), "--archive", str(archive), "--size", "8", "--classes", classes]) == 0
+    main([str(out), "--archive", str(archive), "--size", "8", "--classes", classes])
     part = 0 if classes == "group" else 1
     expected = {f"{where.split('/')[part]}/{stem}.png": name for stem, (where, name) in STEMS.items()}
     assert json.loads((out / "captions.json").read_text(encoding="utf-8")) == expected
@@ -137,7 +137,7 @@ def test_unreadable_archives_are_refused(archive: Path, tmp_path: Path) -> None:
 def test_fetches_with_npm(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --archive the package comes from `npm pack`, asked for by its exact version."""
     fake_npm(tmp_path / "bin", monkeypatch, f'[ "$*" = "pack @lobehub/fluent-emoji-3d@1.1.0" ] && cp {archive} p.tgz')
-    assert main([str(tmp_path / "out")]) == 0
+    main([str(tmp_path / "out")])
     assert len(list((tmp_path / "out").rglob("*.png"))) == 4
 
 
@@ -150,7 +150,9 @@ def test_npm_problems_are_explained(
         fake_npm(tmp_path / "bin", monkeypatch, "echo no registry >&2; exit 7")
     else:
         monkeypatch.setenv("PATH", str(tmp_path))
-    assert main([str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "out")])
+    assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "--archive" in error
     assert ("status 7: no registry" in error) == (npm == "failing")

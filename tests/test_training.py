@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_models import TOKENIZER, small_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import export.to_onnx
 from dvq_rt.generator import Generator
-from training import checkpoint, thresholds, train_tokenizer, train_transformer
+from training import checkpoint, cli, thresholds, train_tokenizer, train_transformer
 from training.checkpoint import DQModel, TrainingState, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import read_config
 from training.data import ImageFolder
 from training.loop import TrainConfig
 from training.losses import psnr
-from training.models.dqvae import patch_entropy
+from training.models.dqvae import DQVAE, DQVAEConfig, Reconstruction, patch_entropy
+from training.models.transformer import TransformerConfig
 from training.thresholds import to_float
 
 STEPS, QUANTISE = 80, 0.25
@@ -174,16 +176,20 @@ def test_the_tokenizer_stays_as_it_was(first: Path, second: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in names)
 
 
+def check_events(run: Path, pictures: set[str]) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "train/images_per_s", "val/loss"} <= set(tags["scalars"])
+    assert set(tags["images"]) == pictures
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(10, STEPS + 1, 10))
+    assert [e.step for e in events.Images(next(iter(pictures)))] == [40, 80]
+
+
 def test_tensorboard(first: Path, second: Path) -> None:
     """Scalars of training and validation, and the pictures of each stage, can be looked at."""
-    for run, pictures in ((first, {"reconstruction", "grain"}), (second, {"samples"})):
-        events = EventAccumulator(str(run / "tensorboard"))
-        events.Reload()
-        tags = events.Tags()
-        assert {"train/loss", "train/lr", "train/images_per_s", "val/loss"} <= set(tags["scalars"])
-        assert set(tags["images"]) == pictures
-        assert [e.step for e in events.Scalars("train/loss")] == list(range(10, STEPS + 1, 10))
-        assert [e.step for e in events.Images(next(iter(pictures)))] == [40, 80]
+    check_events(first, {"reconstruction", "grain"})
+    check_events(second, {"samples"})
 
 
 def test_trained_model_becomes_an_engine(second: Path, tmp_path: Path) -> None:
@@ -231,9 +237,11 @@ def test_interrupted_run_equals_a_whole_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Stopped by a signal, then by a crash beyond the last checkpoint, and resumed each time: the same log, the same
-    weights and optimiser state to the bit, through the start of the codebook, augmentation and dropout."""
+    """Killed before the first checkpoint, stopped by a signal, then by a crash beyond the last checkpoint, and resumed
+    each time: the same log and events, the same weights and optimiser state to the bit, through the start of the
+    codebook, augmentation and dropout."""
     run = tmp_path / "run"
     whole: Path = first if stage == 1 else request.getfixturevalue("second")
     options = [str(data), "--out", str(run), "--config", str(configs / "one.json")]
@@ -241,20 +249,31 @@ def test_interrupted_run_equals_a_whole_one(
     main: Command = train_tokenizer.main if stage == 1 else train_transformer.main
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
+        interrupt(patch, 12, crash)
+        with pytest.raises(Crash):
+            main([*arguments, "--resume"])
+    assert log(run)[-1]["step"] == 10 and not (run / "checkpoint").exists()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
         interrupt(patch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        main(arguments)
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--resume"])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 130 and "stopped at step 14; the same command with --resume" in printed.err
+    assert str(run) not in printed.out
     assert load_training_state(run / "checkpoint").step == 14
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     with monkeypatch.context() as patch:
-        interrupt(patch, 27, crash)
+        interrupt(patch, 42, crash)
         with pytest.raises(Crash):
             main([*arguments, "--resume"])
-    assert load_training_state(run / "checkpoint").step == 15
-    assert log(run)[-1]["step"] == 20
+    assert load_training_state(run / "checkpoint").step == 30
+    assert log(run)[-1]["step"] == 40
     with (run / "log.jsonl").open("a") as file:
-        file.write('{"step": 21, "tra')
+        file.write('{"step": 41, "tra')
     main([*arguments, "--resume"])
     assert log(run) == log(whole)
+    check_events(run, {"reconstruction", "grain"} if stage == 1 else {"samples"})
     for folder in ("checkpoint", "best"):
         for name in ("model.safetensors", "training.safetensors"):
             one, other = (load_file(each / folder / name) for each in (run, whole))
@@ -295,6 +314,7 @@ def test_checkpoint_survives_a_crash(moment: str, tmp_path: Path, monkeypatch: p
         with pytest.raises(Crash):
             save_checkpoint(models[1], folder, TrainingState(2))
     expected = 1 if moment == "after the swap" else 0
+    left = sorted(p.name for p in tmp_path.iterdir())
 
     def holds(index: int) -> bool:
         weights = load_checkpoint(folder).state_dict()
@@ -302,6 +322,7 @@ def test_checkpoint_survives_a_crash(moment: str, tmp_path: Path, monkeypatch: p
         return same and load_training_state(folder).step == index + 1
 
     assert holds(expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == left  # reading renames nothing
     save_checkpoint(models[2], folder, TrainingState(3))
     assert holds(2)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -309,7 +330,7 @@ def test_checkpoint_survives_a_crash(moment: str, tmp_path: Path, monkeypatch: p
 
 # --- thresholds ------------------------------------------------------------------------------------------------
 def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table is the percentiles of the patch entropies of the folder's training images, it replaces the one in the
+    """The table is the percentiles of the patch entropies of all images of the folder, it replaces the one in the
     checkpoint and nothing else, and a run can still be resumed from there."""
     shutil.copytree(first / "checkpoint", tmp_path / "checkpoint")
     target = str(tmp_path / "checkpoint")
@@ -318,7 +339,7 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
     thresholds.main([str(tmp_path / "data"), "--checkpoint", target])
     assert capsys.readouterr().out.splitlines()[-1] == target
     folder = ImageFolder(tmp_path / "data", 16)
-    images = np.stack([folder.pixels(int(i)) for i in folder.train])
+    images = np.stack([folder.pixels(i) for i in range(len(folder))])
     entropies = np.sort(patch_entropy(to_float(images), 4).numpy().reshape(-1))
     after = load_file(tmp_path / "checkpoint" / "model.safetensors")
     table = after.pop("tokenizer.entropy_thresholds").numpy()
@@ -336,13 +357,23 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--resume"], "has no checkpoint to resume; leave --resume out to start"),
         (["--set", "training.step=3"], "unknown fields ['step']; there are ['batch_size'"),
         (["--set", "training.steps=many"], "steps is 'many'; it must be of type int"),
         (["--set", "training.steps=2.5"], "steps is 2.5; it must be of type int"),
         (["--set", "training.steps=0"], "training.steps is 0; it must be at least 1"),
         (["--set", "training.lr=0"], "must be positive"),
         (["--set", "training.flip=1"], "flip is 1; it must be of type bool"),
+        (["--set", "training.betas=[0.9]"], "training.betas is (0.9,); it must be two numbers in [0, 1)"),
+        (["--set", 'training.betas=[0.9, "b"]'], "training.betas is (0.9, 'b'); it must be two numbers"),
+        (["--set", "training.betas=[0.9, 1]"], "training.betas is (0.9, 1); it must be two numbers"),
+        (["--set", "training.seed=-1"], "training.seed is -1; it must be in 0..2^63 - 1"),
+        (["--set", "training.seed=9223372036854775808"], "it must be in 0..2^63 - 1"),
+        (["--set", "tokenizer.norm_groups=0"], "tokenizer.norm_groups is 0; it must be positive integers"),
+        (["--set", "tokenizer.codebook_size=0"], "tokenizer.codebook_size is 0"),
+        (["--set", "tokenizer.blocks=-1"], "tokenizer.blocks is -1"),
+        (["--set", "tokenizer.encoder_mult=[1, 1, 0]"], "tokenizer.encoder_mult is (1, 1, 0)"),
+        (["--set", 'tokenizer.decoder_mult=["a", 1]'], "tokenizer.decoder_mult is ('a', 1)"),
+        (["--set", "tokenizer.image_size=8"], "tokenizer.image_size is 8; it must be at least 11, the window of SSIM"),
         (["--set", "steps=3"], "override 'steps=3' is not SECTION.FIELD=VALUE"),
         (["--set", "model.steps=3"], "is not SECTION.FIELD=VALUE with a section of ['stage', 'tokenizer', 'training']"),
         (["--set", "training.steps"], "override 'training.steps' is not SECTION.FIELD=VALUE"),
@@ -393,6 +424,63 @@ def test_runs_are_not_mixed(first: Path, data: Path, configs: Path, capsys: pyte
     assert log(first) == before
 
 
+def test_changed_inputs_are_noticed(
+    first: Path, second: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is not resumed on other images, nor stage 2 on another tokenizer, even of the same sizes."""
+    more = tmp_path / "more"
+    shutil.copytree(data, more)
+    shutil.copy(more / "bars" / "00.png", more / "discs" / "zz.png")
+    other = load_checkpoint(first / "best")
+    assert other.tokenizer is not None
+    other.tokenizer.entropy_thresholds += 1e-3
+    save_checkpoint(other, tmp_path / "other")
+    one = ["--out", str(first), "--config", str(configs / "one.json"), "--resume"]
+    two = [*stage_2(data, configs, first, second), "--resume"]
+    for main, arguments, words in (
+        (train_tokenizer.main, [str(more), *one], f"was not started with the images that {more} holds now"),
+        (train_transformer.main, [str(more), *two[1:]], f"was not started with the images that {more} holds now"),
+        (
+            train_transformer.main,
+            [*two, "--tokenizer", str(tmp_path / "other")],
+            f"was not started with the tokenizer that {tmp_path / 'other'} holds now",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_truncated_images_and_no_labels(
+    first: Path, data: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files cut short, in training and held out, are left out with a warning; and one label "" of every sub-folder
+    trains an unconditional model. Before quantisation the pictures are what the network makes without a codebook."""
+    images = tmp_path / "images"
+    shutil.copytree(data, images)
+    folder = ImageFolder(images, 16, val_fraction=0.1)
+    for path in (folder.paths[folder.train[0]], folder.paths[folder.val[0]]):
+        path.write_bytes(path.read_bytes()[:60])
+    short = ["--set", "training.steps=3", "--set", "training.picture_every=1"]
+    base = [str(images), "--out", str(tmp_path / "one"), "--config", str(configs / "one.json"), *short]
+    quantised: list[bool] = []
+    forward = DQVAE.forward
+
+    def watched(vae: DQVAE, x: torch.Tensor, *, quantize: bool = True) -> Reconstruction:
+        quantised.extend([] if vae.training else [quantize])
+        return forward(vae, x, quantize=quantize)
+
+    monkeypatch.setattr(DQVAE, "forward", watched)
+    with pytest.warns(UserWarning, match="unreadable image"):
+        train_tokenizer.main([*base, "--set", "stage.warmup_fraction=0.67"])
+    assert quantised[0] is False and quantised[-1] is True
+    options = ["--set", 'stage.labels={"": ["*"]}', "--set", "stage.min_psnr=0"]
+    with pytest.warns(UserWarning, match="unreadable image"):
+        train_transformer.main([*stage_2(images, configs, first, tmp_path / "two"), *short, *options])
+    model = load_checkpoint(tmp_path / "two" / "best")
+    assert model.class_names == () and model.layout.classes == 0 and not model.layout.null_label
+
+
 def test_what_stage_two_refuses(
     first: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,6 +495,15 @@ def test_what_stage_two_refuses(
         (["--set", "transformer.heads=5"], "transformer.width is 32; it must be a multiple of heads (5)"),
         (["--set", "stage.order=spiral"], "layout.order is 'spiral'"),
         (["--set", "stage.copies=0"], "stage.copies is 0; it must be at least 1"),
+        (["--set", 'stage.labels={"round": 3}'], "stage.labels: 'round' is 3; it must be a list of sub-folders"),
+        (
+            ["--set", 'stage.defaults={"guidance": 2}', "--set", "stage.label_dropout=0"],
+            "stage.defaults has guidance 2, but stage.label_dropout 0 has no null label",
+        ),
+        (
+            ["--set", 'stage.defaults={"guidance": 2}', "--set", 'stage.labels={"": ["*"]}'],
+            "stage.defaults has guidance 2, but an unconditional model (stage.labels) has no null label",
+        ),
         (["--set", 'stage.defaults={"top_q": 1}'], "unknown sampling parameters ['top_q']"),
         (["--set", 'stage.labels={"round": ["disc"]}'], "labels names disc, which"),
     ):
@@ -432,21 +529,27 @@ def test_unusable_folders(data: Path, configs: Path, tmp_path: Path, capsys: pyt
     assert [p.name for p in tmp_path.iterdir()] == ["few"]
 
 
-def test_configs_of_the_demo() -> None:
+@pytest.mark.parametrize("path", sorted(cli.CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_configs_of_the_package(path: Path) -> None:
     """The configuration files in the package fit the code that reads them."""
-    one = read_config(
-        "emoji_tokenizer",
-        {
-            "tokenizer": train_tokenizer.DQVAEConfig,
-            "training": TrainConfig,
-            "stage": train_tokenizer.StageOneConfig,
-        },
-        [],
-    )
-    two = read_config(
-        "emoji_transformer",
-        {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig},
-        ["training.steps=7"],
-    )
-    assert one["tokenizer"].image_size == 64 and one["tokenizer"] != TOKENIZER
-    assert two["training"].steps == 7 and len(two["stage"].labels) > 2
+    if "tokenizer" in path.stem:
+        sections = {"tokenizer": DQVAEConfig, "training": TrainConfig, "stage": train_tokenizer.StageOneConfig}
+        assert read_config(path.stem, sections, [])["tokenizer"] != TOKENIZER
+        return
+    sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig}
+    config = read_config(path.stem, sections, ["training.steps=7"])
+    assert config["training"].steps == 7 and config["stage"].defaults["guidance"] > 1
+    cli.build(TransformerConfig, config["transformer"], path.stem)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_what_the_disk_refuses(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk is one line and exit status 2, not a traceback."""
+
+    @cli.guarded
+    def command(argv: list[str] | None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"

@@ -88,7 +88,8 @@ def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | N
     """Write a checkpoint folder atomically: a crash leaves the old one or the new one, never a mixture."""
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    _recover(folder)
+    if not folder.exists() and old.exists():  # a crash interrupted the swap
+        old.rename(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
@@ -96,24 +97,30 @@ def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | N
         text = json.dumps({"step": state.step, "values": state.values})
         save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
     (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n")
-    for path in fresh.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in (*fresh.iterdir(), fresh):
+        _sync(path)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # a crash may have left it
         folder.rename(old)
     fresh.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def existing(folder: str | Path) -> Path:
+    """The checkpoint folder, or ``<folder>.old`` where only that is left of a swap that a crash interrupted."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    return old if not folder.exists() and old.exists() else folder
+
+
 def load_checkpoint(folder: str | Path) -> DQModel:
-    """Read a checkpoint folder, in eval mode.
+    """Read a checkpoint folder (see ``existing``), in eval mode.
 
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, unknown or damaged.
     """
-    folder = Path(folder)
-    _recover(folder)
+    folder = existing(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -186,7 +193,7 @@ def load_training_state(folder: str | Path) -> TrainingState:
     """
     from safetensors import safe_open
 
-    path = Path(folder) / "training.safetensors"
+    path = existing(folder) / "training.safetensors"
     try:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
@@ -210,11 +217,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _recover(folder: Path) -> None:
-    """Finish a swap that a crash interrupted: only ``.old`` is there, so it is the checkpoint."""
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+def _sync(path: Path) -> None:
+    if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def import_published(

@@ -10,19 +10,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from dvq_rt.manifest import write_file
 from runtimes.errors import ConfigError, DvqError
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Turn a DvqError into ``error: ...`` on stderr and exit status 2; Ctrl-C into status 130."""
+    """Turn a DvqError, or what the disk refuses, into ``error: ...`` on stderr and exit status 2; Ctrl-C into 130."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
         try:
             main(argv)
-        except DvqError as error:
+        except (DvqError, OSError, SafetensorError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
@@ -93,27 +96,47 @@ def build(cls: Any, given: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def open_run(run: str | Path, resume: bool, settings: dict[str, Any]) -> Path:
+def open_run(
+    run: str | Path, resume: bool, settings: dict[str, Any], inputs: dict[str, tuple[str | Path, str]]
+) -> tuple[Path, bool]:
     """Create a run folder with its settings, or check that a resumed one has the same.
 
+    Args:
+        run: the folder.
+        resume: go on from its checkpoint; a run that was killed before it had one starts again.
+        settings: of the run, as JSON values.
+        inputs: what it reads, such as its images: name -> (path, digest of the content).
+
+    Returns:
+        the folder, and whether it holds a checkpoint to go on from.
+
     Raises:
-        ConfigError: the folder holds another run, or there is nothing to resume.
+        ConfigError: the folder holds another run.
     """
     folder = Path(run)
     file = folder / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    if resume:
-        if not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
-            raise ConfigError(f"{folder} has no checkpoint to resume; leave --resume out to start")
-        if not file.exists() or file.read_text() != text:
-            raise ConfigError(f"{folder} was started with other settings ({file}); resume with the same ones")
-        return folder
-    if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
+    settings = {**settings, "inputs": {name: digest for name, (_, digest) in inputs.items()}}
+    begun = any((folder / name).exists() for name in ("checkpoint", "checkpoint.old"))
+    if begun and not resume:
         raise ConfigError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        file.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; choose another --out") from None
-    return folder
+    if resume and (begun or file.exists()):
+        try:
+            before = json.loads(file.read_text())
+            read = dict(before["inputs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{file} is missing or damaged, so the run cannot go on; choose another --out") from None
+        for name, (path, digest) in inputs.items():
+            if read.get(name) != digest:
+                raise ConfigError(
+                    f"{folder} was not started with the {name} that {path} holds now; resume with the same"
+                )
+        if before != json.loads(json.dumps(settings)):
+            raise ConfigError(f"{folder} was started with other settings ({file}); resume with the same ones")
+    if not begun:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.jsonl").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; choose another --out") from None
+        write_file(file, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+    return folder, begun

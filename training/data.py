@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,22 +40,18 @@ class Augment:
     """Random changes of a training image.
 
     Attributes:
-        shift: most pixels of a random translation, in x and in y apart; 0 for none.
+        shift: most pixels of a random translation, in x and in y apart, which repeats the outermost ones; 0 for none.
         flip: mirror half of the images left to right.
         flip_exclude: names of classes that are never mirrored.
-        pad: what a shift brings in: the outermost pixels repeated, or white.
     """
 
     shift: int = 0
     flip: bool = False
     flip_exclude: frozenset[str] = frozenset()
-    pad: Literal["edge", "white"] = "edge"
 
     def __post_init__(self) -> None:
         if self.shift < 0:
             raise DataError(f"Augment.shift is {self.shift}; choose 0 or more pixels")
-        if self.pad not in ("edge", "white"):
-            raise DataError(f"Augment.pad is {self.pad!r}; choose 'edge' or 'white'")
 
 
 class ImageFolder:
@@ -93,7 +88,8 @@ class ImageFolder:
             size: side of the decoded images, 1 to 4096 pixels.
             val_fraction: share of the images held out, 0 <= val_fraction < 1.
             seed: of the split.
-            labels: label name to the sub-folders it joins, others are left out; None: each sub-folder, sorted, is one.
+            labels: label name to the sub-folders it joins, ``["*"]`` joins all, others are left out; None: each
+                sub-folder, sorted, is one.
             cache_bytes: decoded images are kept in memory until they fill this.
 
         Raises DataError when the folder is missing, holds no class folders or no readable image, a label stays empty,
@@ -184,6 +180,18 @@ class ImageFolder:
         stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
         return stacked, np.array(kept, dtype=np.int64)
 
+    def chunks(self, indices: Indices, size: int) -> Iterator[Batch]:
+        """``load`` of ``size`` indices at a time, without the chunks that hold no readable image."""
+        for start in range(0, len(indices), size):
+            images, kept = self.load(indices[start : start + size])
+            if len(kept):
+                yield images, kept
+
+    def digest(self) -> str:
+        """SHA-256 of which images there are and of which class, the pixels not included."""
+        rows = sorted((self.relative(i), self.classes[label]) for i, label in enumerate(self.labels))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
     def report_unreadable(self) -> None:
         """Warn once, with a count and the first few names, of the unreadable files found since the last report."""
         with self._lock:
@@ -194,7 +202,11 @@ class ImageFolder:
             warnings.warn(f"{len(fresh)} unreadable image(s) left out: {names}", stacklevel=3)
 
     def check_held_out(self) -> None:
-        """Raise DataError when ``val`` is empty, where training needs images to validate on."""
+        """Leave images that cannot be decoded out of ``val``, with a warning that counts them.
+
+        Raises DataError when none is left, where training needs images to validate on.
+        """
+        self.val = np.array([index for _, kept in self.chunks(self.val, 64) for index in kept], dtype=np.int64)
         if not len(self.val):
             raise DataError(
                 f"none of the {len(self)} images of {self.root} is held out for validation; raise stage.val_fraction, "
@@ -332,10 +344,7 @@ def _augmented(pixels: Pixels, augment: Augment, flips: bool, rng: np.random.Gen
     mirrored = rng.random() < 0.5
     if augment.shift:
         around = ((augment.shift, augment.shift), (augment.shift, augment.shift), (0, 0))
-        if augment.pad == "edge":
-            padded = np.pad(pixels, around, mode="edge")
-        else:
-            padded = np.pad(pixels, around, constant_values=255)
+        padded = np.pad(pixels, around, mode="edge")
         side = len(pixels)
         pixels = padded[down : down + side, right : right + side]
     return pixels[:, ::-1] if flips and mirrored else pixels
@@ -355,7 +364,7 @@ def _groups(root: Path, labels: Mapping[str, Sequence[str]] | None) -> dict[str,
         raise DataError(f"{root} has no sub-folders; put the images of each class into a sub-folder named after it")
     if labels is None:
         return {name: [name] for name in there}
-    groups = {label: list(names) for label, names in labels.items()}
+    groups = {label: there if list(names) == ["*"] else list(names) for label, names in labels.items()}
     if not groups:
         raise DataError(f"labels is empty; name at least one label, or pass None to make each sub-folder of {root} one")
     listed = [name for names in groups.values() for name in names]

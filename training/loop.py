@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dvq_rt.manifest import write_file
 from runtimes.errors import ConfigError
 from training.checkpoint import (
     DQModel,
@@ -39,7 +41,7 @@ class TrainConfig:
         lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
-        seed: of the data order, augmentation, dropout and initialisation.
+        seed: of the data order, augmentation, dropout and initialisation, in 0..2^63 - 1.
         shift: largest random translation of the images, pixels; flip: mirror half of them.
         validate_every, picture_every, checkpoint_every: steps between these.
 
@@ -63,11 +65,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training.betas is {self.betas}; it must be two numbers in [0, 1)")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"training.seed is {self.seed}; it must be in 0..2^63 - 1")
         for name in ("steps", "batch_size", "validate_every", "picture_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "seed", "shift", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("warmup", "shift", "weight_decay"):
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
         if not self.lr > 0 or not self.clip > 0:
             raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive")
@@ -116,8 +122,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
     """Train to ``config.steps``, resuming exactly from ``run/checkpoint`` if asked.
 
     All randomness of step k is a function of (seed, k), so an interrupted and resumed run has the loss curve of an
-    uninterrupted one. SIGTERM and Ctrl-C save a checkpoint first. Writes ``run/checkpoint`` (latest), ``run/best``
-    (lowest validation loss), ``run/tensorboard`` and ``run/log.jsonl``.
+    uninterrupted one. SIGTERM and Ctrl-C save a checkpoint and raise ``SystemExit(130)``. Writes ``run/checkpoint``
+    (latest), ``run/best`` (lowest validation loss), ``run/tensorboard`` and ``run/log.jsonl``.
     """
     optimizer = make_optimizer(stage.trained, config)
     state = TrainingState(values={"best": math.inf, "seconds": 0.0})
@@ -125,14 +131,16 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
         state = load_training_state(run / "checkpoint")
         restore_optimizer(optimizer, state.tensors)
         _cut_log(run, state.step)
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step)
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)
 
     def save(folder: Path) -> None:
         state.tensors = optimizer_tensors(optimizer)
+        writer.flush()
         save_checkpoint(stage.model, folder, state)
 
     batches = stage.batches(state.step)
-    started, before, smooth = time.monotonic(), state.values["seconds"], math.nan
+    started, before = time.monotonic(), state.values["seconds"]
+    smooth: dict[str, float] = {}
     with (
         tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar,
         writer,
@@ -141,7 +149,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
         while state.step < config.steps and not stop:
             began = time.monotonic()
             batch = next(batches)
-            torch.manual_seed(config.seed * 1_000_003 + state.step)
+            torch.manual_seed((config.seed * 1_000_003 + state.step) % 2**64)
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(state.step)
             stage.trained.train()
@@ -154,10 +162,11 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
             state.step += 1
             state.values["seconds"] = before + time.monotonic() - started
             values = {k: float(v.detach()) for k, v in scalars.items()}
-            smooth = values["loss"] if math.isnan(smooth) else 0.98 * smooth + 0.02 * values["loss"]
+            smooth = {k: 0.98 * smooth.get(k, v) + 0.02 * v for k, v in values.items()}
             speed = stage.count(batch) / (time.monotonic() - began)
             bar.update()
-            bar.set_postfix_str(f"loss {smooth:.3f}, {speed:.0f} images/s", refresh=False)
+            shown = [f"{k} {v:.3f}" for k, v in smooth.items() if "_" not in k]  # without the parts of parts
+            bar.set_postfix_str(", ".join([f"{speed:.0f} images/s", *shown]), refresh=False)
             last = state.step == config.steps
             if state.step % 10 == 0 or last:
                 for name, value in {**values, "lr": config.rate(state.step - 1), "images_per_s": speed}.items():
@@ -182,7 +191,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
             if state.step % config.checkpoint_every == 0 or last or stop:
                 save(run / "checkpoint")
     if stop:
-        print(f"stopped at step {state.step}; the same command with --resume goes on")
+        print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(130)
     return stage.model
 
 
@@ -208,7 +218,7 @@ def _cut_log(run: Path, step: int) -> None:
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):
             kept += [line] if json.loads(line)["step"] <= step else []
-    path.write_text("".join(f"{line}\n" for line in kept))
+    write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _log(run: Path, row: dict[str, Any]) -> None:

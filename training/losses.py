@@ -62,7 +62,6 @@ def stacked_losses(
     position: Tensor,
     content: Tensor,
     segment: Tensor,
-    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropies of a stacked transformer (spec/dq.md section 10).
 
@@ -72,7 +71,6 @@ def stacked_losses(
         position_logits: float [B, T, position head]; content_logits: float [B, T, content vocabulary].
         position: local target ids int64 [B, T], -1 where there is none; content: likewise.
         segment: int64 [B, T], segment of each target.
-        weight: unused places are marked by -1; ``weight`` [B, T] further weighs targets (None: ones).
 
     Returns:
         dict of scalars ``loss``, ``position``, ``content``, ``position_<segment>``.
@@ -80,7 +78,7 @@ def stacked_losses(
 
     def mean_nll(logits: Tensor, target: Tensor, use: Tensor) -> Tensor:
         nll = F.cross_entropy(logits.flatten(0, 1), target.clamp_min(0).flatten(), reduction="none").view_as(target)
-        factor = use.to(nll.dtype) if weight is None else use * weight
+        factor = use.to(nll.dtype)
         return (nll * factor).sum() / factor.sum().clamp_min(1)
 
     parts = {

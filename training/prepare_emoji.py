@@ -14,11 +14,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -27,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtimes.errors import DataError
+from training.cli import guarded
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 Classes = Literal["group", "subgroup"]
@@ -180,8 +180,8 @@ def _check_request(out: Path, size: int, classes: str) -> None:
         raise DataError(f"classes {classes!r} is unknown; choose one of {', '.join(get_args(Classes))}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a user's error."""
+@guarded
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.prepare_emoji", description="Prepare the emoji demo set.")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to make; must not exist")
     parser.add_argument(
@@ -190,17 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
     parser.add_argument("--classes", choices=get_args(Classes), default="subgroup", help="what makes a class")
     args = parser.parse_args(argv)
-    try:
-        _check_request(args.out, args.size, args.classes)
-        with tempfile.TemporaryDirectory() as folder:
-            archive = args.archive or fetch_archive(Path(folder))
-            count, class_count = prepare(archive, args.out, size=args.size, classes=args.classes)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check_request(args.out, args.size, args.classes)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = args.archive or fetch_archive(Path(folder))
+        count, class_count = prepare(archive, args.out, size=args.size, classes=args.classes)
     print(f"{count} images, {class_count} classes: {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

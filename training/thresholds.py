@@ -1,22 +1,21 @@
 """Entropy thresholds from a folder of images: ``python -m training.thresholds DATA --checkpoint CKPT``.
 
-The table's entry p is the p-th percentile of the patch entropies of all training images, computed with the model's own
-bins (spec/dq.md section 3 and Q14). It lives in the checkpoint.
+The table's entry p is the p-th percentile of the patch entropies of all images, computed with the model's own bins
+(spec/dq.md section 3 and Q14). It lives in the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtimes.errors import CheckpointError
-from training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
+from runtimes.errors import CheckpointError, DataError
+from training.checkpoint import existing, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
 from training.data import ImageFolder
 from training.models.dqvae import patch_entropy
@@ -31,8 +30,14 @@ def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
 
     Returns:
         float32 [99], see ``percentiles``.
+
+    Raises:
+        DataError: there is no image.
     """
-    return percentiles(torch.cat([patch_entropy(to_float(image[None]), patch).flatten() for image in images]))
+    found = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
+    if not found:
+        raise DataError("no image can be decoded, so there are no entropy thresholds; replace the files")
+    return percentiles(torch.cat(found))
 
 
 def percentiles(values: Tensor) -> Tensor:
@@ -49,7 +54,8 @@ def to_float(images: np.ndarray) -> Tensor:
 def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:
     """``threshold_table`` of a folder's training images; of an even subset when there are more than ``limit``."""
     chosen = folder.train[:: max(1, len(folder.train) // limit)]
-    return threshold_table((folder.pixels(int(i)) for i in tqdm(chosen, desc="patch entropies")), patch)
+    images = (image for batch, _ in folder.chunks(chosen, 64) for image in batch)
+    return threshold_table(tqdm(images, total=len(chosen), desc="patch entropies"), patch)
 
 
 @guarded
@@ -61,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     model = load_checkpoint(args.checkpoint)
     if model.tokenizer is None:
         raise CheckpointError(f"{args.checkpoint} holds no tokenizer; give a checkpoint of training.train_tokenizer")
-    resumable = (Path(args.checkpoint) / "training.safetensors").exists()
+    resumable = (existing(args.checkpoint) / "training.safetensors").exists()
     state = load_training_state(args.checkpoint) if resumable else None
     config = model.tokenizer.config
-    table = folder_thresholds(ImageFolder(args.data, config.image_size), config.stride)
+    table = folder_thresholds(ImageFolder(args.data, config.image_size, val_fraction=0), config.stride)
     model.tokenizer.entropy_thresholds.copy_(table)
     save_checkpoint(model, args.checkpoint, state)
     for p in (10, 25, 50, 75, 90):

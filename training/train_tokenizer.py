@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvq_rt.images import grain_overlay, grid
+from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
 from training.checkpoint import DQModel, load_checkpoint
 from training.cli import guarded, open_run, read_config
@@ -61,7 +61,7 @@ def train_tokenizer(
     folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
-    path = open_run(run, resume, settings)
+    path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
     torch.manual_seed(training.seed)
     if resume:
         model = load_checkpoint(path / "checkpoint")
@@ -97,8 +97,8 @@ def train_tokenizer(
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
-        for start in range(0, len(folder.val), 16):
-            x = to_float(np.stack([folder.pixels(int(i)) for i in folder.val[start : start + 16]]))
+        for images, _ in folder.chunks(folder.val, 16):
+            x = to_float(images)
             if not quantising[0]:
                 y, fine = vae(x, quantize=False).images, x.new_zeros(len(x))
             else:
@@ -112,14 +112,12 @@ def train_tokenizer(
         return sums
 
     def pictures() -> dict[str, np.ndarray]:
-        originals = np.stack([folder.pixels(int(i)) for i in folder.val[:: max(1, len(folder.val) // 16)][:16]])
-        encoding = vae.encode(to_float(originals))
-        outputs = vae.decode_codes(encoding.codes)
-        made = ((outputs.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        rows = np.concatenate([originals, made])
+        originals, _ = folder.load(folder.val[:: max(1, len(folder.val) // 16)][:16])
+        out = vae(to_float(originals), quantize=quantising[0])
+        rows = np.concatenate([originals, to_uint8(out.images.numpy())])
         overlays = [
             np.asarray(grain_overlay(image, grain, tokenizer.sides).convert("RGB"))
-            for image, grain in zip(originals, encoding.grain.numpy(), strict=True)
+            for image, grain in zip(originals, out.grain.numpy(), strict=True)
         ]
         return {
             "reconstruction": np.asarray(grid(rows, columns=len(originals))),
@@ -140,10 +138,11 @@ def perplexity(codes: Tensor, size: int) -> Tensor:
 def initialise_codebook(vae: DQVAE, folder: ImageFolder, batch_size: int, seed: int) -> None:
     """Start the codebook from k-means of the features of a few hundred training images, one vector per code place."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(folder.train), generator=generator)[:256].tolist()
-    vectors = []
-    for start in range(0, len(chosen), 16):
-        x = to_float(np.stack([folder.pixels(int(folder.train[i])) for i in chosen[start : start + 16]]))
+    chosen = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
+    vectors, count = [], 0
+    for images, _ in folder.chunks(chosen, 16):
+        x = to_float(images)
+        count += len(x)
         grain, _ = vae.route(x)
         h = vae.features(x, grain).permute(0, 2, 3, 1)
         fine = grain.repeat_interleave(2, 1).repeat_interleave(2, 2).bool()
@@ -151,7 +150,7 @@ def initialise_codebook(vae: DQVAE, folder: ImageFolder, batch_size: int, seed: 
         corner[:, ::2, ::2] = True
         vectors.append(h[fine | corner])
     found = torch.cat(vectors)
-    vae.quantizer.initialise(found, len(found) * batch_size / len(chosen), noise=generator)
+    vae.quantizer.initialise(found, len(found) * batch_size / count, noise=generator)
 
 
 @guarded
@@ -161,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--config", default="emoji_tokenizer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"tokenizer": DQVAEConfig, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)

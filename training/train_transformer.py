@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dvq_rt.images import grid
+from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
@@ -36,7 +37,8 @@ class StageTwoConfig:
     """What stage 2 has beyond TrainConfig and TransformerConfig (whose ``block_size`` comes from the layout).
 
     Args:
-        labels: label -> sub-folders it joins; empty makes every sub-folder a label. One label "" is unconditional.
+        labels: label -> sub-folders it joins, ["*"] joins all; empty makes every sub-folder a label. The one label ""
+            is an unconditional model: ``{"": ["*"]}``.
         flip_exclude: labels whose images are never mirrored.
         order: order of the fine positions, ``row-first`` or ``region-first``.
         copies: augmented copies of the training set that are tokenised before training starts.
@@ -64,6 +66,9 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        for label, names in self.labels.items():
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+                raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")
         SamplingParams.from_dict(self.defaults)
 
 
@@ -83,14 +88,15 @@ def tokenise(vae: DQVAE, images: Iterator[tuple[np.ndarray, np.ndarray]], count:
     labels: list[np.ndarray] = []
     found = 0
     with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
-        while found < count:
-            pixels, label = next(images)
+        for pixels, label in images:
             encoding = vae.encode(to_float(pixels))
             codes.append(encoding.codes.numpy().astype(np.int32))
             grains.append(encoding.grain.numpy().astype(np.int8))
             labels.append(label)
             found += len(pixels)
             bar.update(len(pixels))
+            if found >= count:
+                break
     return Tokenised(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
 
 
@@ -158,9 +164,15 @@ def train_transformer(
         classes=0 if unconditional else len(folder.classes),
         null_label=stage.label_dropout > 0 and not unconditional,
     )
+    guidance = SamplingParams.from_dict(stage.defaults).guidance
+    if guidance != 1 and not layout.null_label:
+        reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
+        raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
     config = build(TransformerConfig, {**transformer, "block_size": layout.max_length}, "section 'transformer'")
     settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
-    path = open_run(run, resume, settings)
+    codes = hashlib.sha256(vae.quantizer.codebook.numpy().tobytes() + vae.entropy_thresholds.numpy().tobytes())
+    inputs = {"images": (data, folder.digest()), "tokenizer": (tokenizer, codes.hexdigest())}
+    path, resume = open_run(run, resume, settings, inputs)
     check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
     torch.manual_seed(training.seed)
     names = () if unconditional else tuple(folder.classes)
@@ -174,7 +186,7 @@ def train_transformer(
 
     augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
     source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
-    held = ((np.stack([folder.pixels(int(i))]), folder.labels[i : i + 1]) for i in folder.val)
+    held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
     train = tokenise(vae, source, len(folder.train) * stage.copies, "tokenising")
     val = tokenise(vae, held, len(folder.val), "tokenising held-out images")
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
@@ -206,7 +218,7 @@ def train_transformer(
         return sums
 
     def pictures() -> dict[str, np.ndarray]:
-        count = max(1, len(names))
+        count = min(max(1, len(names)), 10)
         shown = [i % count for i in range(2 * count)]
         params = SamplingParams.from_dict(stage.defaults)
         images = decode_tokens(model, sample_tokens(net, shown, params))
@@ -226,7 +238,7 @@ def decode_tokens(model: DQModel, tokens: list[tuple[list[int], list[int]]]) -> 
     assert model.tokenizer is not None
     codes = np.stack([model.layout.to_map(content, position)[0] for content, position in tokens])
     images = model.tokenizer.decode_codes(torch.from_numpy(codes))
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_uint8(images.numpy())
 
 
 @torch.no_grad()
@@ -236,7 +248,7 @@ def check_tokenizer(vae: DQVAE, folder: ImageFolder, least: float, name: str) ->
     Raises:
         CheckpointError: its PSNR on held-out images is below ``least`` dB.
     """
-    x = to_float(np.stack([folder.pixels(int(i)) for i in folder.val[:32]]))
+    x = to_float(folder.load(folder.val[:32])[0])
     measured = float(psnr(x, vae.decode_codes(vae.encode(x).codes)).mean())
     if not measured >= least:
         raise CheckpointError(
@@ -253,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--config", default="emoji_transformer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
     config = read_config(args.config, sections, args.set)

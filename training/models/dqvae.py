@@ -18,6 +18,10 @@ from training.models.quantizer import EMAQuantizer
 GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
 ENTROPY_BINS, ENTROPY_SIGMA = 32, 0.01
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
+SIZES = (
+    *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),
+    *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,12 @@ class DQVAEConfig:
     def __post_init__(self) -> None:
         for name in ("encoder_mult", "decoder_mult", "attention", "decoder_attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in SIZES:
+            value = getattr(self, name)
+            if not all(type(size) is int and size >= 1 for size in (value if isinstance(value, tuple) else (value,))):
+                raise ConfigError(f"tokenizer.{name} is {value!r}; it must be positive integers")
+        if self.image_size < 11:
+            raise ConfigError(f"tokenizer.image_size is {self.image_size}; it must be at least 11, the window of SSIM")
         if len(self.encoder_mult) < 2:
             raise ConfigError(f"tokenizer.encoder_mult is {self.encoder_mult}; dual granularity needs two levels")
         if self.image_size % self.stride:
@@ -82,7 +92,7 @@ class DQVAEConfig:
         widths = [self.channels * m for m in self.encoder_mult] + [self.decoder_channels * m for m in self.decoder_mult]
         if bad := [w for w in [self.channels, *widths] if w % self.norm_groups]:
             raise ConfigError(f"tokenizer.norm_groups is {self.norm_groups}; it must divide every width, not {bad}")
-        if not 1 <= self.fine_percent <= 99:
+        if type(self.fine_percent) is not int or not 1 <= self.fine_percent <= 99:
             raise ConfigError(f"tokenizer.fine_percent is {self.fine_percent}; it must be in 1..99")
         if self.position_bias not in POSITION_BIASES:
             raise ConfigError(f"tokenizer.position_bias is {self.position_bias!r}; it must be one of {POSITION_BIASES}")
