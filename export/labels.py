@@ -24,11 +24,8 @@ def keep_labels(model: DQModel, names: Sequence[str]) -> DQModel:
     """
     net, layout = model.transformer, model.layout
     assert net is not None
-    unknown = [name for name in names if name not in model.class_names]
-    if not names or unknown or len(set(names)) != len(names):
-        raise ExportError(
-            f"labels {list(names)} must be different ones of {list(model.class_names)}; unknown: {unknown}"
-        )
+    if not names or not set(names) <= set(model.class_names) or len(set(names)) != len(names):
+        raise ExportError(f"labels {list(names)} must be different ones of {list(model.class_names)}")
     kept = [model.class_names.index(name) for name in names] + [layout.classes] * layout.null_label
     smaller = replace(layout, classes=len(names))
 

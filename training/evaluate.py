@@ -166,11 +166,11 @@ def memorisation(samples: Distances, held_out: Distances, copies: Distances) -> 
 def open_data(
     generator: Generator, data: str | Path, training: TrainConfig, stage: StageTwoConfig
 ) -> tuple[ImageFolder, Augment]:
-    """The labelled images of stage 2 with its split, labels in the engine's order, and its augmentation.
+    """The images of stage 2 that have the engine's labels, in its order, with the split and the augmentation.
 
     Raises:
         InputError: the engine has no named labels.
-        ConfigError: its labels are not the configuration's.
+        ConfigError: its labels are not among the configuration's.
         DataError: the folder cannot be used, or holds no held-out image.
     """
     names = generator.class_names
@@ -180,8 +180,9 @@ def open_data(
             "evaluate an engine of a class-conditional model"
         )
     size = generator.manifest.image_size
-    if stage.labels and set(stage.labels) == set(names):
-        stage = replace(stage, labels={name: stage.labels[name] for name in names})
+    if set(names) <= set(stage.labels):
+        exclude = tuple(name for name in stage.flip_exclude if name in names)
+        stage = replace(stage, labels={name: stage.labels[name] for name in names}, flip_exclude=exclude)
     folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None)
     if folder.classes != list(names):
         raise ConfigError(
