@@ -21,6 +21,7 @@ from dvq_rt.manifest import DEMO, Manifest, read_engine, write_file
 from dvq_rt.sampling import FINE_POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
+PER_LABEL = 6
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 FOLDER_GRID = "grid.png"
 RECONSTRUCTION_COLUMNS = 8
@@ -50,25 +51,27 @@ def sample(options: argparse.Namespace) -> int:
     """Draw pictures and write them as a grid, in a folder also one by one."""
     given = {name: getattr(options, name) for name in SamplingParams.__dataclass_fields__ if hasattr(options, name)}
     SamplingParams.from_dict(given)
-    if options.n < 1:
-        raise InputError(f"--n is {options.n}; it must be at least 1")
-    if options.columns is not None and options.columns < 1:
-        raise InputError(f"--columns is {options.columns}; it must be at least 1")
+    for name in ("n", "columns"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
     target, folder = _output(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
     labels = _labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
-    with tqdm(total=options.n, unit="image", disable=None) as bar:
+    n = options.n or len(labels or []) or 16
+    columns = options.columns or (PER_LABEL if options.n is None and labels else None)
+    with tqdm(total=n, unit="image", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        samples = generator.sample(n=options.n, labels=labels, seed=options.seed, params=params, progress=progress)
+        samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=progress)
     if folder is not None:
         _make_folder(folder)
         samples.save(folder)
-    _write_picture(target, samples.grid(columns=options.columns))
+    _write_picture(target, samples.grid(columns=columns))
     print(target)
     return 0
 
@@ -180,14 +183,18 @@ def _generator(options: argparse.Namespace) -> Any:
     return Generator(options.engine, device=options.device, slots=options.slots, threads=options.threads)
 
 
-def _labels(text: str | None, n: int, names: Sequence[str], classes: int) -> list[int | str] | None:
-    """One label for each of n pictures: those asked for, or all, in equal shares and in order."""
+def _labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
+    """One label for each picture: those asked for, or all, in equal shares and in order; without ``n`` a row of
+    pictures for each (at most the first ten if all)."""
     chosen: list[int | str] = list(range(classes))
     if text is not None:
         words = [text] if text in names else [word.strip() for word in text.split(",")]
         chosen = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
-        if len(chosen) > n:
+        if n is not None and len(chosen) > n:
             raise InputError(f"--labels names {len(chosen)} labels, but --n is {n}; raise --n or name fewer labels")
+    elif n is None:
+        chosen = chosen[:10]
+    n = n or PER_LABEL * len(chosen)
     return [chosen[i * len(chosen) // n] for i in range(n)] if chosen else None
 
 
@@ -251,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     drawing = add(sample, True, name="--engine")
-    drawing.add_argument("--n", type=int, default=16, help="number of pictures (16)")
+    drawing.add_argument("--n", type=int, help="number of pictures (a row per label, or 16)")
     drawing.add_argument("--labels", help="names or indices, separated by commas; all labels if left out")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", default="samples.png", help="picture, or a folder ending with / (samples.png)")

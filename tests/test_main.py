@@ -85,11 +85,11 @@ def fake(monkeypatch, tmp_path):
 
 
 def test_sample_defaults(fake, capsys):
-    """With no options the demo gives 16 pictures of all labels with the engine's recommended parameters."""
+    """With no options the demo gives a row of six pictures for every label with the engine's recommended parameters."""
     assert main(["sample"]) == 0
     (_, opened), (_, asked) = fake.calls
     assert opened == {"engine": None, "device": "cpu", "slots": None, "threads": None}
-    assert asked["n"] == 16 and asked["seed"] == 0
+    assert asked["n"] == 18 and asked["seed"] == 0
     assert asked["params"] == SamplingParams(temperature=0.9, top_k=5)
     assert asked["labels"] == [0] * 6 + [1] * 5 + [2] * 5
     assert capsys.readouterr().out.splitlines()[-1] == "samples.png"
