@@ -85,15 +85,15 @@ def fake(monkeypatch, tmp_path):
 
 
 def test_sample_defaults(fake, capsys):
-    """With no options the demo gives a row of six pictures for every label with the engine's recommended parameters."""
+    """With no options the demo gives a row of six pictures for every label, with the engine's own parameters."""
     assert main(["sample"]) == 0
     (_, opened), (_, asked) = fake.calls
     assert opened == {"engine": None, "device": "cpu", "slots": None, "threads": None}
     assert asked["n"] == 18 and asked["seed"] == 0
     assert asked["params"] == SamplingParams(temperature=0.9, top_k=5)
-    assert asked["labels"] == [0] * 6 + [1] * 5 + [2] * 5
+    assert asked["labels"] == [0] * 6 + [1] * 6 + [2] * 6
     assert capsys.readouterr().out.splitlines()[-1] == "samples.png"
-    assert Image.open("samples.png").size == (128, 128)
+    assert Image.open("samples.png").size == (192, 96)  # six columns of 32, three rows
     assert [p.name for p in Path().iterdir()] == ["samples.png"]
 
 
