@@ -211,15 +211,15 @@ def write_engine(
         names = sorted(p.name for p in temporary.iterdir())
         manifest = replace(manifest, files={n: _describe(temporary, n, "build plain files only") for n in names})
         for name in names:
-            _sync(temporary / name)
+            sync(temporary / name)
         values = {**manifest.to_dict(), "sha256": _digest(manifest.to_dict())}
         write_file(temporary / MANIFEST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-        _sync(temporary)
+        sync(temporary)
         if taken:
             final.rename(old)
         temporary.rename(final)
         done = True
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise EngineError(f"cannot write engine {final}: {error}") from error
     finally:
@@ -397,7 +397,8 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file's or a folder's content to the disk."""
     if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
         handle = os.open(path, os.O_RDONLY)
         try:

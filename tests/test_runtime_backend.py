@@ -159,3 +159,17 @@ def test_caches_are_bound_on_both_sides(class_engine: Path) -> None:
     """The manifest pairs every cache, two per block, and nothing else: lengths and tokens must have two buffers."""
     step = read_engine(class_engine).step
     assert sorted(step["caches"]) == sorted([f"cache_{i}", f"cache_{i}_out"] for i in range(6))
+
+
+def cuda_missing() -> bool:
+    """Whether this machine's ONNX Runtime has no CUDA provider."""
+    return "CUDAExecutionProvider" not in backend.import_onnxruntime().get_available_providers()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda_missing(), reason="needs an NVIDIA GPU and onnxruntime-gpu")
+def test_cuda_agrees_with_pytorch(plain_engine: Path) -> None:
+    """On a GPU: every golden check of an engine exported for CUDA passes there, free-running tokens included."""
+    for check in Generator(plain_engine, device="cuda").verify():
+        print(f"\n{check.name}: {check.measured:.3g} (at most {check.bound:.3g})", end="")
+        assert check.ok, check

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvq_rt.layout import TokenLayout
+from dvq_rt.manifest import sync
 from runtimes.errors import CheckpointError, ConfigError
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
@@ -98,12 +98,12 @@ def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | N
         save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
     (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n")
     for path in (*fresh.iterdir(), fresh):
-        _sync(path)
+        sync(path)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # a crash may have left it
         folder.rename(old)
     fresh.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -215,15 +215,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync(path: Path) -> None:
-    if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def import_published(
