@@ -136,7 +136,7 @@ class Generator:
         self._slots = slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}
-        self._idle: list[Loop] = []
+        self._spare: list[Loop] = []
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -358,20 +358,22 @@ class Generator:
                 self._programs[name] = self._backend.load(self.path / f"{name}.onnx", main=name == "step")
             return self._programs[name]
 
+    def _new_loop(self, slots: int) -> Loop:
+        return Loop(self._backend, self._program("step"), self.manifest, slots)
+
     @contextmanager
     def _loop(self, images: int, params: SamplingParams) -> Iterator[Loop]:
         """A decode loop of the right number of slots; it goes back to the pool unless the call fails."""
         width = 1 if params.guidance == 1 else 2
         slots = self._slots or min(images * width, max(self.manifest.slots, width))
-        program = self._program("step")
         with self._lock:
-            fitting = [i for i, idle in enumerate(self._idle) if idle.slots == slots]
-            loop = self._idle.pop(fitting[-1]) if fitting else None
+            fitting = [i for i, idle in enumerate(self._spare) if idle.slots == slots]
+            loop = self._spare.pop(fitting[-1]) if fitting else None
         if loop is None:
-            loop = Loop(self._backend, program, self.manifest, slots)
+            loop = self._new_loop(slots)
         yield loop
         with self._lock:
-            self._idle = [*self._idle, loop][-KEPT_LOOPS:]
+            self._spare = [*self._spare, loop][-KEPT_LOOPS:]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dvq_rt.decoding import Job, Loop
+from dvq_rt.decoding import Job
 from dvq_rt.manifest import read_tensors
 from dvq_rt.sampling import SamplingParams, uniforms
 
@@ -79,7 +79,7 @@ def verify(generator: Generator) -> list[Check]:
         params = plain if layout.null_label and label < layout.classes else SamplingParams()
         jobs = [Job(0, int(label), uniforms(0, i, layout.max_length), params)]
         width = 1 if params.guidance == 1 else 2
-        loop = Loop(generator._backend, generator._program("step"), generator.manifest, width)
+        loop = generator._new_loop(width)
         cells = next(iter(loop.run(jobs))).cells
         differ += int((cells != golden["free_cells"][i]).any())
     results.append(check("free run: images whose tokens differ from PyTorch", differ, 0.0))
@@ -94,7 +94,7 @@ def replay(
     other: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Logits of both heads, [T, V] each, of a forced sequence in slot 0 and, if given, of another one in slot 1."""
-    loop = Loop(generator._backend, generator._program("step"), generator.manifest, slots)
+    loop = generator._new_loop(slots)
     layout, params = generator.layout, SamplingParams(fine_positions="drawn")
     given = [(position, content)] + ([other] if other else [])
     jobs = []

@@ -42,7 +42,7 @@ def golden_values(model: DQModel) -> dict[str, NDArray[np.generic]]:
     """Inputs and PyTorch's outputs for ``dvq_rt.verify``: ragged sequences, all positions, both heads' logits."""
     vae, net, layout = model.tokenizer, model.transformer, model.layout
     assert vae is not None and net is not None
-    images = test_images(vae.config.image_size, IMAGES)
+    images = smooth_images(vae.config.image_size, IMAGES)
     encoding = vae.encode(torch.from_numpy(images))
     decoded = vae.decode_codes(encoding.codes)
 
@@ -94,7 +94,7 @@ def heads(model: DQModel) -> dict[str, int]:
     return {"position": model.layout.position_head, "content": model.layout.content_vocabulary}
 
 
-def test_images(size: int, count: int) -> NDArray[np.float32]:
+def smooth_images(size: int, count: int) -> NDArray[np.float32]:
     """Smooth pictures with a flat half and an edge, float32 [count, 3, size, size] in [-1, 1]."""
     rng = np.random.default_rng(0)
     axis = np.linspace(0, 2 * np.pi, size, dtype=np.float32)

@@ -12,27 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvq_rt.layout import TokenLayout
 from export.lowering import Attention, reference_attention
+from runtimes.errors import ConfigError
 from training.models.dqvae import DQVAE
 from training.models.transformer import Block, StackedTransformer
 
 STATE = ("content", "position", "length", "done", "cells")
-CONTROLS = (
-    "reset",
-    "label",
-    "uniforms",
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_k_position",
-    "top_p_position",
-    "fixed",
-    "partner",
-    "partner_weight",
-    "forced_position",
-    "forced_content",
-)
 REPORTS = ("position_logits", "content_logits", "position_logprob", "content_logprob")
 
 
@@ -64,7 +49,6 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.layout, self.attention = model, model.layout, attention
         layout = model.layout
-        last = layout.segments - 1
         place = np.zeros((layout.segments, layout.cells), dtype=np.int64)
         for s in range(layout.segments):
             for position, covered in enumerate(layout.covered_cells(s)):
@@ -72,9 +56,9 @@ class Step(nn.Module):
         self.register_buffer("place", torch.from_numpy(place), persistent=False)
         offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
         self.register_buffer("offset", offsets, persistent=False)
-        self.register_buffer("eos", torch.tensor([layout.position_eos(s) for s in range(last + 1)]), persistent=False)
-        ids = torch.arange(layout.position_head)
-        self.register_buffer("position_ids", ids, persistent=False)
+        ends = torch.tensor([layout.position_eos(s) for s in range(layout.segments)])
+        self.register_buffer("eos", ends, persistent=False)
+        self.register_buffer("position_ids", torch.arange(layout.position_head), persistent=False)
         self.register_buffer("content_ids", torch.arange(layout.content_vocabulary), persistent=False)
         ranks = torch.zeros(layout.segments, layout.cells, dtype=torch.long)
         for s in range(layout.segments):
@@ -284,10 +268,9 @@ class DecoderGraph(nn.Module):
         return self.vae.decode_codes(codes)
 
 
-def example_inputs(layout: TokenLayout, model: StackedTransformer, slots: int) -> dict[str, Tensor | list[Tensor]]:
+def example_inputs(model: StackedTransformer, slots: int) -> dict[str, Tensor | list[Tensor]]:
     """Inputs of ``Step.forward`` for an idle engine: every slot done, caches zero."""
-    b = slots
-    config = model.config
+    b, layout, config = slots, model.layout, model.config
     tmax = cache_length(model)
     whole = torch.zeros(b, dtype=torch.long)
     cache = (b, config.heads, tmax, config.width // config.heads)
@@ -320,8 +303,6 @@ def cache_length(model: StackedTransformer) -> int:
     Raises:
         ConfigError: the model's position table is shorter.
     """
-    from runtimes.errors import ConfigError
-
     if model.config.block_size < model.layout.max_length:
         raise ConfigError(
             f"transformer.block_size is {model.config.block_size}; this layout needs up to {model.layout.max_length}"

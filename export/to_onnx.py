@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -122,7 +123,7 @@ def write_graphs(model: DQModel, folder: Path, target: str, half_weights: bool) 
         half_weights,
     )
     step = Step(transformer, LOWERINGS[target]).eval()
-    inputs = example_inputs(model.layout, transformer, 2)
+    inputs = example_inputs(transformer, 2)
     caches = [f"cache_{i}" for i in range(len(inputs["caches"]))]
     outputs = [*(f"{name}_out" for name in STATE), *REPORTS, *(f"{name}_out" for name in caches)]
     trace(step, inputs, outputs, folder / "step.onnx", half_weights)
@@ -203,8 +204,6 @@ def store_half(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's progress and deprecation notices off the terminal; errors pass."""
-    import logging
-
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvq_rt.decoding import Job, Loop
+from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
@@ -93,7 +93,7 @@ def engine_logits(
 ) -> dict[int, Logits]:
     """Both heads of an engine that is forced along sequences, which take slots in the order given; by name."""
     layout, params = generator.layout, SamplingParams(fine_positions="drawn")
-    loop = Loop(generator._backend, generator._program("step"), generator.manifest, slots)
+    loop = generator._new_loop(slots)
     jobs = []
     for name, tokens in zip(names or range(len(rows)), rows, strict=True):
         label = int(tokens.content[0]) - layout.content_sos

@@ -33,4 +33,4 @@ def test_demo_reconstructs_what_it_draws() -> None:
     again = generator.reconstruct(samples.images).astype(float)
     error = np.sqrt(np.mean((again - samples.to_numpy()) ** 2))
     print(f"\nencoding and decoding a sample again changes it by {error:.1f} grey levels (RMS)")
-    assert error < 10
+    assert error < 10  # real held-out images are 14 grey levels off (25.3 dB); a sample is already in the code's reach

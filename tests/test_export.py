@@ -24,7 +24,7 @@ from small_models import (
 )
 
 import export.to_onnx as to_onnx
-from dvq_rt.decoding import Job, Loop
+from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
@@ -303,7 +303,7 @@ def test_guided_pairs_draw_the_same(class_model: DQModel, generator: Generator) 
     """Both slots of a pair take the same position and content at every step but for the label's own start tokens, and
     the label does matter."""
     layout, params = class_model.layout, SamplingParams(guidance=3.0, fine_positions="drawn")
-    loop = Loop(generator._backend, generator._program("step"), generator.manifest, 4)
+    loop = generator._new_loop(4)
     jobs = [Job(i, i, uniforms(1, i, layout.max_length), params) for i in range(2)]
     steps = 0
 

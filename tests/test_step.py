@@ -35,7 +35,7 @@ class Slots:
 
     def __init__(self, net: StackedTransformer, labels: Sequence[int]) -> None:
         self.step = Step(net).eval()
-        self.inputs = example_inputs(net.layout, net, len(labels))
+        self.inputs = example_inputs(net, len(labels))
         self.inputs["reset"] = torch.ones(len(labels), dtype=torch.bool)
         self.inputs["label"] = torch.tensor(labels)
 

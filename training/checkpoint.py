@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -191,8 +191,6 @@ def load_training_state(folder: str | Path) -> TrainingState:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    from safetensors import safe_open
-
     path = existing(folder) / "training.safetensors"
     try:
         with safe_open(path, "pt") as file:
