@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dvq_rt.images import grain_overlay, grid, to_array, to_uint8
 from dvq_rt.manifest import DEMO, Manifest, read_engine, write_file
-from dvq_rt.sampling import FINE_POSITIONS, SamplingParams
+from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
 PER_LABEL = 6
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         tuning.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
     for name in ("top-k", "top-k-position"):
         tuning.add_argument(f"--{name}", type=_top_k, default=argparse.SUPPRESS, help="a number, or none")
-    tuning.add_argument("--fine-positions", choices=FINE_POSITIONS, default=argparse.SUPPRESS)
+    tuning.add_argument("--positions", choices=POSITIONS, default=argparse.SUPPRESS)
 
     coding = add(reconstruct, True, name="--engine")
     coding.add_argument("images", nargs="+", metavar="IMAGE")

@@ -35,8 +35,9 @@ class Codes:
     """The codes of one image. Arrays are copied and cannot be written to.
 
     Args:
-        codes: int [h, w] of the finest grid, each in 0..K-1; the cells of one coarser position hold one code.
-        grain: int [hc, wc], the segment (0 is the coarsest) that codes each cell of the coarsest grid.
+        codes: int [h, w] of the finest grid, each in 0..K-1; the cells of one coarser position hold one code. Where
+            the layout does not cover the image, cells without a code hold -1.
+        grain: int [hc, wc], the segment (0 is the coarsest) that codes each cell of the coarsest grid, -1 for none.
         layout: the token layout of the model.
         label: index of the image's label, None if it has none.
 
@@ -51,8 +52,9 @@ class Codes:
 
     def __post_init__(self) -> None:
         layout = self.layout
-        codes = _checked("codes", self.codes, layout.sides[-1], layout.codebook_size, np.int64)
-        grain = _checked("grain", self.grain, layout.sides[0], layout.segments, np.int8)
+        least = 0 if layout.covering else -1
+        codes = _checked("codes", self.codes, layout.sides[-1], least, layout.codebook_size, np.int64)
+        grain = _checked("grain", self.grain, layout.sides[0], least, layout.segments, np.int8)
         object.__setattr__(self, "codes", codes)
         object.__setattr__(self, "grain", grain)
         if self.label is not None:
@@ -63,6 +65,8 @@ class Codes:
                 raise InputError(f"label is {self.label}; it must be {allowed}")
             object.__setattr__(self, "label", int(self.label))
         grain_of_cell = layout.grain_of_cells(grain)
+        if ((codes.reshape(-1) < 0) != (grain_of_cell < 0)).any():
+            raise InputError("codes and grain must be -1 in the same cells, those without a code")
         for s in range(layout.segments - 1):
             cells = layout.covered_cells(s)
             cells = cells[grain_of_cell[cells[:, 0]] == s]
@@ -86,12 +90,19 @@ class Codes:
         """Number of codes that the image needs: the positions of each segment that are in use."""
         coarsest = self.layout.sides[0]
         per_cell = [(side // coarsest) ** 2 for side in self.layout.sides]
-        return int(np.asarray(per_cell)[self.grain].sum())
+        return int(np.asarray(per_cell)[self.grain[self.grain >= 0]].sum())
 
     @property
     def bits(self) -> float:
-        """log2(K) for each code, and log2(segments) for each cell of the grain map."""
-        return self.length * math.log2(self.layout.codebook_size) + self.grain.size * math.log2(self.layout.segments)
+        """log2(codebook size) for each code, and the places: log2(segments) for each cell of the grain map or, where
+        cells are kept, log2 of the number of ways to choose that many."""
+        layout = self.layout
+        places = (
+            self.grain.size * math.log2(layout.segments)
+            if layout.covering
+            else math.log2(math.comb(layout.cells, self.length))
+        )
+        return self.length * math.log2(layout.codebook_size) + places
 
     def bits_per_pixel(self, image_size: int) -> float:
         """``bits`` over the pixels of an image of ``image_size`` x ``image_size``."""
@@ -188,13 +199,15 @@ def load_codes(path: str | os.PathLike[str]) -> list[Codes]:
         raise InputError(f"{path} is damaged: {reason}; save the codes again") from error
 
 
-def _checked(name: str, values: Any, side: int, count: int, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+def _checked(
+    name: str, values: Any, side: int, least: int, count: int, dtype: type[np.signedinteger[Any]]
+) -> NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (side, side) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} is {array.dtype} {array.shape}; it must be integers of shape ({side}, {side})")
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= count:
-        raise InputError(f"{name} holds values from {low} to {high}; they must be in 0..{count - 1}")
+    if low < least or high >= count:
+        raise InputError(f"{name} holds values from {low} to {high}; they must be in {least}..{count - 1}")
     kept = array.astype(dtype)
     kept.setflags(write=False)
     return kept

@@ -193,7 +193,7 @@ class Loop:
             host["top_p"][place] = params.top_p
             host["top_k_position"][place] = params.top_k_position or self.layout.position_head
             host["top_p_position"][place] = params.top_p_position
-            host["fixed"][place] = params.fine_positions == "fixed"
+            host["ordered"][place] = params.positions == "ordered"
             host["partner"][place] = 2 * slot + width - 1 - place  # of a pair, the other one
             host["partner_weight"][place] = params.guidance
             host["forced_position"][place] = host["forced_content"][place] = -1
@@ -208,18 +208,23 @@ class Loop:
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Code map [side, side] and grain map [sides[0], sides[0]] of a finished image's cells."""
+    """Code map [side, side] and grain map [sides[0], sides[0]] of an image's cells, -1 where there is no code."""
     side, block = layout.sides[-1], layout.sides[-1] // layout.sides[0]
     square = cells.astype(np.int64).reshape(side, side)
-    return square % layout.codebook_size, (square // layout.codebook_size)[::block, ::block]
+    codes = np.where(square < 0, -1, square % layout.codebook_size)
+    return codes, (square // layout.codebook_size)[::block, ::block]
 
 
-def fill_gaps(cells: NDArray[np.int32], side: int) -> NDArray[np.int32]:
-    """Give every empty cell (-1) the value of the nearest filled one (code 0 if there is none), int32 [side * side],
-    so that an unfinished image can be decoded."""
-    filled = np.flatnonzero(cells >= 0)
+def preview_map(layout: TokenLayout, cells: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Code map [side, side] that an unfinished image can be decoded from: where every cell must have a code, empty
+    ones take that of the nearest filled one (code 0 if there is none)."""
+    codes = cells_to_maps(layout, cells)[0]
+    filled = np.flatnonzero(codes >= 0)
+    if not layout.covering:
+        return codes
     if not filled.size:
-        return np.zeros_like(cells)
+        return np.zeros_like(codes)
+    side = layout.sides[-1]
     row, column = np.divmod(np.arange(side * side), side)
     distance = (row[:, None] - row[filled]) ** 2 + (column[:, None] - column[filled]) ** 2
-    return cells[filled[distance.argmin(1)]]
+    return codes.reshape(-1)[filled[distance.argmin(1)]].reshape(side, side)

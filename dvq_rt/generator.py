@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dvq_rt.codes import Codes
-from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, fill_gaps
+from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, preview_map
 from dvq_rt.images import ImageLike, grid, to_array, to_uint8
 from dvq_rt.manifest import DEMO, Manifest, read_engine
 from dvq_rt.sampling import SamplingParams, uniforms
@@ -70,7 +70,8 @@ class Samples:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """An image on its way: ``index`` in the call, ``image`` (PIL; not yet coded regions are filled from their
-    neighbours), ``progress`` (share of the cells that have a code, 0 to 1); ``codes`` once it is finished."""
+    neighbours or, where cells can lack codes, as such), ``progress`` (share of the codes to come that are there, 0 to
+    1); ``codes`` once it is finished."""
 
     index: int
     image: Image.Image
@@ -199,11 +200,10 @@ class Generator:
         def previews() -> Iterator[Preview]:
             with self._loop(len(jobs), params) as loop:
                 for event in loop.run(jobs, every):
-                    side = self.layout.sides[-1]
-                    filled = cells_to_maps(self.layout, fill_gaps(event.cells, side))[0]
-                    image = Image.fromarray(self._decode(filled[None])[0])
+                    image = Image.fromarray(self._decode(preview_map(self.layout, event.cells)[None])[0])
                     codes = self._codes(event) if event.finished else None
-                    yield Preview(event.job.index, image, float((event.cells >= 0).mean()), codes)
+                    progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
+                    yield Preview(event.job.index, image, progress, codes)
 
         return previews()
 
@@ -254,7 +254,7 @@ class Generator:
         if not several:
             return []
         given = [None] * len(several) if labels is None else self._labels(len(several), labels)
-        params = SamplingParams(fine_positions="drawn")
+        params = SamplingParams(positions="drawn")
         jobs, lengths = [], []
         for i, (c, label) in enumerate(zip(several, given, strict=True)):
             self._check_layout(c)
@@ -337,12 +337,13 @@ class Generator:
     def _check_layout(self, codes: Codes) -> None:
         if not isinstance(codes, Codes):
             raise InputError(f"got a {type(codes).__name__}; codes come from encode, sample or load_codes")
-        ours, theirs = self.layout, codes.layout
-        if (ours.codebook_size, ours.sides) != (theirs.codebook_size, theirs.sides):
-            raise InputError(
-                f"the codes have a codebook of {theirs.codebook_size} and grids {theirs.sides}; "
-                f"this model has {ours.codebook_size} and {ours.sides}"
-            )
+        ours, theirs = (
+            f"a codebook of {layout.codebook_size} and grids {layout.sides}, "
+            + ("every cell coded" if layout.covering else "some cells kept")
+            for layout in (self.layout, codes.layout)
+        )
+        if ours != theirs:
+            raise InputError(f"the codes have {theirs}; this model has {ours}")
 
     def _codes(self, event: Event) -> Codes:
         codes, grain = cells_to_maps(self.layout, event.cells)

@@ -18,8 +18,8 @@ from runtimes.errors import InputError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 MAX_PIXELS = 64_000_000
-COARSEST, BETWEEN, FINEST = (64, 110, 190), (20, 140, 110), (205, 30, 95)
-"""Colours of the segments in ``grain_overlay``."""
+COARSEST, BETWEEN, FINEST, MASKED = (64, 110, 190), (20, 140, 110), (205, 30, 95), (70, 70, 78)
+"""Colours of the segments, and of cells without a code, in ``grain_overlay``."""
 
 ImageLike = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 
@@ -100,11 +100,12 @@ def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) ->
 def grain_overlay(
     image: NDArray[np.uint8], grain: NDArray[np.integer[Any]], sides: Sequence[int], scale: int = 4
 ) -> Image.Image:
-    """A picture with the cells of its code drawn over it: each cell outlined and tinted by its granularity.
+    """A picture with the cells of its code drawn over it: each cell outlined and tinted by its granularity, or dark
+    where it has no code.
 
     Args:
         image: uint8 [H, W, 3].
-        grain: int [hc, wc], the segment that codes each coarsest cell, in 0..len(sides)-1.
+        grain: int [hc, wc], the segment that codes each coarsest cell, in 0..len(sides)-1, or -1 for none.
         sides: cells per image side of each segment, coarse to fine.
         scale: enlargement, at least 1.
 
@@ -116,9 +117,9 @@ def grain_overlay(
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(f"image is {image.dtype} {image.shape}; it must be uint8 [H, W, 3]")
-    if grain.shape != (sides[0], sides[0]) or grain.min() < 0 or grain.max() >= len(sides):
+    if grain.shape != (sides[0], sides[0]) or grain.min() < -1 or grain.max() >= len(sides):
         raise InputError(
-            f"grain has shape {grain.shape}; it must be ({sides[0]}, {sides[0]}) with values in 0..{len(sides) - 1}"
+            f"grain has shape {grain.shape}; it must be ({sides[0]}, {sides[0]}) with values in -1..{len(sides) - 1}"
         )
     if scale < 1:
         raise InputError(f"scale is {scale}; it must be at least 1")
@@ -134,6 +135,7 @@ def grain_overlay(
         strength = np.where(lines, 0.6, 0.0 if s == 0 else 0.2)[..., None]
         strength = strength * (segment == s)[..., None]
         canvas += (tint - canvas) * strength
+    canvas += (np.array(MASKED, dtype=np.float32) - canvas) * 0.8 * (segment < 0)[..., None]
     return Image.fromarray(np.rint(canvas).astype(np.uint8))
 
 

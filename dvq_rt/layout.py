@@ -1,9 +1,15 @@
-"""Token ids, sequences and grammar of dynamic-granularity codes: the one source of them.
+"""Token ids, sequences and grammar of images coded with a variable number of tokens: the one source of them.
 
 An image is a sequence of (position, content) pairs in segments of growing resolution. Segment ``s`` tiles the image
-with ``sides[s] x sides[s]`` cells; the last segment is the finest. Dual granularity has two segments (coarse, fine).
-Ids follow the released code (spec/dq.md section 9): in each vocabulary first the values, then PAD, EOS, and the start
-token(s), one per label where the vocabulary carries the label.
+with ``sides[s] x sides[s]`` cells; the last segment is the finest. There are two grammars:
+
+- *covering* (DQ; spec/dq.md section 9): every cell is coded by exactly one segment, each segment ends with EOS, and
+  so the length varies. Dual granularity has two segments (coarse, fine).
+- *keeping* (MQ; spec/mq.md section 4): one segment; ``kept`` of its cells have a code, at any places, and no EOS is
+  needed.
+
+In each vocabulary come first the values, then PAD and EOS where the grammar has them, and the start token(s), one per
+label where the vocabulary carries the label. Covering ids are those of the released code.
 
 Two position numberings appear: *local* ids, one vocabulary per segment, which the position head predicts; and
 *joint* ids, the local ids of all segments laid end to end, which index the one position embedding table.
@@ -22,6 +28,9 @@ from numpy.typing import NDArray
 from runtimes.errors import ConfigError
 
 ORDERS = ("row-first", "region-first")
+HEADS = ("position", "content")
+NONE = -1
+"""In place of a special token's id where the grammar has no such token."""
 
 
 class Tokens(NamedTuple):
@@ -45,7 +54,10 @@ class TokenLayout:
         null_label: whether one more label, ``classes``, stands for "no label" (for classifier-free guidance).
         label_in_position: whether the start tokens of the position vocabularies carry the label too
             (released class ``dqtransformer_class2_entropy``) or only those of the content vocabulary
-            (``dqtransformer_class``).
+            (``dqtransformer_class``, and both Stackformers).
+        kept: number of cells that have a code, in 1..sides[0] ** 2; None for the covering grammar.
+        first: which head draws first, ``position`` or ``content``; content only with ``kept``, because only the
+            position tells that a segment ends.
 
     Raises:
         ConfigError: a size is of the wrong type or out of range.
@@ -57,6 +69,8 @@ class TokenLayout:
     classes: int = 0
     null_label: bool = False
     label_in_position: bool = True
+    kept: int | None = None
+    first: str = "position"
 
     def __post_init__(self) -> None:
         if not _is_int(self.codebook_size, 1):
@@ -76,11 +90,38 @@ class TokenLayout:
                 raise ConfigError(f"layout.{name} is {getattr(self, name)!r}; it must be true or false")
         if self.null_label and not self.classes:
             raise ConfigError("layout.null_label needs layout.classes of at least 1")
+        if self.kept is not None and (len(self.sides) > 1 or not _is_int(self.kept, 1) or self.kept > self.cells):
+            raise ConfigError(
+                f"layout.kept is {self.kept!r} with grids {self.sides}; it must be null, or an integer from 1 to the "
+                "cells of the one grid"
+            )
+        if self.first not in HEADS or (self.first == "content" and self.covering):
+            raise ConfigError(f"layout.first is {self.first!r}; it must be 'position', or 'content' if there is a kept")
 
     # --- sizes -------------------------------------------------------------------------------------------------
     @property
     def segments(self) -> int:
         return len(self.sides)
+
+    @property
+    def covering(self) -> bool:
+        """Whether every cell gets a code and segments end with EOS."""
+        return self.kept is None
+
+    @property
+    def heads(self) -> tuple[str, str]:
+        """The two heads in the order in which they draw."""
+        return ("content", "position") if self.first == "content" else ("position", "content")
+
+    @property
+    def filled_cells(self) -> int:
+        """Cells with a code in a finished image."""
+        return self.cells if self.kept is None else self.kept
+
+    @property
+    def _specials(self) -> int:
+        """PAD and EOS of each vocabulary."""
+        return 2 if self.covering else 0
 
     @property
     def cells(self) -> int:
@@ -94,22 +135,22 @@ class TokenLayout:
 
     @property
     def max_length(self) -> int:
-        """Most inputs T that one image needs: start and end per segment, every cell in the finest one."""
-        return self.cells + 2 * self.segments - 1
+        """Most inputs T that one image needs: a start per segment, an end per segment but the last, and the codes."""
+        return self.filled_cells + (2 * self.segments - 1 if self.covering else 0)
 
     # --- content ids -------------------------------------------------------------------------------------------
     @property
     def content_pad(self) -> int:
-        return self.codebook_size
+        return self.codebook_size if self.covering else NONE
 
     @property
     def content_eos(self) -> int:
-        return self.codebook_size + 1
+        return self.codebook_size + 1 if self.covering else NONE
 
     @property
     def content_sos(self) -> int:
         """First start id; label ``y`` starts with ``content_sos + y``."""
-        return self.codebook_size + 2
+        return self.codebook_size + self._specials
 
     @property
     def content_vocabulary(self) -> int:
@@ -117,13 +158,13 @@ class TokenLayout:
 
     # --- position ids ------------------------------------------------------------------------------------------
     def position_pad(self, segment: int) -> int:
-        return self.sides[segment] ** 2
+        return self.sides[segment] ** 2 if self.covering else NONE
 
     def position_eos(self, segment: int) -> int:
-        return self.sides[segment] ** 2 + 1
+        return self.sides[segment] ** 2 + 1 if self.covering else NONE
 
     def position_sos(self, segment: int) -> int:
-        return self.sides[segment] ** 2 + 2
+        return self.sides[segment] ** 2 + self._specials
 
     def position_vocabulary(self, segment: int) -> int:
         return self.position_sos(segment) + (self.starts if self.label_in_position else 1)
@@ -170,11 +211,15 @@ class TokenLayout:
 
         Args:
             codes: int [side, side] of the finest grid; cells of one coarser position hold one code.
-            grain: int [sides[0], sides[0]], the segment that codes each coarsest cell.
+            grain: int [sides[0], sides[0]], the segment that codes each coarsest cell, -1 for none.
             label: start label.
 
         Returns:
-            Tokens of length T + 1: start, pairs, end for each segment in turn. Inputs are ``[:-1]``, targets ``[1:]``.
+            Tokens of length T + 1: start, pairs, end (if there is one) for each segment in turn. Inputs are
+            ``[:-1]``, targets ``[1:]``.
+
+        Raises:
+            ConfigError: the maps do not fit the grids, or their number of codes is not ``kept``.
         """
         flat = np.asarray(codes, dtype=np.int64).reshape(-1)
         if flat.size != self.cells or np.size(grain) != self.sides[0] ** 2:
@@ -182,16 +227,18 @@ class TokenLayout:
                 f"code map {np.shape(codes)} and grain map {np.shape(grain)} do not fit the grids {self.sides}"
             )
         grain_of_cell = self.grain_of_cells(grain)
+        if self.kept is not None and (coded := int((grain_of_cell >= 0).sum())) != self.kept:
+            raise ConfigError(f"the maps hold {coded} codes; this layout has {self.kept} per image")
         content, position, segment = [], [], []
         for s in range(self.segments):
             first = self.covered_cells(s)[:, 0]
             chosen = self.ordered_positions(s)
             chosen = chosen[grain_of_cell[first[chosen]] == s]
             start_content, start_position = self.start(s, label)
-            content += [[start_content], flat[first[chosen]], [self.content_eos]]
-            offset = self.position_offset(s)
-            position += [[start_position + offset], chosen + offset, [self.position_eos(s) + offset]]
-            segment.append(np.full(chosen.size + 2, s))
+            offset, ends = self.position_offset(s), int(self.covering)
+            content += [[start_content], flat[first[chosen]], [self.content_eos] * ends]
+            position += [[start_position + offset], chosen + offset, [self.position_eos(s) + offset] * ends]
+            segment.append(np.full(chosen.size + 1 + ends, s))
         return Tokens(*(np.concatenate(part).astype(np.int64) for part in (content, position, segment)))
 
     def grain_of_cells(self, grain: NDArray[Any]) -> NDArray[np.int64]:
@@ -203,15 +250,16 @@ class TokenLayout:
     def to_map(self, content: Sequence[int], position: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Code map and grain map of a token sequence (joint positions, start tokens allowed).
 
-        Each segment is read up to its EOS, later tokens overwrite earlier ones, and cells that nothing covers hold
-        code 0 (spec/dq.md section 9, ``forward_back``). A segment other than the last that never ends is lost, as
-        in the released code.
+        Each segment is read up to its EOS, later tokens overwrite earlier ones, and in the covering grammar cells
+        that nothing covers hold code 0 (spec/dq.md section 9, ``forward_back``). A segment other than the last that
+        never ends is lost, as in the released code.
 
         Returns:
-            ``codes`` int64 [side, side] of the finest grid, ``grain`` int64 [sides[0], sides[0]].
+            ``codes`` int64 [side, side] of the finest grid, ``grain`` int64 [sides[0], sides[0]]; both -1 where a
+            keeping grammar has no code.
         """
-        codes = np.zeros(self.cells, dtype=np.int64)
-        grain = np.full(self.cells, self.segments - 1, dtype=np.int64)
+        codes = np.full(self.cells, 0 if self.covering else -1, dtype=np.int64)
+        grain = np.full(self.cells, self.segments - 1 if self.covering else -1, dtype=np.int64)
         tokens_content = np.asarray(content, dtype=np.int64)
         tokens_position = np.asarray(position, dtype=np.int64)
         for s in range(self.segments):

@@ -32,7 +32,7 @@ from runtimes.errors import ConfigError, DvqError, EngineError, InputError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 DEMO = Path(__file__).with_name("demo")
-FAMILIES = ("dq",)
+FAMILIES = ("dq", "mq")
 BACKENDS = ("onnxruntime",)
 TARGETS = ("cpu", "cuda")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.layout import HEADS
 from runtimes.errors import InputError
 
-FINE_POSITIONS = ("fixed", "drawn")
-HEADS = ("position", "content")
-"""Columns of ``uniforms``."""
+POSITIONS = ("ordered", "drawn")
 
 # Outside these bounds logits overflow in float32; within them they do not.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
@@ -39,8 +38,8 @@ class SamplingParams:
         top_k_position: the same for the position head.
         top_p_position: the same for the position head.
         guidance: weight of the label against "no label", in [0, 1000]; 1 is the plain conditional model.
-        fine_positions: ``fixed`` visits the free positions of the last segment in their order, ``drawn`` lets the
-            position head choose them.
+        positions: ``ordered`` visits the positions of the last segment in the order of training (where all of them
+            are coded that leaves no choice), ``drawn`` lets the position head choose among the free ones.
 
     Raises:
         InputError: a value is not a number of the right kind, or out of its range.
@@ -52,7 +51,7 @@ class SamplingParams:
     top_k_position: int | None = None
     top_p_position: float = 1.0
     guidance: float = 1.0
-    fine_positions: str = "fixed"
+    positions: str = "ordered"
 
     def __post_init__(self) -> None:
         bounds = {
@@ -71,8 +70,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _integer(name, value, 1, MAX_TOP_K, "or None"))
-        if self.fine_positions not in FINE_POSITIONS:
-            raise InputError(f"fine_positions is {self.fine_positions!r}; it must be one of {FINE_POSITIONS}")
+        if self.positions not in POSITIONS:
+            raise InputError(f"positions is {self.positions!r}; it must be one of {POSITIONS}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

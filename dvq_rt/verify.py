@@ -95,7 +95,7 @@ def replay(
 ) -> list[dict[str, np.ndarray]]:
     """Logits of both heads, [T, V] each, of a forced sequence in slot 0 and, if given, of another one in slot 1."""
     loop = generator._new_loop(slots)
-    layout, params = generator.layout, SamplingParams(fine_positions="drawn")
+    layout, params = generator.layout, SamplingParams(positions="drawn")
     given = [(position, content)] + ([other] if other else [])
     jobs = []
     for i, (p, c) in enumerate(given):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import ExportError
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 from training.models.transformer import StackedTransformer
 
 
-def keep_labels(model: DQModel, names: Sequence[str]) -> DQModel:
+def keep_labels(model: Model, names: Sequence[str]) -> Model:
     """The same model with fewer labels, in the order of ``names``; what it computes for them does not change.
 
     Only the rows of the other labels' start tokens leave the embedding tables and the heads.
@@ -40,7 +40,7 @@ def keep_labels(model: DQModel, names: Sequence[str]) -> DQModel:
     }
     result = StackedTransformer(net.config, smaller)
     result.load_state_dict({k: v[chosen[k]] if k in chosen else v for k, v in net.state_dict().items()})
-    return DQModel(model.tokenizer, result.eval(), tuple(names), model.defaults).eval()
+    return Model(model.tokenizer, result.eval(), tuple(names), model.defaults).eval()
 
 
 def rows(start: int, kept: Sequence[int]) -> Tensor:

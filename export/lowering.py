@@ -1,6 +1,7 @@
-"""Cached attention, the one operation that each export target computes its own way.
+"""Cached attention, the one operation that each export target computes its own way; and an operator that the exporter
+lacks.
 
-Every form appends one token to a cache and attends over what the cache then holds:
+Every form of attention appends one token to a cache and attends over what the cache then holds:
 
     qkv float [B, 1, 3 C] (query, key and value side by side), keys and values float [B, H, Tmax, D],
     length int32 [B] (tokens already cached, less than Tmax), heads H
@@ -12,8 +13,11 @@ Rows beyond ``length`` never count. Caches start at zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from onnxscript import FLOAT, INT64
+from onnxscript import opset20 as op
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -57,3 +61,14 @@ def grouped_query_attention(
 
 
 LOWERINGS: dict[str, Attention] = {"cpu": grouped_query_attention, "cuda": reference_attention}
+
+
+def stable_sort(
+    self: FLOAT, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[FLOAT, INT64]:
+    """``aten.sort.stable`` as TopK, which on ties gives the lower index first."""
+    count = op.Shape(self, start=dim, end=dim + 1 or None)
+    return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: stable_sort}

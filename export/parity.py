@@ -14,13 +14,13 @@ from dvq_rt.manifest import Manifest, write_tensors
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import verify
 from runtimes.errors import ExportError
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 from training.sampling import sample_tokens
 
 IMAGES, STEPS = 4, 24
 
 
-def check_engine(model: DQModel, folder: Path, manifest: Manifest) -> Manifest:
+def check_engine(model: Model, folder: Path, manifest: Manifest) -> Manifest:
     """Compare the graphs in a folder with PyTorch and write ``golden.safetensors``.
 
     Returns:
@@ -38,15 +38,15 @@ def check_engine(model: DQModel, folder: Path, manifest: Manifest) -> Manifest:
 
 
 @torch.no_grad()
-def golden_values(model: DQModel) -> dict[str, NDArray[np.generic]]:
+def golden_values(model: Model) -> dict[str, NDArray[np.generic]]:
     """Inputs and PyTorch's outputs for ``dvq_rt.verify``: ragged sequences, all positions, both heads' logits."""
     vae, net, layout = model.tokenizer, model.transformer, model.layout
     assert vae is not None and net is not None
     images = smooth_images(vae.config.image_size, IMAGES)
-    encoding = vae.encode(torch.from_numpy(images))
-    decoded = vae.decode_codes(encoding.codes)
+    codes, grain = vae.encode_maps(torch.from_numpy(images))
+    decoded = vae.decode_maps(codes)
 
-    drawn = SamplingParams(fine_positions="drawn")
+    drawn = SamplingParams(positions="drawn")
     labels = [i % layout.starts for i in range(IMAGES)]
     rows = sample_tokens(net, labels, drawn, seed=1)
     length = max(len(content) for content, _ in rows)
@@ -60,7 +60,8 @@ def golden_values(model: DQModel) -> dict[str, NDArray[np.generic]]:
     for i, (c, p) in enumerate(rows):
         joint = torch.tensor(p)
         segment = (joint[:, None] >= offsets[1:]).sum(1)
-        out = net(torch.tensor(c)[None, :-1], joint[None, :-1], segment[None, :-1], joint[None, 1:])
+        following = joint if layout.first == "position" else torch.tensor(c)
+        out = net(torch.tensor(c)[None, :-1], joint[None, :-1], segment[None, :-1], following[None, 1:])
         reached = steps[steps < len(c) - 1]
         for head, values in zip(("position", "content"), out, strict=True):
             logits[head][i, : len(reached)] = values[0, reached].numpy()
@@ -71,13 +72,14 @@ def golden_values(model: DQModel) -> dict[str, NDArray[np.generic]]:
         label = labels[i]
         params = defaults if layout.null_label and label < layout.classes else SamplingParams()
         tokens = sample_tokens(net, [label], params, seed=0, first_image=i)[0]
-        codes, grain = layout.to_map(*tokens)
+        free_codes, free_grain = layout.to_map(*tokens)
+        segments = layout.grain_of_cells(free_grain).clip(0)
         free_labels.append(label)
-        cells.append(codes.reshape(-1) + layout.grain_of_cells(grain) * layout.codebook_size)
+        cells.append(free_codes.reshape(-1) + segments * layout.codebook_size)
     return {
         "images": images,
-        "codes": encoding.codes.numpy(),
-        "grain": encoding.grain.numpy(),
+        "codes": codes.numpy(),
+        "grain": grain.numpy(),
         "decoded": decoded.numpy(),
         "content": content,
         "position": position,
@@ -89,7 +91,7 @@ def golden_values(model: DQModel) -> dict[str, NDArray[np.generic]]:
     }
 
 
-def heads(model: DQModel) -> dict[str, int]:
+def heads(model: Model) -> dict[str, int]:
     """Width of both heads."""
     return {"position": model.layout.position_head, "content": model.layout.content_vocabulary}
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvq_rt.layout import HEADS
 from export.lowering import Attention, reference_attention
 from runtimes.errors import ConfigError
-from training.models.dqvae import DQVAE
+from training.models.tokenizer import Tokenizer
 from training.models.transformer import Block, StackedTransformer
 
 STATE = ("content", "position", "length", "done", "cells")
@@ -26,11 +27,11 @@ class Step(nn.Module):
 
     State (in and out): ``content`` and joint ``position`` int64 [B] of the last token, ``length`` int32 [B] tokens
     cached, ``done`` bool [B], ``cells`` int32 [B, cells] with -1 where no code stands yet and segment * K + code
-    elsewhere; and the caches [B, H, Tmax, D], two per block.
+    elsewhere; and the caches [B, H, Tmax, D], two per block, those of the first stack first.
 
     Controls (in): ``reset`` bool [B] starts a slot afresh with ``label`` int64 [B]; ``uniforms`` float32
     [B, Tmax, 2] holds the random numbers of each step and head; sampling parameters per slot (``top_k`` of the
-    vocabulary's size or more switches it off); ``fixed`` bool [B] takes the positions of the last segment in
+    vocabulary's size or more switches it off); ``ordered`` bool [B] takes the positions of the last segment in
     order; ``partner`` int64 [B] and ``partner_weight`` float32 [B], see ``mix``; ``forced_position`` (joint) and
     ``forced_content`` int64 [B] override the draws of slots that are not done, where they are not negative.
 
@@ -40,8 +41,9 @@ class Step(nn.Module):
 
     place: Tensor  # [segments, cells], the position of each segment that covers a cell
     offset: Tensor  # [segments], joint id of each segment's local id 0
-    eos: Tensor  # [segments], local end id
-    ranks: Tensor  # [segments, cells], place of each position in the order
+    eos: Tensor  # [segments], local end id, -1 for none
+    sos: Tensor  # [segments], first local start id
+    ranks: Tensor  # [cells], place of each position of the last segment in its order
     position_ids: Tensor
     content_ids: Tensor
 
@@ -53,18 +55,18 @@ class Step(nn.Module):
         for s in range(layout.segments):
             for position, covered in enumerate(layout.covered_cells(s)):
                 place[s, covered] = position
-        self.register_buffer("place", torch.from_numpy(place), persistent=False)
-        offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-        self.register_buffer("offset", offsets, persistent=False)
-        ends = torch.tensor([layout.position_eos(s) for s in range(layout.segments)])
-        self.register_buffer("eos", ends, persistent=False)
-        self.register_buffer("position_ids", torch.arange(layout.position_head), persistent=False)
-        self.register_buffer("content_ids", torch.arange(layout.content_vocabulary), persistent=False)
-        ranks = torch.zeros(layout.segments, layout.cells, dtype=torch.long)
-        for s in range(layout.segments):
-            order = torch.from_numpy(layout.ordered_positions(s))
-            ranks[s, order] = torch.arange(len(order))
-        self.register_buffer("ranks", ranks, persistent=False)
+        segments = range(layout.segments)
+        tables = {
+            "place": torch.from_numpy(place),
+            "offset": torch.tensor([layout.position_offset(s) for s in segments]),
+            "eos": torch.tensor([layout.position_eos(s) for s in segments]),
+            "sos": torch.tensor([layout.position_sos(s) for s in segments]),
+            "ranks": torch.from_numpy(layout.ordered_positions(layout.segments - 1)).argsort(),
+            "position_ids": torch.arange(layout.position_head),
+            "content_ids": torch.arange(layout.content_vocabulary),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def forward(
         self,
@@ -81,7 +83,7 @@ class Step(nn.Module):
         top_p: Tensor,
         top_k_position: Tensor,
         top_p_position: Tensor,
-        fixed: Tensor,
+        ordered: Tensor,
         partner: Tensor,
         partner_weight: Tensor,
         forced_position: Tensor,
@@ -92,7 +94,7 @@ class Step(nn.Module):
         start_content = layout.content_sos + label
         start_local = label if layout.label_in_position else torch.zeros_like(label)
         content = torch.where(reset, start_content, content)
-        position = torch.where(reset, layout.position_sos(0) + start_local, position)
+        position = torch.where(reset, self.sos[0] + start_local, position)
         length = torch.where(reset, torch.zeros_like(length), length)
         done = done & ~reset
         cells = torch.where(reset[:, None], torch.full_like(cells, -1), cells)
@@ -101,80 +103,83 @@ class Step(nn.Module):
         here = (position[:, None] >= self.offset[1:]).sum(1)  # segment of the last token
         starting = position == (self.offset + self.eos)[here]  # it closed a segment: the next one's start follows
         segment = here + starting.long()
-        eos = self.eos[segment]
+        eos, offset, start = self.eos[segment], self.offset[segment], self.sos[segment] + start_local
         random = uniforms.gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        filters = {"position": (top_k_position, top_p_position), "content": (top_k, top_p)}
+        forced = {"position": forced_position, "content": forced_content}
 
-        # first stack: the position
-        new_caches: list[Tensor] = []
-        h = model.embed(content, position, here, length.long())[:, None]
-        for i, block in enumerate(model.position_blocks):
-            assert isinstance(block, Block)
-            h = self.block(block, h, caches[2 * i], caches[2 * i + 1], length, new_caches)
-        position_logits = mix(model.position_head(h)[:, 0], partner, partner_weight)
-        start = eos + 1 + start_local
-        allowed = self.allowed_positions(cells, segment, starting, eos, start, fixed)
-        local, position_logprob = draw(
-            position_logits,
-            allowed,
-            random[:, 0],
-            temperature,
-            top_k_position,
-            top_p_position,
-            forced_position - self.offset[segment],
-            (forced_position >= 0) & ~done,
-        )
-        joint = local + self.offset[segment]
-
-        # second stack: the content
-        g = h + model.position_emb(joint)[:, None]
-        first = 2 * len(model.position_blocks)
-        for i, block in enumerate(model.content_blocks):
-            assert isinstance(block, Block)
-            g = self.block(block, g, caches[first + 2 * i], caches[first + 2 * i + 1], length, new_caches)
-        content_logits = mix(model.content_head(g)[:, 0], partner, partner_weight)
-        special = torch.where(starting, start_content, torch.full_like(label, layout.content_eos))
-        codes = (self.content_ids < layout.codebook_size)[None]
-        plain = (~starting & (local != eos))[:, None]
-        allowed = choose(plain, codes, self.content_ids == special[:, None])
-        value, content_logprob = draw(
-            content_logits,
-            allowed,
-            random[:, 1],
-            temperature,
-            top_k,
-            top_p,
-            forced_content,
-            (forced_content >= 0) & ~done,
-        )
+        x = model.embed(content, position, here, length.long())[:, None]
+        unused, new_caches = list(caches), []
+        logits: dict[str, Tensor] = {}
+        taken: dict[str, Tensor] = {}
+        logprob: dict[str, Tensor] = {}
+        for head in layout.heads:
+            blocks, project, embedding = model.parts(head)
+            for block in blocks:
+                assert isinstance(block, Block)
+                x, *new = self.block(block, x, unused.pop(0), unused.pop(0), length)
+                new_caches += new
+            logits[head] = mix(project(x)[:, 0], partner, partner_weight)
+            if head == "position":
+                allowed = self.allowed_positions(cells, segment, starting, eos, start, ordered, position)
+            else:
+                allowed = self.allowed_contents(starting, start_content, taken.get("position", start), offset + eos)
+            taken[head], logprob[head] = draw(
+                logits[head],
+                allowed,
+                random[:, HEADS.index(head)],
+                temperature,
+                *filters[head],
+                forced[head] - offset if head == "position" else forced[head],
+                (forced[head] >= 0) & ~done,
+            )
+            if head == "position":
+                taken[head] = taken[head] + offset
+            x = x + embedding(taken[head])[:, None]  # what the second stack reads
 
         # advance; a slot that was done stays as it is
-        covered = (self.place[segment] == local[:, None]) & plain & ~done[:, None]
-        coded = (value + segment * layout.codebook_size).int()[:, None]
-        new_cells = torch.where(covered, coded, cells)
-        new_done = done | (new_cells >= 0).all(1)
+        local = taken["position"] - offset
+        covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~done)[:, None]
+        new_cells = torch.where(covered, (taken["content"] + segment * layout.codebook_size).int()[:, None], cells)
         return (
-            torch.where(done, content, value),
-            torch.where(done, position, joint),
+            torch.where(done, content, taken["content"]),
+            torch.where(done, position, taken["position"]),
             length + (~done).int(),
-            new_done,
+            done | ((new_cells >= 0).sum(1) >= layout.filled_cells),
             new_cells,
-            position_logits,
-            content_logits,
-            position_logprob,
-            content_logprob,
+            *(part[head] for part in (logits, logprob) for head in HEADS),
             *new_caches,
         )
 
-    def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor, out: list[Tensor]) -> Tensor:
-        """A transformer block over a cache, [B, 1, C]; appends its two new caches to ``out``."""
+    def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+        """A transformer block over a cache: [B, 1, C] and the two new caches."""
         attn = block.attn
         y, keys, values = self.attention(attn.qkv(block.ln1(x)), keys, values, length, attn.heads)
-        out += [keys, values]
         x = x + attn.proj(y)
-        return x + block.mlp(block.ln2(x))
+        return x + block.mlp(block.ln2(x)), keys, values
+
+    def allowed_contents(self, starting: Tensor, start: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        """The grammar: which contents each slot may take next, bool [B, content vocabulary].
+
+        Args:
+            starting: bool [B], the start token of a segment follows; start: its id.
+            position: joint id drawn already, if there is a choice of EOS; end: that of the segment's end.
+        """
+        codes = (self.content_ids < self.layout.codebook_size)[None]
+        if not self.layout.covering:
+            return codes
+        special = torch.where(starting, start, torch.full_like(start, self.layout.content_eos))
+        return choose((~starting & (position != end))[:, None], codes, self.content_ids == special[:, None])
 
     def allowed_positions(
-        self, cells: Tensor, segment: Tensor, starting: Tensor, eos: Tensor, start: Tensor, fixed: Tensor
+        self,
+        cells: Tensor,
+        segment: Tensor,
+        starting: Tensor,
+        eos: Tensor,
+        start: Tensor,
+        ordered: Tensor,
+        last: Tensor,
     ) -> Tensor:
         """The grammar: which local positions each slot may take next, bool [B, position head]."""
         layout = self.layout
@@ -187,14 +192,25 @@ class Step(nn.Module):
             ends = torch.ones_like(free[:, :1])
             if s == layout.segments - 1:
                 ends = ~free.any(1, keepdim=True)
-                rank = self.ranks[s, : side * side]
-                lowest = torch.where(free, rank, torch.full_like(rank, side * side)).amin(1, keepdim=True)
-                free = free & (~fixed[:, None] | (rank == lowest))
+                free = free & (~ordered[:, None] | self.next_in_order(free, last))
+            if not layout.covering:  # without an end, a slot that is done draws on, unheeded
+                free = free | ~free.any(1, keepdim=True)
             pad = torch.zeros_like(free[:, :1])
-            rest = pad.expand(b, width - side * side - 2)
-            mask = torch.cat([free, pad, ends, rest], 1)
+            special = [pad, ends] if layout.covering else []
+            mask = torch.cat([free, *special, pad.expand(b, width - side * side - len(special))], 1)
             result = mask if s == 0 else choose((segment == s)[:, None], mask, result)
         return choose(starting[:, None], self.position_ids == start[:, None], result)
+
+    def next_in_order(self, free: Tensor, last: Tensor) -> Tensor:
+        """Of the last segment's ``free`` positions bool [B, cells] those that keep the order and leave room for the
+        codes to come, bool [B, cells]; ``last`` is the joint id of the last token."""
+        layout = self.layout
+        if layout.covering:  # all free ones are to come
+            rank = torch.where(free, self.ranks, torch.full_like(self.ranks, layout.cells))
+            return rank == rank.amin(1, keepdim=True)
+        before = torch.where(last < layout.cells, self.ranks[last.clamp_max(layout.cells - 1)], -1)
+        to_come = free.sum(1) - (layout.cells - layout.filled_cells)
+        return (self.ranks > before[:, None]) & (self.ranks <= (layout.cells - to_come)[:, None])
 
 
 def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -246,26 +262,25 @@ def draw(
 
 
 class EncoderGraph(nn.Module):
-    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, hf, wf], grain int64 [B, hc, wc]."""
+    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, h, w], grain int64 [B, hc, wc] (``Tokenizer``)."""
 
-    def __init__(self, vae: DQVAE) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = tokenizer
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        encoding = self.vae.encode(images)
-        return encoding.codes, encoding.grain
+        return self.vae.encode_maps(images)
 
 
 class DecoderGraph(nn.Module):
-    """codes int64 [B, hf, wf] -> images float32 [B, 3, S, S], about [-1, 1], not clamped."""
+    """codes int64 [B, h, w], -1 for cells without one -> images float32 [B, 3, S, S], about [-1, 1], not clamped."""
 
-    def __init__(self, vae: DQVAE) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = tokenizer
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.vae.decode_codes(codes)
+        return self.vae.decode_maps(codes)
 
 
 def example_inputs(model: StackedTransformer, slots: int) -> dict[str, Tensor | list[Tensor]]:
@@ -288,7 +303,7 @@ def example_inputs(model: StackedTransformer, slots: int) -> dict[str, Tensor | 
         "top_p": torch.ones(b),
         "top_k_position": torch.full((b,), layout.position_head),
         "top_p_position": torch.ones(b),
-        "fixed": torch.ones(b, dtype=torch.bool),
+        "ordered": torch.ones(b, dtype=torch.bool),
         "partner": torch.arange(b),
         "partner_weight": torch.ones(b),
         "forced_position": torch.full((b,), -1),

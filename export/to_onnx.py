@@ -25,20 +25,21 @@ from torch import Tensor, nn
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
-from export.lowering import LOWERINGS, OPSET
+from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
 from export.parity import check_engine, heads
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import import_onnxruntime
-from training.checkpoint import DQModel, load_checkpoint
+from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
+from training.models.dqvae import DQVAE
 
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of weights from which a graph keeps them in a file beside it; protobuf ends at 2 GiB."""
 
 
 def export_onnx(
-    model: DQModel,
+    model: Model,
     out: str | Path,
     *,
     slots: int = 8,
@@ -67,7 +68,7 @@ def export_onnx(
     if model.tokenizer is None or model.transformer is None:
         missing = "tokenizer" if model.tokenizer is None else "transformer"
         raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
-    if model.tokenizer.threshold().isnan():
+    if isinstance(model.tokenizer, DQVAE) and model.tokenizer.threshold().isnan():
         raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if half_weights:
@@ -78,6 +79,7 @@ def export_onnx(
         assert model.tokenizer is not None and model.transformer is not None
         manifest = Manifest(
             layout=model.transformer.layout,
+            family=model.family,
             image_size=model.tokenizer.config.image_size,
             slots=slots,
             step=interface,
@@ -89,11 +91,8 @@ def export_onnx(
             defaults=model.defaults,
             parameters={
                 name: sum(p.numel() for p in part.parameters())
-                for name, part in (
-                    ("encoder", model.tokenizer.encoder),
-                    ("decoder", model.tokenizer.decoder),
-                    ("transformer", model.transformer),
-                )
+                for name, part in (*model.tokenizer.named_children(), ("transformer", model.transformer))
+                if any(True for _ in part.parameters())
             },
         )
         return check_engine(model, folder, manifest)
@@ -101,13 +100,13 @@ def export_onnx(
     return write_engine(out, build, overwrite=overwrite)
 
 
-def write_graphs(model: DQModel, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+def write_graphs(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
     """Trace the three graphs into a folder; returns the step's interface for the manifest."""
     vae, transformer = model.tokenizer, model.transformer
     assert vae is not None and transformer is not None
     if target not in LOWERINGS:
         raise ExportError(f"target is {target!r}; it must be one of {sorted(LOWERINGS)}")
-    size, side = vae.config.image_size, vae.config.sides[1]
+    size, side = vae.config.image_size, vae.config.sides[-1]
     trace(
         EncoderGraph(vae),
         {"images": torch.zeros(2, 3, size, size)},
@@ -161,7 +160,14 @@ def trace(module: nn.Module, inputs: dict[str, Any], outputs: list[str], path: P
     ]
     with quiet():
         program = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
-        graph = torch.onnx.export(program, input_names=names, output_names=outputs, opset_version=OPSET, verbose=False)
+        graph = torch.onnx.export(
+            program,
+            input_names=names,
+            output_names=outputs,
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
     assert graph is not None
     proto = graph.model_proto
     for node in proto.graph.node:  # stack traces with this machine's paths

@@ -8,19 +8,19 @@ from small_models import small_model
 
 from dvq_rt.generator import Generator
 from export.to_onnx import export_onnx, round_to_half
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def class_model() -> DQModel:
+def class_model() -> Model:
     """Three labels and the null label, row-first."""
     return small_model(("ant", "bee", "cat"))
 
 
 @pytest.fixture(scope="session")
-def class_engine(class_model: DQModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def class_engine(class_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``class_model`` for ONNX Runtime's fused attention, float32 weights."""
     folder = tmp_path_factory.mktemp("engines") / "class"
     export_onnx(class_model, folder, slots=4)
@@ -28,19 +28,19 @@ def class_engine(class_model: DQModel, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def plain_model(plain_export: tuple[DQModel, Path]) -> DQModel:
+def plain_model(plain_export: tuple[Model, Path]) -> Model:
     """No labels, region-first, weights rounded to float16."""
     return plain_export[0]
 
 
 @pytest.fixture(scope="session")
-def plain_engine(plain_export: tuple[DQModel, Path]) -> Path:
+def plain_engine(plain_export: tuple[Model, Path]) -> Path:
     """``plain_model`` on standard operators, float16 weights; what CUDA would run, run on the CPU."""
     return plain_export[1]
 
 
 @pytest.fixture(scope="session")
-def plain_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[DQModel, Path]:
+def plain_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     model, folder = small_model(order="region-first", seed=1), tmp_path_factory.mktemp("engines") / "plain"
     round_to_half(model)
     export_onnx(model, folder, slots=4, target="cuda", half_weights=True)

@@ -12,7 +12,7 @@ from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 
@@ -46,7 +46,7 @@ def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
     return net.eval().requires_grad_(False)
 
 
-def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0) -> DQModel:
+def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0) -> Model:
     """A whole model with random weights; with class names it also has a null label."""
     torch.manual_seed(seed + 100)
     vae = DQVAE(TOKENIZER)
@@ -54,7 +54,7 @@ def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed:
     vae.quantizer.codebook.normal_()
     layout = TokenLayout(32, TOKENIZER.sides, order, len(class_names), null_label=bool(class_names))
     defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
-    return DQModel(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
+    return Model(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
 
 
 def ragged_tokens(layout: TokenLayout, count: int, seed: int = 0) -> list[Tokens]:
@@ -92,7 +92,7 @@ def engine_logits(
     generator: Generator, rows: Sequence[Tokens], slots: int, names: Sequence[int] | None = None
 ) -> dict[int, Logits]:
     """Both heads of an engine that is forced along sequences, which take slots in the order given; by name."""
-    layout, params = generator.layout, SamplingParams(fine_positions="drawn")
+    layout, params = generator.layout, SamplingParams(positions="drawn")
     loop = generator._new_loop(slots)
     jobs = []
     for name, tokens in zip(names or range(len(rows)), rows, strict=True):

@@ -22,7 +22,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import MANIFEST, _digest
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, DvqError, EngineError, InputError
-from training.checkpoint import DQModel, TrainingState, load_checkpoint, load_training_state, save_checkpoint
+from training.checkpoint import Model, TrainingState, load_checkpoint, load_training_state, save_checkpoint
 
 
 @pytest.fixture
@@ -178,13 +178,13 @@ def test_engine_that_leaves_out_the_end(class_engine: Path, monkeypatch: pytest.
 
 # --- checkpoint folders ----------------------------------------------------------------------------------------
 @pytest.fixture
-def checkpoint(class_model: DQModel, tmp_path: Path) -> Path:
+def checkpoint(class_model: Model, tmp_path: Path) -> Path:
     """A whole checkpoint with a training state."""
     save_checkpoint(class_model, tmp_path / "saved", TrainingState(3, {"best": math.inf}, {"0.step": torch.ones(1)}))
     return tmp_path / "saved"
 
 
-def test_checkpoint_round_trip(checkpoint: Path, class_model: DQModel) -> None:
+def test_checkpoint_round_trip(checkpoint: Path, class_model: Model) -> None:
     """All tensors, sizes, names and defaults come back, and the training state beside them."""
     loaded = load_checkpoint(checkpoint)
     assert loaded.config() == class_model.config() and not loaded.training
@@ -265,10 +265,10 @@ def test_damaged_checkpoints(checkpoint: Path) -> None:
             load_checkpoint(checkpoint)
 
 
-def test_stage_one_has_no_layout(class_model: DQModel) -> None:
+def test_stage_one_has_no_layout(class_model: Model) -> None:
     """Asking a stage-1 checkpoint for tokens says which command comes first."""
     with pytest.raises(CheckpointError, match=r"stage 1 only; train stage 2 with training\.train_transformer"):
-        _ = DQModel(class_model.tokenizer).layout
+        _ = Model(class_model.tokenizer).layout
 
 
 def test_one_family(class_engine: Path) -> None:

@@ -13,7 +13,7 @@ from dvq_rt import Generator
 from dvq_rt.layout import TokenLayout
 from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 from training.classifier import Classifier, balanced, degrade, judge, train_classifier
 from training.cli import read_config
 from training.data import Augment, ImageFolder
@@ -86,7 +86,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae.quantizer.codebook.normal_()
         layout = TokenLayout(32, vae.config.sides, classes=3, null_label=True)
         config = TransformerConfig(width=32, heads=4, position_blocks=1, content_blocks=1, block_size=layout.max_length)
-        model = DQModel(vae, StackedTransformer(config, layout), NAMES, {"temperature": 0.8, "guidance": 1.5})
+        model = Model(vae, StackedTransformer(config, layout), NAMES, {"temperature": 0.8, "guidance": 1.5})
     export_onnx(model, path)
     return path
 

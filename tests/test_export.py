@@ -33,28 +33,28 @@ from export.labels import keep_labels
 from runtimes.errors import EngineError, ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
-from training.checkpoint import DQModel, import_published, save_checkpoint
+from training.checkpoint import Model, import_published, save_checkpoint
 from training.sampling import sample_tokens
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "dq" / "e_class2_entropy"
 MODES = {
-    "fixed": SamplingParams(),
-    "drawn": SamplingParams(fine_positions="drawn"),
-    "filtered": SamplingParams(1.2, 12, 0.9, 8, 0.8, fine_positions="drawn"),
+    "ordered": SamplingParams(),
+    "drawn": SamplingParams(positions="drawn"),
+    "filtered": SamplingParams(1.2, 12, 0.9, 8, 0.8, positions="drawn"),
     "greedy": SamplingParams(top_k=1, top_k_position=1),
     "guided": SamplingParams(temperature=0.8, guidance=2.0),
-    "guided drawn": SamplingParams(top_p=0.9, guidance=0.5, fine_positions="drawn"),
+    "guided drawn": SamplingParams(top_p=0.9, guidance=0.5, positions="drawn"),
 }
 
 
-def largest_error(model: DQModel, rows: Sequence[Tokens], found: dict[int, Logits]) -> float:
+def largest_error(model: Model, rows: Sequence[Tokens], found: dict[int, Logits]) -> float:
     """Over both heads and all positions of every row, each relative to the row's largest logit."""
     assert model.transformer is not None
     wanted = [full_logits(model.transformer, row) for row in rows]
     return float(np.max([relative_error(found[i][h], want[h]) for i, want in enumerate(wanted) for h in HEADS]))
 
 
-def check_tokens(model: DQModel, generator: Generator, params: SamplingParams, labels: Sequence[int | None]) -> None:
+def check_tokens(model: Model, generator: Generator, params: SamplingParams, labels: Sequence[int | None]) -> None:
     """A free run gives the oracle's tokens."""
     layout, net = model.layout, model.transformer
     assert net is not None
@@ -69,7 +69,7 @@ def check_tokens(model: DQModel, generator: Generator, params: SamplingParams, l
 @pytest.mark.parametrize("kind", ["class", "plain"])
 def test_engine_logits_equal_pytorch(kind: str, slots: int, request: pytest.FixtureRequest) -> None:
     """Both lowerings of the step compute the model: every position of ragged images, side by side and in turn."""
-    model: DQModel = request.getfixturevalue(f"{kind}_model")
+    model: Model = request.getfixturevalue(f"{kind}_model")
     generator: Generator = request.getfixturevalue("generator" if kind == "class" else "plain_generator")
     rows = ragged_tokens(model.layout, 8)
     assert len({steps_of(model.layout, row) for row in rows}) > 5
@@ -79,18 +79,18 @@ def test_engine_logits_equal_pytorch(kind: str, slots: int, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_engine_tokens_equal_the_oracle(mode: str, class_model: DQModel, generator: Generator) -> None:
+def test_engine_tokens_equal_the_oracle(mode: str, class_model: Model, generator: Generator) -> None:
     """A dozen images of all labels and none, drawn freely with the same random numbers, are the oracle's."""
     check_tokens(class_model, generator, MODES[mode], [0, 1, 2, None] * 3)
 
 
-@pytest.mark.parametrize("mode", ["fixed", "drawn", "filtered"])
-def test_plain_engine_tokens_equal_the_oracle(mode: str, plain_model: DQModel, plain_generator: Generator) -> None:
+@pytest.mark.parametrize("mode", ["ordered", "drawn", "filtered"])
+def test_plain_engine_tokens_equal_the_oracle(mode: str, plain_model: Model, plain_generator: Generator) -> None:
     """The same without labels, region-first, on standard operators and weights stored as float16."""
     check_tokens(plain_model, plain_generator, MODES[mode], [None] * 12)
 
 
-def test_encoder_and_decoder_equal_pytorch(class_model: DQModel, generator: Generator) -> None:
+def test_encoder_and_decoder_equal_pytorch(class_model: Model, generator: Generator) -> None:
     """The other two graphs: codes and grain of pictures, and pictures of codes within half an 8-bit level."""
     vae, rng = class_model.tokenizer, np.random.default_rng(0)
     assert vae is not None
@@ -107,7 +107,7 @@ def test_encoder_and_decoder_equal_pytorch(class_model: DQModel, generator: Gene
     assert np.abs(generator.decode(found) - exact).max() <= 0.5 + 1e-3 * 127.5
 
 
-def test_rows_beyond_the_length_are_never_read(class_model: DQModel, generator: Generator) -> None:
+def test_rows_beyond_the_length_are_never_read(class_model: Model, generator: Generator) -> None:
     """Fused attention does not touch cache rows that no token has filled: planted NaN changes no bit."""
 
     class Planted(OnnxRuntimeBackend):
@@ -130,7 +130,7 @@ def test_rows_beyond_the_length_are_never_read(class_model: DQModel, generator: 
             np.testing.assert_array_equal(clean[i][head], found[i][head])
 
 
-def test_rare_polling_changes_nothing(class_model: DQModel, class_engine: Path, generator: Generator) -> None:
+def test_rare_polling_changes_nothing(class_model: Model, class_engine: Path, generator: Generator) -> None:
     """A device that is looked at every eighth step runs on past the end of an image, and gives the same."""
     rows = ragged_tokens(class_model.layout, 5)
     rare = Generator(class_engine, slots=4, threads=1)
@@ -183,17 +183,17 @@ def test_published_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     error = largest_error(model, rows, engine_logits(generator, rows, 4))
     print(f"\npublished model: largest relative logit error {error:.1e}")
     assert error <= BOUND
-    for mode in ("fixed", "filtered"):
+    for mode in ("ordered", "filtered"):
         check_tokens(model, generator, MODES[mode], [0, 3, 1, 2])
 
 
 # --- fewer labels ----------------------------------------------------------------------------------------------
-def test_kept_labels_draw_the_same(class_model: DQModel) -> None:
+def test_kept_labels_draw_the_same(class_model: Model) -> None:
     """Protects ``--labels``: a model with fewer labels, in another order, draws for each exactly what the whole model
     draws, guidance by the null label included; unknown and repeated names are refused."""
     smaller = keep_labels(class_model, ["cat", "ant"])
     assert smaller.class_names == ("cat", "ant") and smaller.layout.classes == 2
-    params = SamplingParams(temperature=0.8, guidance=1.5, fine_positions="drawn")
+    params = SamplingParams(temperature=0.8, guidance=1.5, positions="drawn")
     assert class_model.transformer and smaller.transformer
     whole = sample_tokens(class_model.transformer, [2, 0], params, seed=4)
     fewer = sample_tokens(smaller.transformer, [0, 1], params, seed=4)
@@ -208,7 +208,7 @@ def test_kept_labels_draw_the_same(class_model: DQModel) -> None:
 def graphs_of(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``export_onnx`` take the graphs of an engine instead of tracing."""
 
-    def copy(model: DQModel, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+    def copy(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
         for name in ("encoder.onnx", "decoder.onnx", "step.onnx"):
             shutil.copy(engine / name, folder)
         return read_engine(engine).step
@@ -228,7 +228,7 @@ def test_wrong_graphs_get_no_name(class_engine: Path, tmp_path: Path, monkeypatc
 
 
 def test_right_graphs_get_a_name_once(
-    class_model: DQModel, class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    class_model: Model, class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same path with the right model passes (so that the test above fails for its reason alone), and a second
     export does not replace the first unasked."""
@@ -241,12 +241,12 @@ def test_right_graphs_get_a_name_once(
     assert read_engine(tmp_path / "engine").slots == 2
 
 
-def test_half_a_model_is_refused(class_model: DQModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_a_model_is_refused(class_model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stage-1 checkpoint, a wrong target and a missing folder each get their own error, and no engine."""
     with pytest.raises(ExportError, match="has no transformer"):
-        to_onnx.export_onnx(DQModel(class_model.tokenizer), tmp_path / "engine")
+        to_onnx.export_onnx(Model(class_model.tokenizer), tmp_path / "engine")
     with pytest.raises(ExportError, match="has no tokenizer"):
-        to_onnx.export_onnx(DQModel(None, class_model.transformer), tmp_path / "engine")
+        to_onnx.export_onnx(Model(None, class_model.transformer), tmp_path / "engine")
     with pytest.raises(ExportError, match="target is 'tpu'; it must be one of"):
         to_onnx.export_onnx(class_model, tmp_path / "engine", target="tpu")
     with pytest.raises(SystemExit):
@@ -299,10 +299,10 @@ def test_external_weights(class_engine: Path, tmp_path: Path, monkeypatch: pytes
         Generator(folder)
 
 
-def test_guided_pairs_draw_the_same(class_model: DQModel, generator: Generator) -> None:
+def test_guided_pairs_draw_the_same(class_model: Model, generator: Generator) -> None:
     """Both slots of a pair take the same position and content at every step but for the label's own start tokens, and
     the label does matter."""
-    layout, params = class_model.layout, SamplingParams(guidance=3.0, fine_positions="drawn")
+    layout, params = class_model.layout, SamplingParams(guidance=3.0, positions="drawn")
     loop = generator._new_loop(4)
     jobs = [Job(i, i, uniforms(1, i, layout.max_length), params) for i in range(2)]
     steps = 0
@@ -318,5 +318,5 @@ def test_guided_pairs_draw_the_same(class_model: DQModel, generator: Generator) 
 
     guided = {event.job.index: event.cells for event in loop.run(jobs, watch=watch)}
     assert steps > 30
-    plain = generator.sample(2, [0, 1], seed=1, params=SamplingParams(fine_positions="drawn"))
+    plain = generator.sample(2, [0, 1], seed=1, params=SamplingParams(positions="drawn"))
     assert any((plain.codes[i].codes.reshape(-1) != guided[i] % layout.codebook_size).any() for i in range(2))

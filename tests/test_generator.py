@@ -19,7 +19,7 @@ from dvq_rt.generator import Generator, Samples
 from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
-from training.checkpoint import DQModel
+from training.checkpoint import Model
 
 PLAIN, GUIDED = SamplingParams(), SamplingParams(temperature=0.8, guidance=1.5)
 LABELS: list[int | str | None] = [0, "bee", None, "cat", 1, 2, None, "ant", 0, 1, 2, "bee", None]
@@ -49,7 +49,7 @@ def watched_start(slots: dict[int, int], then: Callable[[Loop, int, Job], None] 
 
 
 # --- an image and its surroundings -----------------------------------------------------------------------------
-@pytest.mark.parametrize("params", [PLAIN, GUIDED, SamplingParams(top_k=9, top_p=0.9, fine_positions="drawn")])
+@pytest.mark.parametrize("params", [PLAIN, GUIDED, SamplingParams(top_k=9, top_p=0.9, positions="drawn")])
 def test_neighbours_change_nothing(
     params: SamplingParams, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +239,7 @@ def test_stored_codes_decode_to_the_same_image(suffix: str, generator: Generator
 
 # --- score -----------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def expected_score(model: DQModel, tokens: Tokens) -> NDArray[np.float64]:
+def expected_score(model: Model, tokens: Tokens) -> NDArray[np.float64]:
     """Log-probabilities [T, 2] of a sequence's positions and contents, from the full forward and a grammar written
     down once more: a position is free or the end, a code stands beside a position, all else is forced."""
     layout, net = model.layout, model.transformer
@@ -272,7 +272,7 @@ def expected_score(model: DQModel, tokens: Tokens) -> NDArray[np.float64]:
     return np.array(out)
 
 
-def test_score_equals_pytorch(class_model: DQModel, generator: Generator) -> None:
+def test_score_equals_pytorch(class_model: Model, generator: Generator) -> None:
     """The likelihood of every token, for all-coarse, mixed and all-fine images, with a label and without."""
     layout, rng = generator.layout, np.random.default_rng(0)
     several = generator.sample(4, labels=["ant", "cat", None, None], seed=3, params=PLAIN).codes

@@ -101,7 +101,7 @@ def test_sample_options_reach_the_generator(fake):
     """Each option overrides the engine's own value and arrives under its name."""
     text = (
         "sample --engine E --n 4 --labels dog,0 --seed 9 --temperature 0.5 --top-k none --top-p 0.8 --columns 4 "
-        "--top-k-position 3 --top-p-position 0.7 --guidance 2 --fine-positions drawn --slots 2 --threads 1 "
+        "--top-k-position 3 --top-p-position 0.7 --guidance 2 --positions drawn --slots 2 --threads 1 "
         "--device cuda --out a.webp"
     )
     assert main(text.split()) == 0

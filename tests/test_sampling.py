@@ -16,7 +16,7 @@ PINNED_MAX = [[11614651, 478079]]
 
 def test_defaults_and_dict_round_trip():
     """Stored recommendations come back as the same parameters, and partial ones keep the defaults."""
-    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(7), guidance=2, fine_positions="drawn")
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(7), guidance=2, positions="drawn")
     assert params.to_dict() == {
         "temperature": 0.5,
         "top_k": 7,
@@ -24,7 +24,7 @@ def test_defaults_and_dict_round_trip():
         "top_k_position": None,
         "top_p_position": 1.0,
         "guidance": 2.0,
-        "fine_positions": "drawn",
+        "positions": "drawn",
     }
     assert SamplingParams.from_dict(params.to_dict()) == params
     assert SamplingParams.from_dict({"top_p": 0.9}) == SamplingParams(top_p=0.9)
@@ -52,8 +52,8 @@ def test_defaults_and_dict_round_trip():
         ("guidance", math.inf, "[0, 1000]"),
         ("guidance", math.nan, "[0, 1000]"),
         ("guidance", 10**400, "[0, 1000]"),
-        ("fine_positions", "random", "fixed"),
-        ("fine_positions", None, "fixed"),
+        ("positions", "random", "ordered"),
+        ("positions", None, "ordered"),
     ],
 )
 def test_bad_values_are_named(field, value, words):

@@ -21,12 +21,12 @@ LAYOUTS = {
     "three segments": TokenLayout(32, (2, 4, 8), order="region-first", classes=2, null_label=True),
 }
 MODES = {
-    "fixed": SamplingParams(),
-    "drawn": SamplingParams(fine_positions="drawn", temperature=1.3),
-    "filtered": SamplingParams(fine_positions="drawn", top_k=5, top_p=0.8, top_k_position=6, top_p_position=0.9),
+    "ordered": SamplingParams(),
+    "drawn": SamplingParams(positions="drawn", temperature=1.3),
+    "filtered": SamplingParams(positions="drawn", top_k=5, top_p=0.8, top_k_position=6, top_p_position=0.9),
     "greedy": SamplingParams(top_k=1, top_k_position=1),
     "guided": SamplingParams(guidance=2.5, temperature=0.7),
-    "guided drawn": SamplingParams(guidance=0.5, fine_positions="drawn", top_p=0.9),
+    "guided drawn": SamplingParams(guidance=0.5, positions="drawn", top_p=0.9),
 }
 
 
@@ -85,7 +85,7 @@ def free_run(
         "top_p": torch.full((count,), params.top_p),
         "top_k_position": torch.full((count,), params.top_k_position or layout.position_head),
         "top_p_position": torch.full((count,), params.top_p_position),
-        "fixed": torch.full((count,), params.fine_positions == "fixed"),
+        "ordered": torch.full((count,), params.positions == "ordered"),
         "partner": own ^ 1 if guided else own,
         "partner_weight": torch.full((count,), params.guidance),
     }

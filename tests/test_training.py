@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import export.to_onnx
 from dvq_rt.generator import Generator
 from training import checkpoint, cli, thresholds, train_tokenizer, train_transformer
-from training.checkpoint import DQModel, TrainingState, load_checkpoint, load_training_state, save_checkpoint
+from training.checkpoint import Model, TrainingState, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import read_config
 from training.data import ImageFolder
 from training.loop import TrainConfig
@@ -347,7 +347,7 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
     assert (table != before.pop("tokenizer.entropy_thresholds").numpy()).any()
     assert all(torch.equal(after[k], before[k]) for k in before)
     assert load_training_state(tmp_path / "checkpoint").step == STEPS
-    save_checkpoint(DQModel(None, small_model().transformer), tmp_path / "second only")
+    save_checkpoint(Model(None, small_model().transformer), tmp_path / "second only")
     with pytest.raises(SystemExit):
         thresholds.main([str(data), "--checkpoint", str(tmp_path / "second only")])
     assert "second only holds no tokenizer" in capsys.readouterr().err
@@ -485,7 +485,7 @@ def test_what_stage_two_refuses(
     first: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A poor tokenizer is noticed before its codes are used, and a wrong option or checkpoint is named."""
-    save_checkpoint(DQModel(None, small_model().transformer), tmp_path / "second only")
+    save_checkpoint(Model(None, small_model().transformer), tmp_path / "second only")
     run = tmp_path / "run"
     for options, words in (
         (["--set", "stage.min_psnr=60"], "dB, below stage.min_psnr 60"),

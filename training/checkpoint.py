@@ -18,16 +18,36 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import sync
 from runtimes.errors import CheckpointError, ConfigError
 from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.mqvae import MQVAE, MQVAEConfig
+from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
-FORMAT = 1
+FORMAT = 2
+FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
+"""Tokenizer class and its configuration, by family."""
 
 
-class DQModel(nn.Module):
+def family_config(family: str) -> Any:
+    """The tokenizer configuration class of a family.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"family is {family!r}; it must be one of {sorted(FAMILIES)}")
+    return FAMILIES[family][1]
+
+
+def new_tokenizer(config: Any) -> Tokenizer:
+    """A freshly initialised tokenizer of its configuration."""
+    return next(model for model, kind in FAMILIES.values() if kind is type(config))(config)
+
+
+class Model(nn.Module):
     """What a checkpoint holds: the tokenizer and, after stage 2, the transformer with its token layout.
 
     Attributes:
-        tokenizer: DQVAE, or None for a stage-2 file without its first stage.
+        tokenizer: DQVAE or MQVAE, or None for a stage-2 file without its first stage.
         transformer: StackedTransformer, or None after stage 1.
         class_names: one name per label, without the null label; empty if unconditional.
         defaults: recommended sampling parameters, copied to the engine's manifest.
@@ -35,7 +55,7 @@ class DQModel(nn.Module):
 
     def __init__(
         self,
-        tokenizer: DQVAE | None,
+        tokenizer: Tokenizer | None,
         transformer: StackedTransformer | None = None,
         class_names: tuple[str, ...] = (),
         defaults: dict[str, Any] | None = None,
@@ -45,6 +65,13 @@ class DQModel(nn.Module):
         self.class_names, self.defaults = tuple(class_names), dict(defaults or {})
 
     @property
+    def family(self) -> str:
+        """``dq`` or ``mq``."""
+        if self.tokenizer is None:
+            return "dq" if self.layout.covering else "mq"
+        return next(name for name, (model, _) in FAMILIES.items() if isinstance(self.tokenizer, model))
+
+    @property
     def layout(self) -> TokenLayout:
         if self.transformer is None:
             raise CheckpointError("this checkpoint holds stage 1 only; train stage 2 with training.train_transformer")
@@ -52,7 +79,7 @@ class DQModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
-        out: dict[str, Any] = {"format": FORMAT, "family": "dq"}
+        out: dict[str, Any] = {"format": FORMAT, "family": self.family}
         out["tokenizer"] = asdict(self.tokenizer.config) if self.tokenizer else None
         if self.transformer:
             out["transformer"] = asdict(self.transformer.config)
@@ -84,7 +111,7 @@ def strict(cls: Any, values: Any, where: str) -> Any:
     return cls(**values)
 
 
-def save_checkpoint(model: DQModel, folder: str | Path, state: TrainingState | None = None) -> None:
+def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | None = None) -> None:
     """Write a checkpoint folder atomically: a crash leaves the old one or the new one, never a mixture."""
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -114,7 +141,7 @@ def existing(folder: str | Path) -> Path:
     return old if not folder.exists() and old.exists() else folder
 
 
-def load_checkpoint(folder: str | Path) -> DQModel:
+def load_checkpoint(folder: str | Path) -> Model:
     """Read a checkpoint folder (see ``existing``), in eval mode.
 
     Raises:
@@ -131,10 +158,10 @@ def load_checkpoint(folder: str | Path) -> DQModel:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
-    if config.get("format") != FORMAT or config.get("family") != "dq":
+    if config.get("format") != FORMAT or config.get("family") not in FAMILIES:
         raise CheckpointError(
             f"{folder / 'config.json'} has format {config.get('format')!r}, family {config.get('family')!r}; "
-            f"this version reads format {FORMAT}, family 'dq'"
+            f"this version reads format {FORMAT}, families {sorted(FAMILIES)}"
         )
     try:
         model = build_model(config)
@@ -148,7 +175,7 @@ def load_checkpoint(folder: str | Path) -> DQModel:
     return model.eval()
 
 
-def build_model(config: dict[str, Any]) -> DQModel:
+def build_model(config: dict[str, Any]) -> Model:
     """A freshly initialised model of a ``config.json`` dict.
 
     Raises:
@@ -157,12 +184,14 @@ def build_model(config: dict[str, Any]) -> DQModel:
     keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
     if set(config) != keys:
         raise ConfigError(f"unknown keys {sorted(set(config) - keys)}, missing keys {sorted(keys - set(config))}")
-    tokenizer = DQVAE(strict(DQVAEConfig, config["tokenizer"], "tokenizer")) if config["tokenizer"] else None
+    tokenizer = None
+    if config["tokenizer"]:
+        tokenizer = new_tokenizer(strict(family_config(config["family"]), config["tokenizer"], "tokenizer"))
     transformer = None
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])
         transformer = StackedTransformer(strict(TransformerConfig, config["transformer"], "transformer"), layout)
-    return DQModel(tokenizer, transformer, tuple(config["class_names"]), config["defaults"])
+    return Model(tokenizer, transformer, tuple(config["class_names"]), config["defaults"])
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -215,9 +244,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def import_published(
-    config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None
-) -> DQModel:
+def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:
     """A checkpoint of the released code as our model; see ``training.import_published``, which also is the command."""
     from training.import_published import import_published as read  # it builds on this module
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import DQModel, load_strictly, save_checkpoint
+from training.checkpoint import Model, load_strictly, save_checkpoint
 from training.cli import guarded
 from training.models.dqvae import DQVAE
 from training.models.transformer import StackedTransformer
@@ -34,9 +34,7 @@ from training.released_config import (
 )
 
 
-def import_published(
-    config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None
-) -> DQModel:
+def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:
     """A released checkpoint as our model, float32, in eval mode.
 
     Args:
@@ -47,7 +45,7 @@ def import_published(
             configuration file's folder when left out. The checkpoint's folder and the working directory come next.
 
     Returns:
-        DQModel; its ``transformer`` is None for a stage-1 file. Its ``tokenizer`` is None for a stage-2 file that has
+        Model; its ``transformer`` is None for a stage-1 file. Its ``tokenizer`` is None for a stage-2 file that has
         no ``first_stage_model.*`` tensors and whose configuration's ``ckpt_path`` does not exist.
 
     Raises:
@@ -60,7 +58,7 @@ def import_published(
     folders = [*([Path(base)] if base is not None else []), ckpt.parent, Path()]
     target = node["target"]
     if target == TOKENIZER:
-        return DQModel(_tokenizer(node, "config", _read_state(ckpt), str(ckpt), folders)).eval()
+        return Model(_tokenizer(node, "config", _read_state(ckpt), str(ckpt), folders)).eval()
     if target not in list(TRANSFORMERS):
         raise ConfigError(f"config.target is {target!r}, not one of the supported {[TOKENIZER, *TRANSFORMERS]}")
     released = released_transformer(node)
@@ -80,7 +78,7 @@ def import_published(
             {"codebook_size": tokenizer.config.codebook_size, "coarse and fine side": tokenizer.config.sides},
             {"codebook_size": layout.codebook_size, "coarse and fine side": layout.sides},
         )
-    return DQModel(tokenizer, transformer, tuple(str(label) for label in range(layout.classes))).eval()
+    return Model(tokenizer, transformer, tuple(str(label) for label in range(layout.classes))).eval()
 
 
 # --- files -----------------------------------------------------------------------------------------------------

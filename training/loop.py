@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dvq_rt.manifest import write_file
 from runtimes.errors import ConfigError
 from training.checkpoint import (
-    DQModel,
+    Model,
     TrainingState,
     load_training_state,
     optimizer_tensors,
@@ -99,7 +99,7 @@ class Stage:
         count: batch -> number of images.
     """
 
-    model: DQModel
+    model: Model
     trained: nn.Module
     batches: Callable[[int], Iterator[Any]]
     loss: Callable[[Any, int], dict[str, Tensor]]
@@ -118,7 +118,7 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> DQModel:
+def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     """Train to ``config.steps``, resuming exactly from ``run/checkpoint`` if asked.
 
     All randomness of step k is a function of (seed, k), so an interrupted and resumed run has the loss curve of an

@@ -110,7 +110,7 @@ def only(logits: Tensor, choices: Tensor) -> Tensor:
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def fixed_fine_positions(layout: TokenLayout, free: Tensor) -> Tensor:
+def fixed_positions(layout: TokenLayout, free: Tensor) -> Tensor:
     """The fine positions of the fixed order, one row per image, each ended by EOS and padded.
 
     Args:
@@ -180,7 +180,7 @@ def sample_published(
         elif layout.classes and layout.label_in_position:
             for row, label in enumerate(labels):  # Q6
                 legal[row, layout.start(0, label)[1] :][:1] = False
-        fixed = fixed_fine_positions(layout, free) if s and params.fine_positions == "fixed" else None
+        fixed = fixed_positions(layout, free) if s and params.positions == "ordered" else None
         ended = torch.zeros(batch, dtype=torch.bool)
         while not ended.all():
             if content.shape[1] > model.config.block_size:
@@ -192,7 +192,7 @@ def sample_published(
             if fixed is not None:
                 local = fixed[:, content.shape[1] - 1 - lengths[0]]
             else:
-                logits = model.position_head(hidden[:, -1]) / params.temperature
+                logits = model.first_logits(hidden[:, -1]) / params.temperature
                 choices = torch.cat([legal & ~ended[:, None], ended[:, None], ~ended[:, None]], 1)  # values, PAD, EOS
                 local = draw("position", only(logits, choices), params.top_k_position, params.top_p_position)
             ended = ended | (local == eos)
@@ -204,7 +204,7 @@ def sample_published(
             following = torch.cat([position[:, 1:], joint], 1)
             if s and not aligned:  # Q1
                 following = torch.cat([position[:, : lengths[0]], position[:, lengths[0] + 1 :], joint], 1)
-            logits = model.content_logits(hidden, following)[:, -1] / params.temperature
+            logits = model.second_logits(hidden, following)[:, -1] / params.temperature
             choices = torch.cat([~ended[:, None].expand(-1, layout.codebook_size), ended[:, None]], 1)  # Q3: codes, PAD
             values = draw("content", only(logits, choices), params.top_k, params.top_p)
             content = torch.cat([content, values[:, None]], 1)

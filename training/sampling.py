@@ -55,10 +55,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None,
 class Grammar:
     """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time."""
 
-    def __init__(self, layout: TokenLayout, fixed: bool) -> None:
-        self.layout, self.fixed = layout, fixed
+    def __init__(self, layout: TokenLayout, ordered: bool) -> None:
+        self.layout, self.ordered = layout, ordered
         self.segment, self.done, self.starting = 0, False, False
         self.free = np.ones(layout.cells, dtype=bool)
+        self.last = -1  # rank of the last position in the order of a keeping layout
 
     def allowed(self) -> list[int]:
         """Local position ids of the next token; one of them is forced."""
@@ -71,20 +72,27 @@ class Grammar:
             return [*fits.tolist(), layout.position_eos(s)]
         if not fits.size:
             return [layout.position_eos(s)]
-        return fits[:1].tolist() if self.fixed else fits.tolist()
+        if not self.ordered:
+            return fits.tolist()
+        later = fits if layout.covering else order[self.last + 1 :]
+        to_come = int(self.free.sum()) - (layout.cells - layout.filled_cells)  # of the last segment's positions
+        return later[: len(later) - to_come + 1].tolist()  # leaving room for those after it
 
     def advance(self, position: int) -> None:
         """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
+        layout, s = self.layout, self.segment
         if self.starting:
             self.starting = False
-        elif position == self.layout.position_eos(self.segment):
-            if self.segment == self.layout.segments - 1:
+        elif position == layout.position_eos(s):
+            if s == layout.segments - 1:
                 self.done = True
             else:
                 self.segment += 1
                 self.starting = True
         else:
-            self.free[self.layout.covered_cells(self.segment)[position]] = False
+            self.free[layout.covered_cells(s)[position]] = False
+            self.last = int(np.flatnonzero(layout.ordered_positions(s) == position)[0])
+            self.done = not layout.covering and (~self.free).sum() == layout.filled_cells
 
 
 @torch.no_grad()
@@ -117,7 +125,7 @@ def sample_tokens(
     count = len(labels)
     starts = [*labels, *[layout.classes] * count] if guided else list(labels)
     random = torch.from_numpy(np.stack([uniforms(seed, first_image + i, layout.max_length) for i in range(count)]))
-    grammars = [Grammar(layout, params.fine_positions == "fixed") for _ in range(count)]
+    grammars = [Grammar(layout, params.positions == "ordered") for _ in range(count)]
     start = torch.tensor([layout.start(0, label) for label in starts])
     content, position = start[:, :1], start[:, 1:] + layout.position_offset(0)
     segment = torch.zeros_like(content)
@@ -128,44 +136,46 @@ def sample_tokens(
             return logits
         return logits[count:] + params.guidance * (logits[:count] - logits[count:])
 
+    offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
     for t in range(layout.max_length):
         live = [i for i, g in enumerate(grammars) if not g.done]
         if not live:
             break
         hidden = model.hidden(content, position, segment)
-        logits = mixed(model.position_head(hidden[:, -1]))
-        banned = torch.ones_like(logits, dtype=torch.bool)
-        for i, g in enumerate(grammars):
-            banned[i, g.allowed() or [0]] = False
-        local = draw(
-            logits.masked_fill(banned, -torch.inf),
-            random[:, t, 0],
-            params.temperature,
-            params.top_k_position,
-            params.top_p_position,
-        )
-        joint, following = torch.zeros(len(starts), dtype=torch.long), torch.zeros(len(starts), dtype=torch.long)
-        for row, label in enumerate(starts):
-            g = grammars[row % count]
-            place = layout.start(g.segment, label)[1] if g.starting else int(local[row % count])
-            joint[row], following[row] = place + layout.position_offset(g.segment), g.segment
-        logits = mixed(model.content_logits(hidden, torch.cat([position[:, 1:], joint[:, None]], 1))[:, -1])
-        logits[:, layout.codebook_size :] = -torch.inf
-        codes = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
-        values = torch.zeros(len(starts), dtype=torch.long)
-        for row, label in enumerate(starts):
-            g, place = grammars[row % count], int(local[row % count])
-            ended = not g.starting and place == layout.position_eos(g.segment)
-            values[row] = layout.content_sos + label if g.starting else int(codes[row % count])
-            if ended:
-                values[row] = layout.content_eos
-        for i in live:
-            grammars[i].advance(int(local[i]))
-            if not grammars[i].done:
-                lengths[i] = t + 1
+        logits = model.first_logits(hidden[:, -1])
+        following = torch.tensor([grammars[row % count].segment for row in range(len(starts))])
+        places, values = torch.zeros(2, len(starts), dtype=torch.long)  # of the next token; positions are local ids
+        for head in layout.heads:
+            if head != layout.first:
+                tokens, drawn = (position, places + offsets[following]) if head == "content" else (content, values)
+                logits = model.second_logits(hidden, torch.cat([tokens[:, 1:], drawn[:, None]], 1))[:, -1]
+            logits = mixed(logits)
+            if head == "position":
+                banned = torch.ones_like(logits, dtype=torch.bool)
+                for i, g in enumerate(grammars):
+                    banned[i, g.allowed() or [0]] = False
+                logits = logits.masked_fill(banned, -torch.inf)
+                found = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
+            else:
+                logits[:, layout.codebook_size :] = -torch.inf
+                found = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
+            for row, label in enumerate(starts):
+                g, value = grammars[row % count], int(found[row % count])
+                start_content, start_position = layout.start(g.segment, label)
+                if head == "position":
+                    places[row] = start_position if g.starting else value
+                elif g.starting:
+                    values[row] = start_content
+                else:
+                    ended = layout.covering and places[row] == layout.position_eos(g.segment)
+                    values[row] = layout.content_eos if ended else value
         content = torch.cat([content, values[:, None]], 1)
-        position = torch.cat([position, joint[:, None]], 1)
+        position = torch.cat([position, (places + offsets[following])[:, None]], 1)
         segment = torch.cat([segment, following[:, None]], 1)
+        for i in live:
+            grammars[i].advance(int(places[i]))
+            if not grammars[i].done or not layout.covering:  # the last EOS of a covering layout is left out
+                lengths[i] = t + 1
     return [(content[i, : lengths[i] + 1].tolist(), position[i, : lengths[i] + 1].tolist()) for i in range(count)]
 
 

@@ -18,7 +18,7 @@ from runtimes.errors import CheckpointError, DataError
 from training.checkpoint import existing, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
 from training.data import ImageFolder
-from training.models.dqvae import patch_entropy
+from training.models.dqvae import DQVAE, patch_entropy
 
 
 def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder whose table is replaced")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint)
-    if model.tokenizer is None:
-        raise CheckpointError(f"{args.checkpoint} holds no tokenizer; give a checkpoint of training.train_tokenizer")
+    if not isinstance(model.tokenizer, DQVAE):
+        raise CheckpointError(f"{args.checkpoint} holds no DQ-VAE; give a checkpoint of training.train_tokenizer")
     resumable = (existing(args.checkpoint) / "training.safetensors").exists()
     state = load_training_state(args.checkpoint) if resumable else None
     config = model.tokenizer.config

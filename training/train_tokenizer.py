@@ -14,12 +14,14 @@ from torch import Tensor
 
 from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
-from training.checkpoint import DQModel, load_checkpoint
-from training.cli import guarded, open_run, read_config
+from training.checkpoint import Model, family_config, load_checkpoint, new_tokenizer
+from training.cli import build, guarded, open_run, read_config
 from training.data import Augment, ImageFolder, batches
 from training.loop import Stage, TrainConfig, fit
 from training.losses import psnr, reconstruction_loss, ssim
 from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.mqvae import MQVAEConfig
+from training.models.tokenizer import Tokenizer
 from training.thresholds import folder_thresholds, to_float
 
 
@@ -48,12 +50,12 @@ class StageOneConfig:
 def train_tokenizer(
     data: str | Path,
     run: str | Path,
-    tokenizer: DQVAEConfig,
+    tokenizer: DQVAEConfig | MQVAEConfig,
     training: TrainConfig,
     stage: StageOneConfig,
     resume: bool = False,
-) -> DQModel:
-    """Train a DQ-VAE on a folder of images; see ``fit`` for what the run folder holds.
+) -> Model:
+    """Train a tokenizer on a folder of images; see ``fit`` for what the run folder holds.
 
     Raises:
         DataError, ConfigError, CheckpointError: what a user can cause.
@@ -63,14 +65,11 @@ def train_tokenizer(
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
     path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
     torch.manual_seed(training.seed)
-    if resume:
-        model = load_checkpoint(path / "checkpoint")
-    else:
-        model = DQModel(DQVAE(tokenizer))
-        assert model.tokenizer is not None
-        model.tokenizer.entropy_thresholds.copy_(folder_thresholds(folder, tokenizer.stride))
+    model = load_checkpoint(path / "checkpoint") if resume else Model(new_tokenizer(tokenizer))
     vae = model.tokenizer
     assert vae is not None
+    if isinstance(vae, DQVAE) and not resume:
+        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
     start_quantising = int(training.steps * stage.warmup_fraction)
     quantising = [False]  # of the step just taken
 
@@ -93,18 +92,14 @@ def train_tokenizer(
         scalars = {"loss": picture + stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, tokenizer.codebook_size)
-        return {**scalars, "fine": out.grain.float().mean()}
+        return scalars
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
-            if not quantising[0]:
-                y, fine = vae(x, quantize=False).images, x.new_zeros(len(x))
-            else:
-                encoding = vae.encode(x)
-                y, fine = vae.decode_codes(encoding.codes), encoding.grain.float().mean((1, 2))
-            parts = {"psnr": psnr(x, y), "ssim": ssim(x, y), "fine": fine}
+            y = vae.decode_maps(vae.encode_maps(x)[0]) if quantising[0] else vae(x, quantize=False).images
+            parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if quantising[0]:  # a checkpoint without a codebook is no candidate for the best one
                 parts["loss"] = (x - y).abs().mean((1, 2, 3))
             for name, value in parts.items():
@@ -122,6 +117,7 @@ def train_tokenizer(
         return {
             "reconstruction": np.asarray(grid(rows, columns=len(originals))),
             "grain": np.asarray(grid(np.stack(overlays), columns=8)),
+            "score": np.asarray(grid(heat(out.scores, tokenizer.image_size), columns=8)),
         }
 
     return fit(Stage(model, vae, stream, loss, validate, pictures, len), training, path, resume)
@@ -134,37 +130,43 @@ def perplexity(codes: Tensor, size: int) -> Tensor:
     return torch.exp(-(p * torch.log(p.clamp_min(1e-10))).sum())
 
 
+def heat(scores: Tensor, size: int) -> np.ndarray:
+    """Score maps [B, h, w] as grey pictures uint8 [B, size, size, 3], each one's range from black to white."""
+    low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+    grey = to_uint8(((scores - low) / (high - low).clamp_min(1e-5) * 2 - 1)[:, None].expand(-1, 3, -1, -1).numpy())
+    rows = np.arange(size) * grey.shape[1] // size
+    return grey[:, rows][:, :, rows]
+
+
 @torch.no_grad()
-def initialise_codebook(vae: DQVAE, folder: ImageFolder, batch_size: int, seed: int) -> None:
+def initialise_codebook(vae: Tokenizer, folder: ImageFolder, batch_size: int, seed: int) -> None:
     """Start the codebook from k-means of the features of a few hundred training images, one vector per code place."""
     generator = torch.Generator().manual_seed(seed)
     chosen = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
     vectors, count = [], 0
     for images, _ in folder.chunks(chosen, 16):
-        x = to_float(images)
-        count += len(x)
-        grain, _ = vae.route(x)
-        h = vae.features(x, grain).permute(0, 2, 3, 1)
-        fine = grain.repeat_interleave(2, 1).repeat_interleave(2, 2).bool()
-        corner = torch.zeros_like(fine)
-        corner[:, ::2, ::2] = True
-        vectors.append(h[fine | corner])
+        count += len(images)
+        vectors.append(vae.code_vectors(to_float(images)))
     found = torch.cat(vectors)
     vae.quantizer.initialise(found, len(found) * batch_size / count, noise=generator)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.train_tokenizer", description="Train a DQ-VAE.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_tokenizer", description="Train a DQ-VAE or an MQ-VAE."
+    )
     parser.add_argument("data", help="folder of images with one sub-folder per class")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--config", default="emoji_tokenizer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
-    sections: dict[str, Any] = {"tokenizer": DQVAEConfig, "training": TrainConfig, "stage": StageOneConfig}
+    sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)
-    train_tokenizer(args.data, args.out, config["tokenizer"], config["training"], config["stage"], args.resume)
+    sizes = dict(config["tokenizer"])
+    tokenizer = build(family_config(sizes.pop("family", "dq")), sizes, "section 'tokenizer'")
+    train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume)
     print(Path(args.out) / "best")
 
 

@@ -19,12 +19,12 @@ from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import DQModel, load_checkpoint
+from training.checkpoint import Model, load_checkpoint
 from training.cli import build, guarded, open_run, read_config
 from training.data import Augment, ImageFolder, batches
 from training.loop import Stage, TrainConfig, fit
 from training.losses import psnr, stacked_losses
-from training.models.dqvae import DQVAE
+from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.sampling import sample_tokens
 from training.thresholds import to_float
@@ -41,6 +41,7 @@ class StageTwoConfig:
             is an unconditional model: ``{"": ["*"]}``.
         flip_exclude: labels whose images are never mirrored.
         order: order of the fine positions, ``row-first`` or ``region-first``.
+        first: which head draws first, ``position`` or ``content``; empty takes the published order of the family.
         copies: augmented copies of the training set that are tokenised before training starts.
         balance: 0 draws images alike, 1 draws labels alike.
         label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
@@ -52,6 +53,7 @@ class StageTwoConfig:
     labels: dict[str, list[str]] = field(default_factory=dict)
     flip_exclude: tuple[str, ...] = ()
     order: str = "row-first"
+    first: str = ""
     copies: int = 1
     balance: float = 0.0
     label_dropout: float = 0.1
@@ -81,7 +83,7 @@ class Tokenised(NamedTuple):
 
 
 @torch.no_grad()
-def tokenise(vae: DQVAE, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenised:
+def tokenise(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenised:
     """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
     codes: list[np.ndarray] = []
     grains: list[np.ndarray] = []
@@ -89,9 +91,9 @@ def tokenise(vae: DQVAE, images: Iterator[tuple[np.ndarray, np.ndarray]], count:
     found = 0
     with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
         for pixels, label in images:
-            encoding = vae.encode(to_float(pixels))
-            codes.append(encoding.codes.numpy().astype(np.int32))
-            grains.append(encoding.grain.numpy().astype(np.int8))
+            code, grain = vae.encode_maps(to_float(pixels))
+            codes.append(code.numpy().astype(np.int32))
+            grains.append(grain.numpy().astype(np.int8))
             labels.append(label)
             found += len(pixels)
             bar.update(len(pixels))
@@ -106,20 +108,20 @@ def collate(
     """Token sequences of images padded on the right, where causal attention never looks.
 
     Returns:
-        int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``next_position`` (joint); targets
-        ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
+        int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``following`` (see StackedTransformer);
+        targets ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
     """
     rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(chosen, labels, strict=True)]
     length = max(len(r.content) for r in rows) - 1
     offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
-    names = ("content", "position", "segment", "next_position", "target_content", "target_position", "target_segment")
+    names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
     out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
     out["target_content"] -= 1
     out["target_position"] -= 1
     for i, row in enumerate(rows):
         t = len(row.content) - 1
         out["content"][i, :t], out["position"][i, :t], out["segment"][i, :t] = (part[:-1] for part in row)
-        out["next_position"][i, :t] = row.position[1:]
+        out["following"][i, :t] = (row.position if layout.first == "position" else row.content)[1:]
         out["target_content"][i, :t] = row.content[1:]
         out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
         out["target_segment"][i, :t] = row.segment[1:]
@@ -128,7 +130,7 @@ def collate(
 
 def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch."""
-    position, content = model(batch["content"], batch["position"], batch["segment"], batch["next_position"])
+    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"])
     return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
 
 
@@ -140,7 +142,7 @@ def train_transformer(
     training: TrainConfig,
     stage: StageTwoConfig,
     resume: bool = False,
-) -> DQModel:
+) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
 
     Raises:
@@ -158,11 +160,10 @@ def train_transformer(
     folder.check_held_out()
     unconditional = folder.classes == [""]
     layout = TokenLayout(
-        codebook_size=vae.config.codebook_size,
-        sides=vae.config.sides,
         order=stage.order,
         classes=0 if unconditional else len(folder.classes),
         null_label=stage.label_dropout > 0 and not unconditional,
+        **{**vae.config.layout(), **({"first": stage.first} if stage.first else {})},
     )
     guidance = SamplingParams.from_dict(stage.defaults).guidance
     if guidance != 1 and not layout.null_label:
@@ -170,8 +171,8 @@ def train_transformer(
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
     config = build(TransformerConfig, {**transformer, "block_size": layout.max_length}, "section 'transformer'")
     settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
-    codes = hashlib.sha256(vae.quantizer.codebook.numpy().tobytes() + vae.entropy_thresholds.numpy().tobytes())
-    inputs = {"images": (data, folder.digest()), "tokenizer": (tokenizer, codes.hexdigest())}
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
+    inputs = {"images": (data, folder.digest()), "tokenizer": (tokenizer, digest)}
     path, resume = open_run(run, resume, settings, inputs)
     check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
     torch.manual_seed(training.seed)
@@ -179,7 +180,7 @@ def train_transformer(
     if resume:
         model = load_checkpoint(path / "checkpoint")
     else:
-        model = DQModel(vae, StackedTransformer(config, layout), names, stage.defaults)
+        model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
     net = model.transformer
     assert net is not None and model.tokenizer is not None
     model.tokenizer.requires_grad_(False)
@@ -233,23 +234,23 @@ def train_transformer(
     return fit(Stage(model, net, stream, loss, validate, pictures, count), training, path, resume)
 
 
-def decode_tokens(model: DQModel, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
+def decode_tokens(model: Model, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
     """Images uint8 [N, S, S, 3] of sampled (content, joint position) sequences."""
     assert model.tokenizer is not None
     codes = np.stack([model.layout.to_map(content, position)[0] for content, position in tokens])
-    images = model.tokenizer.decode_codes(torch.from_numpy(codes))
+    images = model.tokenizer.decode_maps(torch.from_numpy(codes))
     return to_uint8(images.numpy())
 
 
 @torch.no_grad()
-def check_tokenizer(vae: DQVAE, folder: ImageFolder, least: float, name: str) -> None:
+def check_tokenizer(vae: Tokenizer, folder: ImageFolder, least: float, name: str) -> None:
     """Assert the tokenizer's quality before its codes are used.
 
     Raises:
         CheckpointError: its PSNR on held-out images is below ``least`` dB.
     """
     x = to_float(folder.load(folder.val[:32])[0])
-    measured = float(psnr(x, vae.decode_codes(vae.encode(x).codes)).mean())
+    measured = float(psnr(x, vae.decode_maps(vae.encode_maps(x)[0])).mean())
     if not measured >= least:
         raise CheckpointError(
             f"{name} reconstructs held-out images of {folder.root} at {measured:.1f} dB, below stage.min_psnr {least}; "
@@ -259,7 +260,9 @@ def check_tokenizer(vae: DQVAE, folder: ImageFolder, least: float, name: str) ->
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.train_transformer", description="Train a DQ-Transformer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_transformer", description="Train a DQ-Transformer or a Stackformer."
+    )
     parser.add_argument("data", help="folder of images with one sub-folder per class")
     parser.add_argument("--tokenizer", required=True, help="checkpoint folder of stage 1")
     parser.add_argument("--out", required=True, help="run folder")

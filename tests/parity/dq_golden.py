@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from training.checkpoint import DQModel, import_published
+from training.checkpoint import Model, import_published
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "dq"
 STAGE_2 = ("e_class2_entropy", "e2_class_content_only", "f_uncond")
@@ -21,7 +21,7 @@ def load(case: str, name: str = "io") -> dict[str, Tensor]:
 
 
 @lru_cache
-def model(case: str) -> DQModel:
+def model(case: str) -> Model:
     """The case's imported checkpoint; tests share it and must not change it."""
     return import_published(GOLDEN / case / "config.json", GOLDEN / case / "model.ckpt")
 
@@ -86,7 +86,7 @@ def teacher_forcing(layout: TokenLayout, given: dict[str, Tensor]) -> tuple[dict
         "content": content[:, :-1],
         "position": joint[:, :-1],
         "segment": segment[:, :-1],
-        "next_position": joint[:, 1:],
+        "following": joint[:, 1:],
     }
     targets = {
         "content": content.masked_fill(content == layout.content_pad, -1)[:, 1:],

@@ -9,7 +9,7 @@ from runtimes.errors import InputError
 from training.published import filter_probabilities, keep_top_p, multinomial, sample_published
 from training.sampling import filter_logits, sample
 
-MODES = {"fixed": "fixed", "sampled": "drawn"}
+MODES = {"fixed": "ordered", "sampled": "drawn"}
 CONDS = [(case, cond) for case in STAGE_2 for cond in ("cond0", "cond1") if (case, cond) != ("f_uncond", "cond1")]
 TRACE = {"temperature": 0.9, "top_k": 10, "top_p": 0.95, "top_k_position": 8, "top_p_position": 0.9}
 
@@ -30,7 +30,7 @@ def test_greedy(check, case, cond, mode):
     """Protects the released rules with all their quirks: tokens, masked logits of every step, code map and image."""
     g, imported, key = load(case, "greedy"), model(case), f"{cond}.{mode}"
     labels, record = labels_of(case, cond), []
-    params = SamplingParams(fine_positions=MODES[mode])
+    params = SamplingParams(positions=MODES[mode])
     tokens = sample_published(imported.transformer, labels, params, record=record)
     check_tokens(check, tokens, g, key)
     if imported.tokenizer is None:
@@ -51,7 +51,7 @@ def test_greedy_aligned(check, case, mode):
     """Protects the switch that undoes the shifted positions (Q1) and nothing else; where the quirk mattered, the test
     sees the difference."""
     g, transformer, labels = load(case, "greedy"), model(case).transformer, labels_of(case, "cond0")
-    params = SamplingParams(fine_positions=MODES[mode])
+    params = SamplingParams(positions=MODES[mode])
     tokens = sample_published(transformer, labels, params, aligned=True)
     check_tokens(check, tokens, g, f"aligned.cond0.{mode}")
     published = sample_published(transformer, labels, params)
@@ -63,7 +63,7 @@ def test_greedy_aligned(check, case, mode):
 def test_greedy_batch(check, case):
     """Protects the padding of batches, whose pads are attended to (Q4); the rows differ from those drawn alone."""
     g, transformer, labels = load(case, "greedy"), model(case).transformer, labels_of(case, "cond0", "cond1")
-    params = SamplingParams(fine_positions="fixed")
+    params = SamplingParams(positions="ordered")
     tokens = sample_published(transformer, labels, params)
     check_tokens(check, tokens, g, "batch.fixed")
 
@@ -75,7 +75,7 @@ def test_stochastic_trace(check, case, mode):
     its probabilities."""
     g = load(case, "stochastic_trace")
     picks, record = iter(g[f"{mode}.picks"]), []
-    params = SamplingParams(**TRACE, fine_positions=MODES[mode])
+    params = SamplingParams(**TRACE, positions=MODES[mode])
     labels = labels_of(case, "cond0")
     tokens = sample_published(
         model(case).transformer, labels, params, choose=lambda p: next(picks).reshape(1), record=record
@@ -137,7 +137,7 @@ def test_top_p_at_exact_sums(check, top_p):
 def test_rules(mode):
     """Protects the door to both rules: they return sequences of one form, and the same seed gives the same tokens."""
     imported = model("e_class2_entropy")
-    params = SamplingParams(top_k=10, fine_positions=MODES[mode])
+    params = SamplingParams(top_k=10, positions=MODES[mode])
     for rules in ("corrected", "published"):
         first, again, other = (
             sample(imported.transformer, [3, 5], params, seed=seed, rules=rules) for seed in (1, 1, 2)

@@ -1,10 +1,48 @@
-"""Convolutional building blocks of the tokenizers (spec/dq.md section 1). All maps are float [B, C, H, W]."""
+"""Convolutional building blocks of the tokenizers (spec/dq.md section 1, spec/mq.md sections 2.1, 2.2 and 2.6).
+
+All maps are float [B, C, H, W].
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from runtimes.errors import ConfigError
+
+SIZES = (
+    *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),
+    *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups"),
+)
+"""Fields that the configurations of both tokenizers have."""
+
+
+def check_sizes(config: Any) -> None:
+    """Checks that the configurations of both tokenizers share; turns lists into tuples.
+
+    Raises:
+        ConfigError: names the field, its value and what it must be.
+    """
+    for name in ("encoder_mult", "decoder_mult", "attention", "decoder_attention"):
+        object.__setattr__(config, name, tuple(getattr(config, name)))
+    for name in SIZES:
+        value = getattr(config, name)
+        if not all(type(size) is int and size >= 1 for size in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"tokenizer.{name} is {value!r}; it must be positive integers")
+    if config.image_size < 11:
+        raise ConfigError(f"tokenizer.image_size is {config.image_size}; it must be at least 11, the window of SSIM")
+    if config.image_size % config.stride:
+        raise ConfigError(f"tokenizer.image_size is {config.image_size}; it must be a multiple of {config.stride}")
+    widths = [config.channels * m for m in (1, *config.encoder_mult)]
+    widths += [config.decoder_channels * m for m in config.decoder_mult]
+    if bad := [w for w in widths if w % config.norm_groups]:
+        raise ConfigError(f"tokenizer.norm_groups is {config.norm_groups}; it must divide every width, not {bad}")
+    if not 0 <= config.decay < 1 or not 0 <= config.dropout < 1:
+        raise ConfigError(f"tokenizer.decay {config.decay} and tokenizer.dropout {config.dropout} must be in [0, 1)")
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -41,10 +79,13 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, damping: Tensor | None = None) -> Tensor:
+        """[B, C, H, W]; ``damping`` [B, H*W] multiplies each key's weight after the softmax (spec/mq.md 2.5)."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [B, C, HW]
         weight = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)  # [B, HW(query), HW(key)]
+        if damping is not None:
+            weight = weight * damping[:, None]
         return x + self.proj_out((v @ weight.transpose(1, 2)).view_as(x))
 
 
@@ -97,3 +138,79 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Contracting(nn.Module):
+    """A convolution and one Level per entry of ``mult``, with half the side from each to the next.
+
+    Args:
+        size: pixels per side; attention sides are compared with ``size / 2 ** level``.
+        channels: width of the first convolution, which ``mult`` scales per level.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        mult: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        groups: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, m in enumerate(mult):
+            width = channels * m
+            c_in = channels * mult[level - 1] if level else channels
+            self.down.append(Level(c_in, width, blocks, size // 2**level in attention, groups, dropout))
+            if level < len(mult) - 1:
+                self.down[level].downsample = Downsample(width)
+
+    def maps(self, x: Tensor) -> Iterator[Tensor]:
+        """[B, 3, H, W] -> what each level makes of it, largest side first."""
+        h = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            h = level(h)
+            yield h
+            if i < len(self.down) - 1:
+                h = level.get_submodule("downsample")(h)
+
+
+class Expanding(nn.Module):
+    """One Level per entry of ``mult``, the last first, with twice the side from each to the next; then the pixels.
+
+    Args: as Contracting; ``blocks`` counts one less than a level has.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        mult: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        groups: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        widths = [channels * m for m in mult]
+        levels: list[nn.Module] = []
+        for level in range(len(widths) - 1, -1, -1):
+            c_in = widths[min(level + 1, len(widths) - 1)]
+            module = Level(c_in, widths[level], blocks + 1, size // 2**level in attention, groups, dropout)
+            if level:
+                module.upsample = Upsample(widths[level])
+            levels.insert(0, module)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def pixels(self, h: Tensor) -> Tensor:
+        """[B, C, side, side] -> images [B, 3, H, W], not clamped."""
+        for i, level in reversed(list(enumerate(self.up))):
+            h = level(h)
+            if i:
+                h = level.get_submodule("upsample")(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtimes.errors import ConfigError, InputError
-from training.models.blocks import Downsample, Level, Middle, Upsample, group_norm
+from runtimes.errors import ConfigError
+from training.models.blocks import Contracting, Expanding, Middle, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
+from training.models.tokenizer import Reconstruction, Tokenizer, check_images
 
 GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
 ENTROPY_BINS, ENTROPY_SIGMA = 32, 0.01
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
-SIZES = (
-    *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),
-    *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +65,9 @@ class DQVAEConfig:
     mask_weighted: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("encoder_mult", "decoder_mult", "attention", "decoder_attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in SIZES:
-            value = getattr(self, name)
-            if not all(type(size) is int and size >= 1 for size in (value if isinstance(value, tuple) else (value,))):
-                raise ConfigError(f"tokenizer.{name} is {value!r}; it must be positive integers")
-        if self.image_size < 11:
-            raise ConfigError(f"tokenizer.image_size is {self.image_size}; it must be at least 11, the window of SSIM")
+        check_sizes(self)
         if len(self.encoder_mult) < 2:
             raise ConfigError(f"tokenizer.encoder_mult is {self.encoder_mult}; dual granularity needs two levels")
-        if self.image_size % self.stride:
-            raise ConfigError(f"tokenizer.image_size is {self.image_size}; it must be a multiple of {self.stride}")
         if self.encoder_mult[-1] % self.encoder_mult[-2]:
             raise ConfigError(
                 f"tokenizer.encoder_mult is {self.encoder_mult}; the last must be a multiple of the last but one"
@@ -89,15 +77,10 @@ class DQVAEConfig:
                 f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; the fine grid needs "
                 f"{len(self.encoder_mult) - 1}"
             )
-        widths = [self.channels * m for m in self.encoder_mult] + [self.decoder_channels * m for m in self.decoder_mult]
-        if bad := [w for w in [self.channels, *widths] if w % self.norm_groups]:
-            raise ConfigError(f"tokenizer.norm_groups is {self.norm_groups}; it must divide every width, not {bad}")
         if type(self.fine_percent) is not int or not 1 <= self.fine_percent <= 99:
             raise ConfigError(f"tokenizer.fine_percent is {self.fine_percent}; it must be in 1..99")
         if self.position_bias not in POSITION_BIASES:
             raise ConfigError(f"tokenizer.position_bias is {self.position_bias!r}; it must be one of {POSITION_BIASES}")
-        if not 0 <= self.decay < 1 or not 0 <= self.dropout < 1:
-            raise ConfigError(f"tokenizer.decay {self.decay} and tokenizer.dropout {self.dropout} must be in [0, 1)")
 
     @property
     def stride(self) -> int:
@@ -108,6 +91,10 @@ class DQVAEConfig:
     def sides(self) -> tuple[int, int]:
         """Coarse and fine cells per image side."""
         return self.image_size // self.stride, 2 * self.image_size // self.stride
+
+    def layout(self) -> dict[str, Any]:
+        """Arguments of the TokenLayout that follow from the tokenizer."""
+        return {"codebook_size": self.codebook_size, "sides": self.sides}
 
 
 def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
@@ -136,22 +123,13 @@ def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
     return -(p * torch.log(torch.where(p > 0, p, torch.ones_like(p)))).sum(-1)
 
 
-class Encoder(nn.Module):
+class Encoder(Contracting):
     """Image to a coarse and a fine feature map, the fine one taken one level earlier."""
 
     def __init__(self, config: DQVAEConfig) -> None:
-        super().__init__()
         c, groups = config, config.norm_groups
-        widths = [c.channels * m for m in c.encoder_mult]
-        self.conv_in = nn.Conv2d(3, c.channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            attention = c.image_size // 2**level in c.attention
-            c_in = widths[level - 1] if level else c.channels
-            self.down.append(Level(c_in, width, c.blocks, attention, groups, c.dropout))
-            if level < len(widths) - 1:
-                self.down[level].downsample = Downsample(width)
-        coarse = widths[-1]
+        super().__init__(c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout)
+        coarse = c.channels * c.encoder_mult[-1]
         fine = coarse // (c.encoder_mult[-1] // c.encoder_mult[-2])
         self.mid_coarse, self.mid_fine = Middle(coarse, groups, c.dropout), Middle(fine, groups, c.dropout)
         self.norm_out_coarse, self.norm_out_fine = group_norm(coarse, groups), group_norm(fine, groups)
@@ -160,15 +138,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> coarse [B, z, hc, wc], fine [B, z, 2 hc, 2 wc]."""
-        h = self.conv_in(x)
-        fine = h
-        for i, level in enumerate(self.down):
-            h = level(h)
-            if i == len(self.down) - 2:
-                fine = h
-            if i < len(self.down) - 1:
-                h = level.get_submodule("downsample")(h)
-        coarse = self.conv_out_coarse(F.silu(self.norm_out_coarse(self.mid_coarse(h))))
+        *_, fine, coarse = self.maps(x)
+        coarse = self.conv_out_coarse(F.silu(self.norm_out_coarse(self.mid_coarse(coarse))))
         return coarse, self.conv_out_fine(F.silu(self.norm_out_fine(self.mid_fine(fine))))
 
 
@@ -200,31 +171,21 @@ class LearnedBias(nn.Module):
         return (self.row_embed.weight[:, None] + self.col_embed.weight[None]).permute(2, 0, 1)[None]
 
 
-class Decoder(nn.Module):
+class Decoder(Expanding):
     """Fine feature map to image; a position bias is added to its input (spec section 6)."""
 
     def __init__(self, config: DQVAEConfig) -> None:
-        super().__init__()
-        c, groups = config, config.norm_groups
-        widths = [c.decoder_channels * m for m in c.decoder_mult]
+        c, groups, width = config, config.norm_groups, config.decoder_channels * config.decoder_mult[-1]
+        super().__init__(
+            c.image_size, c.decoder_channels, c.decoder_mult, c.decoder_blocks, c.decoder_attention, groups, c.dropout
+        )
         side = c.sides[1]
         if c.position_bias != "none":
             self.position_bias_fourier = FourierBias(c.z_channels, side)
         if c.position_bias == "fourier+learned":
             self.position_bias_learned = LearnedBias(c.z_channels, side)
-        self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups, c.dropout)
-        levels: list[nn.Module] = []
-        for level in range(len(widths) - 1, -1, -1):
-            c_in = widths[min(level + 1, len(widths) - 1)]
-            attention = c.image_size // 2**level in c.decoder_attention
-            module = Level(c_in, widths[level], c.decoder_blocks + 1, attention, groups, c.dropout)
-            if level:
-                module.upsample = Upsample(widths[level])
-            levels.insert(0, module)
-        self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(widths[0], groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.mid = Middle(width, groups, c.dropout)
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, z, side, side] -> images [B, 3, H, W], not clamped."""
@@ -232,12 +193,7 @@ class Decoder(nn.Module):
             h = h + self.position_bias_fourier()
         if hasattr(self, "position_bias_learned"):
             h = h + self.position_bias_learned()
-        h = self.mid(self.conv_in(h))
-        for i, level in reversed(list(enumerate(self.up))):
-            h = level(h)
-            if i:
-                h = level.get_submodule("upsample")(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.pixels(self.mid(self.conv_in(h)))
 
 
 class Encoding(NamedTuple):
@@ -248,16 +204,7 @@ class Encoding(NamedTuple):
     entropy: Tensor
 
 
-class Reconstruction(NamedTuple):
-    """``images`` [B, 3, H, W], ``loss`` of the quantizer, ``codes`` [B, hf, wf] or None, ``grain`` [B, hc, wc]."""
-
-    images: Tensor
-    loss: Tensor
-    codes: Tensor | None
-    grain: Tensor
-
-
-class DQVAE(nn.Module):
+class DQVAE(Tokenizer):
     """The tokenizer. ``entropy_thresholds`` [99] is the table made from the user's images (entry p - 1 is the p-th
     percentile); NaN until ``training.thresholds`` or training has filled it."""
 
@@ -299,9 +246,7 @@ class DQVAE(nn.Module):
         Raises:
             InputError: the images do not have the model's size.
         """
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise InputError(f"images have shape {tuple(images.shape)}; this model takes [B, 3, {size}, {size}]")
+        check_images(images, self.config.image_size)
         grain, entropy = self.route(images)
         h = self.features(images, grain)
         codes = self.quantizer.search(to_vectors(h)).view(h.shape[0], *h.shape[2:])
@@ -315,16 +260,29 @@ class DQVAE(nn.Module):
         """Images of quantised features [B, d, hf, wf]."""
         return self.decoder(self.post_quant_conv(quantized))
 
-    def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
-        """Reconstruct; ``quantize=False`` passes the features through (the start of training)."""
+    def encode_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        encoding = self.encode(images)
+        return encoding.codes, encoding.grain
+
+    def decode_maps(self, codes: Tensor) -> Tensor:
+        return self.decode_codes(codes)
+
+    def code_vectors(self, images: Tensor) -> Tensor:
         grain, _ = self.route(images)
+        fine = spread(grain).bool()
+        corner = torch.zeros_like(fine)  # one of a coarse cell's four copies
+        corner[:, ::2, ::2] = True
+        return self.features(images, grain).permute(0, 2, 3, 1)[fine | corner]
+
+    def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
+        grain, entropy = self.route(images)
         h = self.features(images, grain)
         if not quantize:
-            return Reconstruction(self.decode(h), h.new_zeros(()), None, grain)
+            return Reconstruction(self.decode(h), h.new_zeros(()), None, grain, entropy)
         weight = 0.25 + 0.75 * spread(grain).to(h.dtype)  # 1 / number of copies
         out = self.quantizer(to_vectors(h), weight.flatten(), noise)
         values = out.values.view(len(h), *h.shape[2:], -1).permute(0, 3, 1, 2)
-        return Reconstruction(self.decode(values), out.loss, out.codes.view(h.shape[0], *h.shape[2:]), grain)
+        return Reconstruction(self.decode(values), out.loss, out.codes.view(h.shape[0], *h.shape[2:]), grain, entropy)
 
 
 def spread(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The stacked transformer: one causal stack predicts where the next code goes, a second one, reading the first's
-hidden state and that position, predicts the code (arXiv 2305.11718, section 3.2; spec/dq.md section 10)."""
+"""The stacked transformer: one causal stack predicts one half of the next token, a second one, reading the first's
+hidden state and that half, predicts the other. Position, then content in DQ-Transformer (arXiv 2305.11718, section
+3.2; spec/dq.md section 10); content, then position in Stackformer (arXiv 2305.13607; spec/mq.md section 5)."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ class TransformerConfig:
         block_size: longest sequence T of the position table.
         dropout: of embeddings and residual branches; attention_dropout: of attention weights (slow on CPUs).
         segment_embedding: whether tokens carry an embedding of their segment.
+        index_embedding: whether they carry one of their place in the sequence (``add_absolute_position``).
 
     Raises:
         ConfigError: a value is out of range.
@@ -37,6 +39,7 @@ class TransformerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     segment_embedding: bool = True
+    index_embedding: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "position_blocks", "content_blocks", "block_size"):
@@ -93,9 +96,9 @@ class Head(nn.Module):
 
 
 class StackedTransformer(nn.Module):
-    """Position stack and content stack over (position, content) tokens.
+    """Position stack and content stack over (position, content) tokens; ``layout.first`` says which reads the tokens.
 
-    Index i reads token i and predicts the position, then the content, of token i + 1. Positions are joint ids
+    Index i reads token i and predicts one half of token i + 1, then the other. Positions are joint ids
     (``TokenLayout``); the position head predicts local ids.
     """
 
@@ -106,7 +109,7 @@ class StackedTransformer(nn.Module):
         self.content_emb = nn.Embedding(layout.content_vocabulary, c)
         self.position_emb = nn.Embedding(layout.position_table, c)
         self.segment_emb = nn.Embedding(layout.segments, c) if config.segment_embedding else None
-        self.index_emb = nn.Parameter(torch.zeros(config.block_size, c))
+        self.index_emb = nn.Parameter(torch.zeros(config.block_size, c)) if config.index_embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.position_blocks = nn.ModuleList(Block(config) for _ in range(config.position_blocks))
         self.content_blocks = nn.ModuleList(Block(config) for _ in range(config.content_blocks))
@@ -118,36 +121,47 @@ class StackedTransformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def parts(self, head: str) -> tuple[nn.ModuleList, Head, nn.Embedding]:
+        """Blocks, head and embedding of ``position`` or ``content``."""
+        if head == "position":
+            return self.position_blocks, self.position_head, self.position_emb
+        return self.content_blocks, self.content_head, self.content_emb
+
     def embed(self, content: Tensor, position: Tensor, segment: Tensor, index: Tensor) -> Tensor:
         """Sum of the embeddings of tokens: four int64 tensors of one shape [..] -> float [.., C]."""
-        x = self.content_emb(content) + self.position_emb(position) + self.index_emb[index]
+        x = self.content_emb(content) + self.position_emb(position)
+        x = x if self.index_emb is None else x + self.index_emb[index]
         return x if self.segment_emb is None else x + self.segment_emb(segment)
 
-    def forward(
-        self, content: Tensor, position: Tensor, segment: Tensor, next_position: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, content: Tensor, position: Tensor, segment: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits.
 
         Args:
             content, position, segment: int64 [B, T], tokens 0 .. T - 1; T at most ``block_size``.
-            next_position: int64 [B, T], joint positions of tokens 1 .. T.
+            following: int64 [B, T], of tokens 1 .. T what the first head predicts: joint positions or content.
 
         Returns:
             position logits [B, T, position head] and content logits [B, T, content vocabulary].
         """
         h = self.hidden(content, position, segment)
-        return self.position_head(h), self.content_logits(h, next_position)
+        logits = {self.layout.heads[0]: self.first_logits(h), self.layout.heads[1]: self.second_logits(h, following)}
+        return logits["position"], logits["content"]
 
     def hidden(self, content: Tensor, position: Tensor, segment: Tensor) -> Tensor:
-        """Output of the position stack, [B, T, C]."""
+        """Output of the first stack, [B, T, C]."""
         h = self.dropout(self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device)))
-        for block in self.position_blocks:
+        for block in self.parts(self.layout.heads[0])[0]:
             h = block(h)
         return h
 
-    def content_logits(self, hidden: Tensor, next_position: Tensor) -> Tensor:
-        """Content logits [B, T, V] from the position stack's output and the next tokens' joint positions."""
-        g = hidden + self.position_emb(next_position)
-        for block in self.content_blocks:
+    def first_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] of the first head, from the first stack's output [.., C]."""
+        return self.parts(self.layout.heads[0])[1](hidden)
+
+    def second_logits(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """Logits [B, T, V] of the second head, from the first stack's output and what the first head predicts."""
+        blocks, head, _ = self.parts(self.layout.heads[1])
+        g = hidden + self.parts(self.layout.heads[0])[2](following)
+        for block in blocks:
             g = block(g)
-        return self.content_head(g)
+        return head(g)

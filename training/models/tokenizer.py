@@ -1,0 +1,62 @@
+"""What the tokenizers of both families have in common: the interface that training, export and evaluation use.
+
+Maps follow ``dvq_rt.codes.Codes``: ``codes`` int64 [B, h, w] of the finest grid, -1 where a cell has no code, and
+``grain`` int64 [B, hc, wc], the segment that codes each coarsest cell, -1 where none does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtimes.errors import InputError
+from training.models.quantizer import EMAQuantizer
+
+
+class Reconstruction(NamedTuple):
+    """``images`` [B, 3, H, W], ``loss`` of the quantizer, ``codes`` int64 of any shape or None, ``grain`` map, and
+    ``scores`` [B, hc, wc] that the grain was decided by (entropy, importance)."""
+
+    images: Tensor
+    loss: Tensor
+    codes: Tensor | None
+    grain: Tensor
+    scores: Tensor
+
+
+class Tokenizer(nn.Module):
+    """Base of DQVAE and MQVAE."""
+
+    config: Any
+    quantizer: EMAQuantizer
+
+    def encode_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``codes`` and ``grain`` maps of images, float [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            InputError: the images do not have the model's size.
+        """
+        raise NotImplementedError
+
+    def decode_maps(self, codes: Tensor) -> Tensor:
+        """Images [B, 3, H, W] (about [-1, 1], not clamped) of ``codes`` maps."""
+        raise NotImplementedError
+
+    def code_vectors(self, images: Tensor) -> Tensor:
+        """What is quantised of images, one vector per code, [n, d]."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
+        """Reconstruct; ``quantize=False`` passes the features through (the start of training)."""
+        raise NotImplementedError
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """
+    Raises:
+        InputError: the images are not [B, 3, size, size].
+    """
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise InputError(f"images have shape {tuple(images.shape)}; this model takes [B, 3, {size}, {size}]")
