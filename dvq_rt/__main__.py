@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dvq_rt.images import grain_overlay, grid, to_array, to_uint8
-from dvq_rt.manifest import DEMO, Manifest, read_engine, write_file
+from dvq_rt.manifest import Manifest, engine_folder, read_engine, write_file
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
@@ -103,7 +103,7 @@ def reconstruct(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Print what an engine folder holds, after checking its files."""
-    folder = Path(options.engine or DEMO)
+    folder = engine_folder(options.engine)
     print(describe(read_engine(folder), folder))
     return 0
 
@@ -128,12 +128,13 @@ def describe(manifest: Manifest, folder: Path) -> str:
     labels = f"{layout.classes}" if layout.classes else "none"
     if layout.classes:
         labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
+    most = "at most " if layout.covering else ""
     rows = [
         ("engine", str(folder)),
         ("family", f"{manifest.family}, schema {manifest.schema}"),
         ("runs on", f"{manifest.backend}, {manifest.precision}, weights {manifest.weights}, {manifest.slots} slots"),
         ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
-        ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; at most {layout.cells} an image"),
+        ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
     ]
     sections = [_table(rows)]
@@ -250,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(function.__name__, help=words, description=words, allow_abbrev=False)
         command.set_defaults(command=function)
         name = engine.pop("name", "engine")
-        command.add_argument(name, metavar="DIR", help="engine folder; the bundled demo if left out", **engine)
+        command.add_argument(
+            name, metavar="DIR", help="engine folder, demo:dq or demo:mq; demo:dq if left out", **engine
+        )
         if runs:
             command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
             command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")

@@ -117,9 +117,12 @@ class Codes:
             label: start label; None takes the codes' own, and failing that the null label or an unconditional start.
 
         Raises:
-            InputError: there is no label and the model has no null label, or the label is out of range.
+            InputError: there is no label and the model has no null label, the label is out of range, or the layout
+                keeps another number of cells.
         """
         layout = self.layout
+        if not layout.covering and self.length != layout.filled_cells:
+            raise InputError(f"there are {self.length} codes; a sequence of this model has {layout.filled_cells}")
         start = self.label if label is None else label
         if start is None:
             if layout.classes and not layout.null_label:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, preview_map
 from dvq_rt.images import ImageLike, grid, to_array, to_uint8
-from dvq_rt.manifest import DEMO, Manifest, read_engine
+from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import BackendError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
@@ -96,7 +96,8 @@ class Generator:
     """A loaded engine. Safe to use from several threads; every call is independent of those before it.
 
     Args:
-        engine_dir: engine folder; None opens the demo that ships with the package.
+        engine_dir: engine folder, or ``demo:dq`` or ``demo:mq`` for a demo that ships with the package; None opens
+            the first of these.
         device: ``cpu`` or ``cuda``.
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the call can use,
             up to the manifest's number. Pin it where last-bit equality between calls matters.
@@ -118,7 +119,7 @@ class Generator:
     ) -> None:
         if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
             raise InputError(f"slots is {slots!r}; it must be a positive integer or None")
-        path = Path(DEMO if engine_dir is None else engine_dir)
+        path = engine_folder(engine_dir)
         backend, manifest = OnnxRuntimeBackend(device, threads), read_engine(path)
         if device == "cuda" and manifest.target != "cuda":
             raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")

@@ -31,7 +31,8 @@ from runtimes.errors import ConfigError, DvqError, EngineError, InputError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-DEMO = Path(__file__).with_name("demo")
+DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
+"""The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
 BACKENDS = ("onnxruntime",)
 TARGETS = ("cpu", "cuda")
@@ -137,6 +138,11 @@ class Manifest:
             odd, lacking = sorted(set(values) - known), sorted(known - set(values))
             raise ConfigError(f"unknown keys {odd}, missing keys {lacking}")
         return cls(**{**values, "layout": TokenLayout.from_dict(values["layout"])})
+
+
+def engine_folder(name: str | os.PathLike[str] | None) -> Path:
+    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo; None is ``demo:dq``."""
+    return DEMOS.get(str(name or "demo:dq")) or Path(str(name))
 
 
 def read_engine(path: str | os.PathLike[str]) -> Manifest:

@@ -1,10 +1,11 @@
-"""Two small engines, exported once: one with labels and fused attention, one without labels on standard operators."""
+"""Three small engines, exported once: one with labels and fused attention, one without labels on standard operators,
+and one that keeps some cells only."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import masked_model, small_model
 
 from dvq_rt.generator import Generator
 from export.to_onnx import export_onnx, round_to_half
@@ -45,6 +46,26 @@ def plain_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]
     round_to_half(model)
     export_onnx(model, folder, slots=4, target="cuda", half_weights=True)
     return model, folder
+
+
+@pytest.fixture(scope="session")
+def mq_model() -> Model:
+    """MQ: 25 of 64 cells kept, content first, three labels and the null label."""
+    return masked_model(("ant", "bee", "cat"))
+
+
+@pytest.fixture(scope="session")
+def mq_engine(mq_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``mq_model`` for ONNX Runtime's fused attention, float32 weights."""
+    folder = tmp_path_factory.mktemp("engines") / "masked"
+    export_onnx(mq_model, folder, slots=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mq_generator(mq_engine: Path) -> Generator:
+    """Four slots, one thread."""
+    return Generator(mq_engine, slots=4, threads=1)
 
 
 @pytest.fixture(scope="session")

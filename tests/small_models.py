@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
 from training.checkpoint import Model
 from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 Logits = dict[str, NDArray[np.float32]]
@@ -33,6 +35,20 @@ TOKENIZER = DQVAEConfig(
     norm_groups=8,
 )
 
+MASKED = MQVAEConfig(
+    image_size=16,
+    channels=16,
+    encoder_mult=(1, 2),
+    decoder_channels=16,
+    decoder_mult=(2, 1),
+    z_channels=16,
+    code_dim=8,
+    codebook_size=32,
+    norm_groups=8,
+    kept_ratio=0.4,
+    demask_blocks=2,
+)
+
 
 def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
     """Random weights, large enough that every draw matters, in eval mode."""
@@ -42,7 +58,8 @@ def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(3) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.1)
-        net.index_emb.normal_(std=0.1)
+        if net.index_emb is not None:
+            net.index_emb.normal_(std=0.1)
     return net.eval().requires_grad_(False)
 
 
@@ -57,18 +74,32 @@ def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed:
     return Model(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
 
 
+def masked_model(class_names: Sequence[str] = (), seed: int = 0, **layout: Any) -> Model:
+    """As ``small_model``, of the MQ family; ``layout`` replaces arguments of the TokenLayout."""
+    torch.manual_seed(seed + 100)
+    vae = MQVAE(MASKED)
+    vae.quantizer.codebook.normal_()
+    fields = {**MASKED.layout(), "classes": len(class_names), "null_label": bool(class_names), **layout}
+    defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
+    return Model(vae, small_transformer(TokenLayout(**fields), seed), tuple(class_names), defaults).eval()
+
+
 def ragged_tokens(layout: TokenLayout, count: int, seed: int = 0) -> list[Tokens]:
-    """Sequences of random codes, from all coarse to all fine, the positions of each segment shuffled."""
+    """Sequences of random codes, from all coarse to all fine or of random cells, the positions of each segment
+    shuffled."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
         grain = np.zeros(layout.sides[0] ** 2, dtype=np.int64)
-        finer = rng.permutation(grain.size)[: round(grain.size * i / max(1, count - 1))]
-        grain[finer] = rng.integers(1, layout.segments, finer.size)
+        if layout.covering:
+            finer = rng.permutation(grain.size)[: round(grain.size * i / max(1, count - 1))]
+            grain[finer] = rng.integers(1, layout.segments, finer.size)
+        else:
+            grain[rng.permutation(grain.size)[layout.filled_cells :]] = -1
         codes = rng.integers(0, layout.codebook_size, layout.cells)
         content, position, segment = layout.to_tokens(codes, grain, i % layout.starts)
         for s in range(layout.segments):
-            pairs = np.flatnonzero(segment == s)[1:-1]
+            pairs = np.flatnonzero(segment == s)[1 : -1 if layout.covering else None]
             position[pairs] = position[rng.permutation(pairs)]
         found.append(Tokens(content, position, segment))
     return found
@@ -83,7 +114,8 @@ def steps_of(layout: TokenLayout, tokens: Tokens) -> int:
 def full_logits(net: StackedTransformer, tokens: Tokens) -> Logits:
     """Both heads of the uncached forward over one sequence alone, [T, V] each."""
     content, position, segment = (torch.from_numpy(part)[None] for part in tokens)
-    out = net(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:])
+    following = position if net.layout.first == "position" else content
+    out = net(content[:, :-1], position[:, :-1], segment[:, :-1], following[:, 1:])
     steps = steps_of(net.layout, tokens)
     return {head: values[0, :steps].numpy() for head, values in zip(HEADS, out, strict=True)}
 
@@ -126,5 +158,5 @@ def cells_of(layout: TokenLayout, sequence: tuple[Sequence[int], Sequence[int]])
             covered = layout.covered_cells(segment)[position - layout.position_offset(segment)]
             assert (cells[covered] == -1).all(), "a cell is coded twice"
             cells[covered] = content + segment * layout.codebook_size
-    assert (cells >= 0).all(), "a cell has no code"
+    assert (cells >= 0).sum() == layout.filled_cells, "there are not as many codes as there should be"
     return cells

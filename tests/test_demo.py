@@ -3,7 +3,7 @@
 import numpy as np
 
 from dvq_rt import Generator
-from dvq_rt.manifest import DEMO
+from dvq_rt.manifest import DEMOS
 
 
 def test_demo_is_intact_and_small() -> None:
@@ -11,7 +11,7 @@ def test_demo_is_intact_and_small() -> None:
     for check in Generator(threads=1).verify():
         print(f"\n{check.name}: {check.measured:.3g} (at most {check.bound:.3g})", end="")
         assert check.ok, check
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 16_000_000
+    assert sum(path.stat().st_size for path in DEMOS["demo:dq"].iterdir()) <= 16_000_000
 
 
 def test_demo_images_do_not_depend_on_the_slots() -> None:

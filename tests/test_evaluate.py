@@ -13,6 +13,7 @@ from dvq_rt import Generator
 from dvq_rt.layout import TokenLayout
 from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
+from training import compare
 from training.checkpoint import Model
 from training.classifier import Classifier, balanced, degrade, judge, train_classifier
 from training.cli import read_config
@@ -116,6 +117,20 @@ def test_evaluate_writes_numbers_pictures_and_a_table(
     assert len(values["memorisation"]["closest"]) == 9
     keys = {"samples", "held_out", "copies", "closer", "copy_like", "copies_found"}
     assert set(values["memorisation"]["pixels"]) == set(values["memorisation"]["features"]) == keys
+
+
+def test_engines_side_by_side(
+    engine: Path, mq_engine: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects ``training.compare``: both families in one picture and one table, each with its own number of codes."""
+    compare.main([str(data), str(engine), str(mq_engine), "--out", str(tmp_path / "both.png")])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(tmp_path / "both.png") and Image.open(tmp_path / "both.png").width > 300
+    rows = [line for line in printed if line.startswith(f"| {engine}") or line.startswith(f"| {mq_engine}")]
+    assert len(rows) == 2 and "| 25.000 |" in rows[1]
+    with pytest.raises(SystemExit):
+        compare.main([str(data), "demo:dq", str(engine), "--out", str(tmp_path / "two.png")])
+    assert "the engines make images of [16, 64] pixels" in capsys.readouterr().err
 
 
 def test_sweep_covers_the_grid(

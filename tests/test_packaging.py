@@ -44,6 +44,7 @@ def test_every_package_and_data_file_is_listed() -> None:
     assert data["*"] == ["py.typed"] and "demo/*" in data["dvq_rt"]
     listed = {p for name in PACKAGES for pattern in data.get(name, []) for p in (ROOT / name).glob(pattern)}
     read = {p for p in (ROOT / "training").rglob("*") if p.suffix in (".json", ".tsv", ".LICENSE")}
+    read = {p for p in read if "demo" not in p.parts}  # the demos' checkpoints stay in the repository
     assert read <= listed and len(read) > 2
 
 

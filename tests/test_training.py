@@ -20,12 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import export.to_onnx
 from dvq_rt.generator import Generator
 from training import checkpoint, cli, thresholds, train_tokenizer, train_transformer
-from training.checkpoint import Model, TrainingState, load_checkpoint, load_training_state, save_checkpoint
+from training.checkpoint import (
+    Model,
+    TrainingState,
+    family_config,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
 from training.cli import read_config
 from training.data import ImageFolder
 from training.loop import TrainConfig
 from training.losses import psnr
-from training.models.dqvae import DQVAE, DQVAEConfig, Reconstruction, patch_entropy
+from training.models.dqvae import DQVAE, patch_entropy
+from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig
 from training.thresholds import to_float
 
@@ -54,6 +62,24 @@ STAGE_1 = {
         "checkpoint_every": 15,
     },
     "stage": {"warmup_fraction": QUANTISE, "val_fraction": 0.1},
+}
+MASKED = {
+    **STAGE_1,
+    "tokenizer": {
+        "family": "mq",
+        "image_size": 16,
+        "channels": 16,
+        "encoder_mult": [1, 2],
+        "decoder_channels": 16,
+        "decoder_mult": [1, 1],
+        "z_channels": 16,
+        "code_dim": 8,
+        "codebook_size": 32,
+        "norm_groups": 8,
+        "kept_ratio": 0.5,
+        "demask_blocks": 2,
+        "restart_below": 0.03,
+    },
 }
 STAGE_2 = {
     "transformer": {"width": 32, "heads": 4, "position_blocks": 1, "content_blocks": 1},
@@ -85,7 +111,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
-    for name, values in (("one", STAGE_1), ("two", STAGE_2)):
+    for name, values in (("one", STAGE_1), ("masked", MASKED), ("two", STAGE_2)):
         (folder / f"{name}.json").write_text(json.dumps(values))
     return folder
 
@@ -188,7 +214,7 @@ def check_events(run: Path, pictures: set[str]) -> None:
 
 def test_tensorboard(first: Path, second: Path) -> None:
     """Scalars of training and validation, and the pictures of each stage, can be looked at."""
-    check_events(first, {"reconstruction", "grain"})
+    check_events(first, {"reconstruction", "grain", "score"})
     check_events(second, {"samples"})
 
 
@@ -205,6 +231,25 @@ def test_trained_model_becomes_an_engine(second: Path, tmp_path: Path) -> None:
     wrong = sum(s.total for s in generator.score([c for c in made.codes if c.label == 0], "discs"))
     right = sum(s.total for s in generator.score([c for c in made.codes if c.label == 0], "bars"))
     assert total < 0 and right > wrong
+
+
+def test_masked_models_learn(data: Path, configs: Path, tmp_path: Path) -> None:
+    """The MQ family goes the same way: its two stages learn, scores and masks can be looked at, and the engine keeps
+    the share of the cells that was asked for."""
+    config = str(configs / "masked.json")
+    share = ["--set", "tokenizer.kept_ratio=0.4"]
+    train_tokenizer.main([str(data), "--out", str(tmp_path / "first"), "--config", config, *share])
+    picture = losses(tmp_path / "first", "picture")
+    train_transformer.main(stage_2(data, configs, tmp_path / "first", tmp_path / "second"))
+    found = losses(tmp_path / "second")
+    print(f"\nMQ: pixel loss {picture[0]:.3f} to {picture[-1]:.3f}, stage 2 {found[0]:.2f} to {found[-1]:.2f}")
+    assert picture[-1] < 0.5 * picture[0] and found[-1] < 0.75 * found[0]
+    check_events(tmp_path / "first", {"reconstruction", "grain", "score"})
+    model = load_checkpoint(tmp_path / "second" / "best")
+    assert model.family == "mq" and model.layout.kept == 25 and model.layout.heads == ("content", "position")
+    export.to_onnx.main([str(tmp_path / "second" / "best"), "--out", str(tmp_path / "engine"), "--half-weights"])
+    made = Generator(tmp_path / "engine", threads=1).sample(4, labels=["bars", "discs", None, 0], seed=1)
+    assert [c.length for c in made.codes] == [25] * 4
 
 
 # --- resumption ------------------------------------------------------------------------------------------------
@@ -350,7 +395,7 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
     save_checkpoint(Model(None, small_model().transformer), tmp_path / "second only")
     with pytest.raises(SystemExit):
         thresholds.main([str(data), "--checkpoint", str(tmp_path / "second only")])
-    assert "second only holds no tokenizer" in capsys.readouterr().err
+    assert "second only holds no DQ-VAE" in capsys.readouterr().err
 
 
 # --- errors ----------------------------------------------------------------------------------------------------
@@ -378,6 +423,9 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--set", "model.steps=3"], "is not SECTION.FIELD=VALUE with a section of ['stage', 'tokenizer', 'training']"),
         (["--set", "training.steps"], "override 'training.steps' is not SECTION.FIELD=VALUE"),
         (["--set", "tokenizer.image_size=18"], "tokenizer.image_size is 18; it must be a multiple of 4"),
+        (["--set", "tokenizer.family=vq"], "family is 'vq'; it must be one of ['dq', 'mq']"),
+        (["--config", "masked.json", "--set", "tokenizer.kept_ratio=0"], "tokenizer.kept_ratio is 0; it must be at"),
+        (["--config", "masked.json", "--set", "tokenizer.scorer=best"], "tokenizer.scorer is 'best'; it must be one"),
         (["--set", "stage.warmup_fraction=1"], "stage.warmup_fraction 1 must be in [0, 1)"),
         (["--config", "nonesuch"], "give a JSON file or one of ['emoji_tokenizer'"),
         (["--config", "list.json"], "list.json must be one JSON object of sections"),
@@ -490,7 +538,7 @@ def test_what_stage_two_refuses(
     for options, words in (
         (["--set", "stage.min_psnr=60"], "dB, below stage.min_psnr 60"),
         (["--tokenizer", str(tmp_path / "nowhere")], "nowhere is no checkpoint folder"),
-        (["--tokenizer", str(tmp_path / "second only")], "second only holds no tokenizer"),
+        (["--tokenizer", str(tmp_path / "second only")], "second only holds no DQ-VAE"),
         (["--set", "transformer.depth=3"], "section 'transformer': unknown fields ['depth']"),
         (["--set", "transformer.heads=5"], "transformer.width is 32; it must be a multiple of heads (5)"),
         (["--set", "stage.order=spiral"], "layout.order is 'spiral'"),
@@ -533,8 +581,9 @@ def test_unusable_folders(data: Path, configs: Path, tmp_path: Path, capsys: pyt
 def test_configs_of_the_package(path: Path) -> None:
     """The configuration files in the package fit the code that reads them."""
     if "tokenizer" in path.stem:
-        sections = {"tokenizer": DQVAEConfig, "training": TrainConfig, "stage": train_tokenizer.StageOneConfig}
-        assert read_config(path.stem, sections, [])["tokenizer"] != TOKENIZER
+        sections = {"tokenizer": dict, "training": TrainConfig, "stage": train_tokenizer.StageOneConfig}
+        sizes = read_config(path.stem, sections, [])["tokenizer"]
+        assert cli.build(family_config(sizes.pop("family", "dq")), sizes, path.stem) != TOKENIZER
         return
     sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig}
     config = read_config(path.stem, sections, ["training.steps=7"])

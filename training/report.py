@@ -73,11 +73,12 @@ def picture_reconstructions(images: Pixels, decoded: Pixels, columns: int = 8) -
 def picture_grain(images: Pixels, codes: Sequence[Codes], columns: int = 6) -> Image.Image:
     """Originals above the same with the cells of their code."""
     chosen, size = pick(len(images), columns), images.shape[1]
-    scale, sides = -(-192 // size), codes[0].layout.sides
+    scale, layout = -(-192 // size), codes[0].layout
+    sides, title = layout.sides, "grain" if layout.covering else "kept"
     overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in chosen]
     originals = [enlarged(images[i], 192) for i in chosen]
     headings = [f"{codes[i].length} of {sides[-1] ** 2} codes" for i in chosen]
-    return sheet([("original", originals), ("grain", overlays)], headings)
+    return sheet([("original", originals), (title, overlays)], headings)
 
 
 def picture_nearest(

@@ -1,0 +1,63 @@
+"""Engines side by side on held-out images: ``python -m training.compare DATA ENGINE ENGINE ... --out PICTURE``.
+
+Prints codes per image, bits per pixel, PSNR and SSIM of each engine, and draws originals above each engine's coded
+cells and reconstructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dvq_rt import Generator
+from dvq_rt.images import grain_overlay
+from runtimes.errors import ConfigError, InputError
+from training.cli import guarded, read_config
+from training.data import ImageFolder
+from training.evaluate import cost, fidelity, through
+from training.loop import TrainConfig
+from training.report import enlarged, pick, sheet, table
+from training.train_tokenizer import StageOneConfig
+
+COLUMNS = 10
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__)
+    parser.add_argument("data", help="folder of images that the engines' models were trained on")
+    parser.add_argument("engines", nargs="+", metavar="ENGINE", help="engine folder, demo:dq or demo:mq")
+    parser.add_argument("--out", required=True, help="picture to write")
+    parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
+    args = parser.parse_args(argv)
+    sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
+    first = read_config(args.tokenizer_config, sections, [])
+    generators = [Generator(engine) for engine in args.engines]
+    sizes = {generator.manifest.image_size for generator in generators}
+    if len(sizes) > 1:
+        raise ConfigError(f"the engines make images of {sorted(sizes)} pixels; compare engines of one size")
+    folder = ImageFolder(args.data, sizes.pop(), val_fraction=first["stage"].val_fraction, seed=first["training"].seed)
+    folder.check_held_out()
+    images, _ = folder.load(folder.val)
+    chosen = pick(len(images), COLUMNS)
+    pictures = [("original", [enlarged(images[i]) for i in chosen])]
+    rows = []
+    for name, generator in zip(args.engines, generators, strict=True):
+        codes, decoded = through(generator, images, name)
+        spent, kept = cost(codes, folder.size), fidelity(images, decoded)
+        rows.append([name, spent["codes"], spent["bits_per_pixel"], f"{kept['psnr']:.2f}", kept["ssim"]])
+        scale, sides = pictures[0][1][0].width // folder.size, generator.layout.sides
+        overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in chosen]
+        pictures.append((f"{name}: codes", overlays))
+        pictures.append((f"{name}: decoded", [enlarged(decoded[i]) for i in chosen]))
+    try:
+        sheet(pictures).save(args.out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {args.out}: {error}") from error
+    print(table(["engine", "codes per image", "bits per pixel", "PSNR, dB", "SSIM"], rows))
+    print(Path(args.out))
+
+
+if __name__ == "__main__":
+    main()
