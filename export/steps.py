@@ -141,11 +141,12 @@ class Step(nn.Module):
         local = taken["position"] - offset
         covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~done)[:, None]
         new_cells = torch.where(covered, (taken["content"] + segment * layout.codebook_size).int()[:, None], cells)
+        new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
         return (
             torch.where(done, content, taken["content"]),
             torch.where(done, position, taken["position"]),
-            length + (~done).int(),
-            done | ((new_cells >= 0).sum(1) >= layout.filled_cells),
+            length + (~new_done).int(),  # stays below Tmax
+            new_done,
             new_cells,
             *(part[head] for part in (logits, logprob) for head in HEADS),
             *new_caches,

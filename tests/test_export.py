@@ -114,6 +114,7 @@ def test_encoder_and_decoder_equal_pytorch(kind: str, request: pytest.FixtureReq
     assert np.abs(generator.decode(found) - exact).max() <= 0.5 + 1e-3 * 127.5
 
 
+@torch.no_grad()
 def test_any_cells_decode(mq_model: Model, mq_generator: Generator) -> None:
     """The masked decoder takes codes at any set of cells: none, one, some and all decode as in PyTorch, and flat
     pictures and noise (whose scores tie or scatter) encode to the kept number of codes."""
