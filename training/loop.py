@@ -31,6 +31,15 @@ from training.checkpoint import (
 )
 
 
+def schedule(step: int, warmup: float, steps: float, least: float = 0.0) -> float:
+    """The released factor of the learning rate (spec/mq.md section 3.2): linear from 0 to 1 over ``warmup`` steps, then
+    half a cosine that ends at 0 after ``steps``, but never less than ``least``. With ``steps`` infinite it stays 1."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return max(0.5 * (1 + math.cos(math.pi * min(1.0, progress))), least)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """How to train, for either stage.
@@ -80,10 +89,9 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        if step < self.warmup:
+        if step < self.warmup:  # one step ahead of the released schedule, whose first step has the rate 0
             return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.lr * schedule(step, self.warmup, self.steps)
 
 
 @dataclass(slots=True)
