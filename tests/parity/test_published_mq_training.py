@@ -144,9 +144,8 @@ def test_published_discriminator():
     """Protects the released sizes of the discriminator: parameters, and logits per 70-pixel patch."""
     discriminator = PatchDiscriminator()
     assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
-    assert {name.split(".")[1] for name, _ in discriminator.named_parameters()} == set(
-        ["0", "2", "3", "5", "6", "8", "9", "11"]
-    )
+    numbers = {int(name.split(".")[1]) for name, _ in discriminator.named_parameters()}
+    assert numbers == {0, 2, 3, 5, 6, 8, 9, 11}
     assert discriminator.eval()(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
@@ -194,7 +193,7 @@ def test_decayed_weights(case):
 
 @pytest.mark.parametrize("name", RATES)
 def test_schedule(check, name):
-    """Protects the learning rate: warm-up of any length, cosine with a least value; ours differs in the warm-up only."""
+    """Protects the learning rate: warm-up of any length, cosine with a least value. Ours differs in the warm-up."""
     for row in extra("schedule")[name]:
         want = torch.tensor(row["multiplier"], dtype=torch.double)
         steps, least = row.get("max_steps", math.inf), row.get("multiplier_min", 0.0)
