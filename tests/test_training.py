@@ -217,6 +217,21 @@ def test_discriminator_learns(adversarial: Path) -> None:
     assert {"critic.main.0.weight", "critic.main.3.running_mean", "critic_optimizer.0.exp_avg"} <= names
 
 
+def test_adversarial_loss_of_either_family(data: Path, configs: Path, tmp_path: Path) -> None:
+    """A DQ-VAE trains with a discriminator too, and from the first step if so configured."""
+    run, options = tmp_path / "run", ["--config", str(configs / "one.json"), "--set", "training.steps=10"]
+    for setting in (
+        "adversarial_weight=0.75",
+        "adversarial_start=0",
+        "discriminator_layers=2",
+        "discriminator_width=8",
+    ):
+        options += ["--set", f"stage.{setting}"]
+    train_tokenizer.main([str(data), "--out", str(run), *options])
+    assert losses(run, "critic")[0] > 0 and "perplexity" in log(run)[0]["train"]
+    assert load_checkpoint(run / "best").family == "dq"
+
+
 def test_transformer_learns(second: Path) -> None:
     """Stage 2 learns the codes: training and validation loss fall by a third, and the best checkpoint holds the whole
     model with its labels, null label and recommended parameters."""
@@ -463,7 +478,16 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--config", "masked.json", "--set", "tokenizer.kept_ratio=0"], "tokenizer.kept_ratio is 0; it must be at"),
         (["--config", "masked.json", "--set", "tokenizer.scorer=best"], "tokenizer.scorer is 'best'; it must be one"),
         (["--set", "stage.warmup_fraction=1"], "stage.warmup_fraction 1 must be in [0, 1)"),
-        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_tokenizer'"),
+        (["--set", "stage.adversarial_weight=-1"], "stage.adversarial_weight -1 must be a number of at least 0"),
+        (["--set", "stage.adversarial_weight=Infinity"], "stage.adversarial_weight inf must be a number"),
+        (["--set", "stage.adversarial_start=1"], "stage.adversarial_start 1 in [0, 1)"),
+        (["--set", "stage.discriminator_width=0"], "stage.discriminator_width 0 and"),
+        (["--set", "stage.discriminator_layers=0"], "stage.discriminator_layers 0 must be at least 1"),
+        (
+            ["--set", "stage.adversarial_weight=0.75"],
+            "stage.discriminator_layers is 3, which needs images of 24 px; these have 16, use fewer layers",
+        ),
+        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_mq_tokenizer'"),
         (["--config", "list.json"], "list.json must be one JSON object of sections"),
         (["--config", "two.json"], "two.json: unknown sections ['transformer']"),
     ],
