@@ -106,19 +106,52 @@ def test_draws(check):
     assert same == again != other
 
 
+def random_transformer(**layout):
+    """A small one whose every draw matters."""
+    torch.manual_seed(0)
+    sizes = TransformerConfig(width=32, heads=2, block_size=9, segment_embedding=False)
+    net = StackedTransformer(sizes, TokenLayout(20, (4,), classes=2, kept=9, **layout)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.mul_(3)
+    return net
+
+
 def test_position_first():
     """Protects the mirrored order of the heads: greedy by the released rules is greedy by the corrected ones."""
-    torch.manual_seed(0)
-    layout = TokenLayout(20, (4,), classes=2, label_in_position=False, kept=9)
-    net = StackedTransformer(TransformerConfig(width=32, heads=2, block_size=9, segment_embedding=False), layout).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(3)
-    record = []
+    net, record = random_transformer(label_in_position=False), []
     found = sample_published_kept(net, [1, 0], record=record)
     assert [draw.head for draw in record[:2]] == ["position", "content"]
-    assert found.sequences(layout, [1, 0]) == sample_tokens(net, [1, 0], GREEDY)
+    assert found.sequences(net.layout, [1, 0]) == sample_tokens(net, [1, 0], GREEDY)
     assert len(set(map(tuple, found.position.tolist()))) == 2, "the label must matter"
+
+
+def test_start_ids_are_never_drawn():
+    """Protects the cells: however probable another label's start id is, it is no position."""
+    net = random_transformer(first="content")
+    net.position_head.linear.weight[net.layout.cells :] *= 100
+    assert sample_published_kept(net, [1, 0]).position.max() < net.layout.cells
+
+
+def test_greedy_positions_go_by_logits():
+    """Protects near-ties: the greedy position is the largest logit even where the probabilities have rounded to ties
+    (Q17), so a tiny scale of the logits changes nothing."""
+    net = random_transformer(first="content", label_in_position=False)
+    want = sample_published_kept(net, [1, 0])
+    net.position_head.linear.weight *= 1e-9
+    record = []
+    got = sample_published_kept(net, [1, 0], record=record)
+    assert any((draw.probabilities.topk(2).values.diff() == 0).any() for draw in record if draw.head == "position")
+    assert torch.equal(got.position, want.position) and torch.equal(got.content, want.content)
+
+
+@pytest.mark.parametrize("case", STAGE_2)
+def test_no_filter(case):
+    """Protects the unfiltered draw: a ``top_p`` of 1 is the released None, which drops no tail and rescales nothing."""
+    record = []
+    sample_published_kept(model(case).transformer, labels_of(case, 3), record=record)
+    assert all(torch.equal(draw.probabilities, torch.softmax(draw.logits, -1)) for draw in record)
+    rescaled = (torch.equal(filter_probabilities(draw.logits, None, 1.0), draw.probabilities) for draw in record)
+    assert not all(rescaled), "the difference must be visible"
 
 
 def test_refusals():

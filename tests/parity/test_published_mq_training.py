@@ -140,6 +140,16 @@ def check_norms(check, found, wanted):
         check.close(f"norm of {name}", found[name].norm(), torch.tensor(want), **GRADIENT, scale=scale)
 
 
+def test_adaptive_weight_is_capped():
+    """Protects against a blind discriminator, whose gradient vanishes: its weight ends at the configured most."""
+    weight = torch.ones(4, requires_grad=True)
+    picture = weight.sum()
+    for push, want in ((2.0, 0.375), (0.5, 1.0), (0.0, 1.0)):
+        found = adaptive_weight(picture, weight.sum() * push, weight, 0.75)
+        assert found.item() == pytest.approx(want, rel=1e-3) and not found.requires_grad
+    assert adaptive_weight(picture, weight.sum() * 0.5, weight, 0.75, most=1.2).item() == pytest.approx(1.2)
+
+
 def test_published_discriminator():
     """Protects the released sizes of the discriminator: parameters, and logits per 70-pixel patch."""
     discriminator = PatchDiscriminator()
