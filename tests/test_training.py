@@ -598,7 +598,7 @@ def test_what_stage_two_refuses(
     for options, words in (
         (["--set", "stage.min_psnr=60"], "dB, below stage.min_psnr 60"),
         (["--tokenizer", str(tmp_path / "nowhere")], "nowhere is no checkpoint folder"),
-        (["--tokenizer", str(tmp_path / "second only")], "second only holds no DQ-VAE"),
+        (["--tokenizer", str(tmp_path / "second only")], "second only holds no tokenizer"),
         (["--set", "transformer.depth=3"], "section 'transformer': unknown fields ['depth']"),
         (["--set", "transformer.heads=5"], "transformer.width is 32; it must be a multiple of heads (5)"),
         (["--set", "stage.order=spiral"], "layout.order is 'spiral'"),
