@@ -1,5 +1,8 @@
 """Imported checkpoints of the released MQ code give its numbers: tokenizer, sequences, teacher forcing."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from mq_golden import (
@@ -20,10 +23,18 @@ from mq_golden import (
 
 from dvq_rt.layout import TokenLayout
 from training.checkpoint import import_published, load_checkpoint
-from training.import_published import load_transformer, main
+from training.import_published import Source, load_transformer, main, transformer_sources
 from training.losses import stacked_losses
+from training.models.mqvae import MQVAE
 from training.models.transformer import StackedTransformer
-from training.released_mq import stack_config
+from training.presets import mq_class_v12p12
+from training.released_mq import (
+    MQ_CLASS,
+    MQ_UNCONDITIONAL,
+    released_mq_tokenizer,
+    released_mq_transformer,
+    stack_config,
+)
 from training.train_transformer import Tokenised, batch_losses, collate
 
 
@@ -174,3 +185,55 @@ def test_recommended_positions():
     """Protects a model that was trained without a raster permuter from being sampled in raster order by default."""
     assert model("stackformer_uncond").defaults == {"positions": "drawn"}
     assert model("stackformer_class").defaults == {}
+
+
+def published_config(target, **start):
+    """A stage-2 configuration of the published sizes (spec/mq.md sections 1 and 7)."""
+    config = copy.deepcopy(extra("stackformer_class", "config")["model"])
+    top = config["params"]
+    first = top["first_stage_config"]["params"]
+    sections = {name: section["params"] for name, section in first.items() if "params" in section}
+    trunk = {"ch": 128, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 2, "resolution": 256, "attn_resolutions": [32]}
+    sections["encoder_config"].update(trunk, z_channels=256)
+    sections["decoder_config"].update(trunk, in_ch=256)
+    first["masker_config"]["target"] = "modules.masked_quantization.masker_vanilla_refine.VanillaMasker"
+    sections["masker_config"].update(
+        topk_ratio=0.25,
+        input_token_num=1024,
+        input_dim=256,
+        patch_size=8,
+        score_pred_net_mode="2layer",
+        codebook_dim=256,
+    )
+    sections["demasker_config"].update(output_dim=256, codebook_dim=256, height_and_width=32, n_layer=8)
+    sections["vqconfig"].update(codebook_size=1024, codebook_dim=256, restart_unused_codes=True)
+    stack = top["transformer_config"]["params"]
+    stack.update(position_size=1025, block_size=1024, position_layer=12, value_layer=12, n_head=16, n_embd=1024)
+    stack["vocab_size"] = 1024 + start.get("n_classes", 1)
+    del top["n_classes"]
+    top.update(start, sos_pos_token=1024, height_and_weight=32)
+    return {**config, "target": target}
+
+
+@pytest.mark.parametrize(
+    ("target", "start", "size"),
+    [(MQ_CLASS, {"n_classes": 1000}, 309_606_400), (MQ_UNCONDITIONAL, {"sos_token": 1024}, 307_560_448)],
+)
+def test_published_sizes(target, start, size):
+    """Protects the reading of the published configurations: the sizes are those of our preset, and both models have as
+    many parameters as the released code's (section 7; of those its unused time projections are not ours)."""
+    released = released_mq_transformer(published_config(target, **start))
+    with torch.device("meta"):
+        tokenizer = MQVAE(released_mq_tokenizer(released.first_stage, "first_stage_config"))
+        transformer = StackedTransformer(released.config, released.layout)
+        preset = mq_class_v12p12()
+    assert sum(p.numel() for p in transformer.parameters()) == size
+    codebook, unused = 1025 * 256, 1_181_952
+    assert sum(p.numel() for p in tokenizer.parameters()) + codebook + unused == 36_938_886
+    assert tokenizer.config.kept == released.layout.kept == 256
+    sources = transformer_sources(transformer)
+    assert Source("value_pos_emb.weight", (1025, 1024)) in sources["position_emb.weight"]
+    if start.get("n_classes"):
+        assert preset.layout == released.layout
+        assert preset.tokenizer.config == tokenizer.config
+        assert preset.transformer.config == replace(released.config, attention_dropout=0.0)
