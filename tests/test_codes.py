@@ -13,10 +13,16 @@ from runtimes.errors import InputError
 
 DUAL = TokenLayout(codebook_size=16, sides=(2, 4), classes=3, null_label=True)
 TRIPLE = TokenLayout(codebook_size=32, sides=(2, 4, 8), order="region-first")
+KEPT = TokenLayout(16, (4,), classes=3, null_label=True, kept=5, first="content", label_in_position=False)
 
 
 def random_codes(layout: TokenLayout, seed: int, label: int | None = None) -> Codes:
     rng = np.random.default_rng(seed)
+    if layout.kept is not None:
+        codes = np.full(layout.cells, -1)
+        codes[rng.permutation(layout.cells)[: layout.kept]] = rng.integers(0, layout.codebook_size, layout.kept)
+        codes = codes.reshape(layout.sides[0], -1)
+        return Codes(codes, np.minimum(codes, 0), layout, label)
     grain = rng.integers(0, layout.segments, (layout.sides[0],) * 2)
     codes = rng.integers(0, layout.codebook_size, layout.cells)
     for s in range(layout.segments):
@@ -41,13 +47,46 @@ def test_length_and_bits():
         triple.bits_per_pixel(0)
 
 
-@pytest.mark.parametrize("layout", [DUAL, TRIPLE])
+def test_length_and_bits_of_kept_cells():
+    """Where cells are kept the cost is the codes and the choice of their places; nothing where all are kept."""
+    made = random_codes(KEPT, 0)
+    assert made.length == 5 and (made.codes >= 0).sum() == 5
+    assert made.bits == pytest.approx(5 * 4 + math.log2(4368))  # 16 over 5
+    assert made.bits_per_pixel(32) == pytest.approx(made.bits / 1024)
+    whole = random_codes(TokenLayout(16, (4,), kept=16), 0)
+    assert whole.length == 16 and whole.bits == 16 * 4
+    part = np.where(np.arange(16).reshape(4, 4) == 6, 3, -1)  # of another number of cells than the model makes
+    one = Codes(part, np.minimum(part, 0), KEPT)
+    assert one.length == 1 and one.bits == 4 + 4
+    with pytest.raises(InputError, match="there are 1 codes; a sequence of this model has 5"):
+        one.tokens()
+
+
+def test_bad_kept_cells_are_named():
+    """A cell has a code exactly where its grain says so, and layouts that cover the image have no empty cells."""
+    codes = np.where(np.arange(16).reshape(4, 4) < 5, 3, -1)
+    grain = np.minimum(codes, 0)
+    shifted = np.roll(grain, 1)
+    for arguments, words in (
+        ((codes, shifted, KEPT), "codes and grain must be -1 in the same cells"),
+        ((codes, np.zeros_like(grain), KEPT), "codes and grain must be -1 in the same cells"),
+        ((codes - 1, grain, KEPT), r"codes holds values from -2 to 2; they must be in -1\.\.15"),
+        ((codes + 13, grain, KEPT), r"codes holds values from 12 to 16; they must be in -1\.\.15"),
+        ((codes, grain + 1, KEPT), r"grain holds values from 0 to 1; they must be in -1\.\.0"),
+        ((codes, grain[:2, :2], DUAL), r"codes holds values from -1 to 3; they must be in 0\.\.15"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Codes(*arguments)
+    assert Codes(codes, grain, KEPT, 2).tokens().content.tolist() == [18, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("layout", [DUAL, TRIPLE, KEPT])
 @pytest.mark.parametrize("seed", range(5))
 def test_tokens_return_the_maps_and_agree_with_length(layout, seed):
     """Sequence and maps say the same, and length counts the sequence's codes without starts and ends."""
     made = random_codes(layout, seed)
     tokens = made.tokens()
-    assert tokens.content.size - 2 * layout.segments == made.length
+    assert tokens.content.size - (2 if layout.covering else 1) * layout.segments == made.length
     codes, grain = layout.to_map(tokens.content, tokens.position)
     np.testing.assert_array_equal(codes, made.codes)
     np.testing.assert_array_equal(grain, made.grain)
@@ -101,7 +140,7 @@ def test_bad_values_are_named():
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
-@pytest.mark.parametrize("layout", [DUAL, TRIPLE])
+@pytest.mark.parametrize("layout", [DUAL, TRIPLE, KEPT])
 def test_files_round_trip(tmp_path, suffix, layout):
     """Both file kinds give back exactly what was saved, one image or many, labelled or not."""
     path = tmp_path / f"codes{suffix}"

@@ -10,6 +10,7 @@ from dvq_rt.layout import ORDERS, TokenLayout
 from runtimes.errors import ConfigError
 
 DUAL = {"codebook_size": 16, "sides": (2, 4)}
+KEPT = {"codebook_size": 16, "sides": (4,), "kept": 3, "first": "content", "label_in_position": False}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,95 @@ def test_published_ids(options: dict[str, Any], content: int, coarse: int, fine:
     assert [layout.position_offset(s) for s in (0, 1, 2)] == [0, coarse, coarse + fine]
     assert layout.position_table == coarse + fine
     assert layout.max_length == 1027
+
+
+@pytest.mark.parametrize(
+    ("options", "content"), [({}, 1025), ({"classes": 1000}, 2024), ({"classes": 1000, "null_label": True}, 2025)]
+)
+def test_published_kept_ids(options: dict[str, Any], content: int) -> None:
+    """The vocabularies of the released Stackformers (spec/mq.md section 4): codes or cells, then the start ids, nothing
+    else; and no token but a start and the codes."""
+    layout = TokenLayout(1024, (32,), kept=256, first="content", label_in_position=False, **options)
+    assert not layout.covering and layout.heads == ("content", "position")
+    assert (layout.content_sos, layout.content_vocabulary) == (1024, content)
+    assert (layout.position_sos(0), layout.position_vocabulary(0), layout.position_head) == (1024, 1025, 1025)
+    assert layout.position_table == 1025 and layout.max_length == layout.filled_cells == 256
+    absent = (layout.content_pad, layout.content_eos, layout.position_pad(0), layout.position_eos(0))
+    assert absent == (-1, -1, -1, -1)
+    assert layout.start(0, 0) == (1024, 1024)
+    if layout.classes:
+        assert layout.start(0, 999) == (2023, 1024)
+
+
+def test_kept_sequence_by_hand() -> None:
+    """The exact sequence of a small image: the start, then the kept cells in row-major order, and the map back."""
+    codes = np.full((4, 4), -1)
+    codes[0, 2], codes[3, 0], codes[1, 1] = 7, 0, 15
+    grain = np.minimum(codes, 0)
+    for first in ("content", "position"):
+        layout = TokenLayout(**{**KEPT, "first": first}, classes=2)
+        tokens = layout.to_tokens(codes, grain, label=1)
+        assert tokens.content.tolist() == [17, 7, 15, 0]
+        assert tokens.position.tolist() == [16, 2, 5, 12]
+        assert tokens.segment.tolist() == [0] * 4
+        for order in ([0, 1, 2, 3], [3, 2, 1], [2, 0, 3, 1]):
+            again, cells = layout.to_map(tokens.content[order], tokens.position[order])
+            np.testing.assert_array_equal(again, codes)
+            np.testing.assert_array_equal(cells, grain)
+    labelled = TokenLayout(**{**KEPT, "label_in_position": True}, classes=2)
+    assert labelled.to_tokens(codes, grain, label=1).position.tolist() == [17, 2, 5, 12]
+
+
+@pytest.mark.parametrize("kept", [1, 3, 35, 36])
+def test_kept_round_trip(kept: int) -> None:
+    """Any map comes back from its sequence, from one kept cell to all of them; half a sequence gives half a map."""
+    layout = TokenLayout(50, (6,), kept=kept, first="content")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        codes = np.full(36, -1)
+        codes[rng.permutation(36)[:kept]] = rng.integers(0, 50, kept)
+        codes = codes.reshape(6, 6)
+        tokens = layout.to_tokens(codes, np.minimum(codes, 0))
+        assert len(tokens.content) - 1 == layout.max_length == kept
+        again, grain = layout.to_map(tokens.content, tokens.position)
+        np.testing.assert_array_equal(again, codes)
+        np.testing.assert_array_equal(grain, np.minimum(codes, 0))
+        part, _ = layout.to_map(tokens.content[: kept // 2 + 1], tokens.position[: kept // 2 + 1])
+        assert (part >= 0).sum() == kept // 2 and ((part == codes) | (part == -1)).all()
+
+
+def test_kept_maps_of_another_number_are_refused() -> None:
+    """A map with more or fewer codes than the model keeps has no sequence."""
+    codes = np.zeros((4, 4), dtype=np.int64)
+    with pytest.raises(ConfigError, match="the maps hold 16 codes; this layout has 3 per image"):
+        TokenLayout(**KEPT).to_tokens(codes, codes)
+    with pytest.raises(ConfigError, match="the maps hold 0 codes"):
+        TokenLayout(**KEPT).to_tokens(codes - 1, codes - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kept": 0}, "layout.kept is 0"),
+        ({"kept": 17}, r"layout.kept is 17 with grids \(4,\); it must be null, or an integer from 1 to the cells"),
+        ({"kept": 2.0}, "layout.kept is 2.0"),
+        ({"kept": True}, "layout.kept is True"),
+        ({"sides": (2, 4)}, r"layout.kept is 3 with grids \(2, 4\)"),
+        ({"first": "value"}, "layout.first is 'value'; it must be 'position', or 'content' if there is a kept"),
+        ({"kept": None}, "layout.first is 'content'"),
+    ],
+)
+def test_bad_kept_sizes_are_named(changes: dict[str, Any], words: str) -> None:
+    """A number of kept cells that the grid does not have, or codes first where only a position can end a segment, is
+    refused with field, value and rule."""
+    with pytest.raises(ConfigError, match=words):
+        TokenLayout(**{**KEPT, **changes})
+
+
+def test_kept_dict_round_trip() -> None:
+    """A keeping layout survives JSON."""
+    layout = TokenLayout(**KEPT, classes=3, null_label=True)
+    assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
 
 def test_start_ids() -> None:

@@ -81,6 +81,16 @@ MASKED = {
         "restart_below": 0.03,
     },
 }
+ADVERSARIAL = {
+    **MASKED,
+    "stage": {
+        **STAGE_1["stage"],
+        "adversarial_weight": 0.75,
+        "adversarial_start": 0.4,
+        "discriminator_width": 8,
+        "discriminator_layers": 2,
+    },
+}
 STAGE_2 = {
     "transformer": {"width": 32, "heads": 4, "position_blocks": 1, "content_blocks": 1},
     "training": {**STAGE_1["training"], "flip": False, "lr": 0.01},
@@ -111,7 +121,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
-    for name, values in (("one", STAGE_1), ("masked", MASKED), ("two", STAGE_2)):
+    stages = {"one": STAGE_1, "masked": MASKED, "adversarial": ADVERSARIAL, "two": STAGE_2}
+    for name, values in stages.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
     return folder
 
@@ -121,6 +132,14 @@ def first(data: Path, configs: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A finished run of stage 1."""
     run = tmp_path_factory.mktemp("runs") / "first"
     train_tokenizer.main([str(data), "--out", str(run), "--config", str(configs / "one.json")])
+    return run
+
+
+@pytest.fixture(scope="module")
+def adversarial(data: Path, configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of stage 1 with a discriminator, of an MQ-VAE."""
+    run = tmp_path_factory.mktemp("runs") / "adversarial"
+    train_tokenizer.main([str(data), "--out", str(run), "--config", str(configs / "adversarial.json")])
     return run
 
 
@@ -180,6 +199,37 @@ def test_best_tokenizer_is_quantised(first: Path) -> None:
     best = min((values["loss"], step) for step, values in checked.items() if "loss" in values)
     state = load_training_state(first / "best")
     assert (state.values["best"], state.step) == best
+
+
+def test_discriminator_learns(adversarial: Path) -> None:
+    """With an adversarial loss there is a discriminator from the configured step on; it tells pictures from
+    reconstructions (a blind one has the loss 1), the tokenizer learns all the same, and the model's own file holds
+    nothing of it."""
+    rows = [row["train"] for row in log(adversarial) if "train" in row]
+    assert ["critic" in row for row in rows] == [step > 0.4 * STEPS for step in range(10, STEPS + 1, 10)]
+    judged = [row["critic"] for row in rows if "critic" in row]
+    print(f"\ndiscriminator: mean loss {np.mean(judged):.3f}; pixel loss {rows[-1]['picture']:.3f} at the end")
+    assert np.mean(judged) < 0.95
+    assert all(0 < row["adversarial_weight"] <= 1 for row in rows if "critic" in row)
+    assert rows[-1]["picture"] < 0.75 * rows[0]["picture"]
+    assert load_checkpoint(adversarial / "best").family == "mq"
+    names = set(load_training_state(adversarial / "checkpoint").tensors)
+    assert {"critic.main.0.weight", "critic.main.3.running_mean", "critic_optimizer.0.exp_avg"} <= names
+
+
+def test_adversarial_loss_of_either_family(data: Path, configs: Path, tmp_path: Path) -> None:
+    """A DQ-VAE trains with a discriminator too, and from the first step if so configured."""
+    run, options = tmp_path / "run", ["--config", str(configs / "one.json"), "--set", "training.steps=10"]
+    for setting in (
+        "adversarial_weight=0.75",
+        "adversarial_start=0",
+        "discriminator_layers=2",
+        "discriminator_width=8",
+    ):
+        options += ["--set", f"stage.{setting}"]
+    train_tokenizer.main([str(data), "--out", str(run), *options])
+    assert losses(run, "critic")[0] > 0 and "perplexity" in log(run)[0]["train"]
+    assert load_checkpoint(run / "best").family == "dq"
 
 
 def test_transformer_learns(second: Path) -> None:
@@ -273,9 +323,9 @@ def crash() -> None:
     raise Crash
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", ["first", "adversarial", "second"])
 def test_interrupted_run_equals_a_whole_one(
-    stage: int,
+    stage: str,
     data: Path,
     configs: Path,
     first: Path,
@@ -286,12 +336,13 @@ def test_interrupted_run_equals_a_whole_one(
 ) -> None:
     """Killed before the first checkpoint, stopped by a signal, then by a crash beyond the last checkpoint, and resumed
     each time: the same log and events, the same weights and optimiser state to the bit, through the start of the
-    codebook, augmentation and dropout."""
+    codebook, augmentation, dropout and the first steps of a discriminator (its weights and its optimiser's too)."""
     run = tmp_path / "run"
-    whole: Path = first if stage == 1 else request.getfixturevalue("second")
-    options = [str(data), "--out", str(run), "--config", str(configs / "one.json")]
-    arguments = options if stage == 1 else stage_2(data, configs, first, run)
-    main: Command = train_tokenizer.main if stage == 1 else train_transformer.main
+    whole: Path = request.getfixturevalue(stage)
+    config = {"first": "one", "adversarial": "adversarial"}.get(stage)
+    options = [str(data), "--out", str(run), "--config", str(configs / f"{config}.json")]
+    arguments = options if config else stage_2(data, configs, first, run)
+    main: Command = train_tokenizer.main if config else train_transformer.main
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         interrupt(patch, 12, crash)
@@ -318,7 +369,7 @@ def test_interrupted_run_equals_a_whole_one(
         file.write('{"step": 41, "tra')
     main([*arguments, "--resume"])
     assert log(run) == log(whole)
-    check_events(run, {"reconstruction", "grain"} if stage == 1 else {"samples"})
+    check_events(run, {"reconstruction", "grain", "score"} if config else {"samples"})
     for folder in ("checkpoint", "best"):
         for name in ("model.safetensors", "training.safetensors"):
             one, other = (load_file(each / folder / name) for each in (run, whole))
@@ -427,7 +478,16 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--config", "masked.json", "--set", "tokenizer.kept_ratio=0"], "tokenizer.kept_ratio is 0; it must be at"),
         (["--config", "masked.json", "--set", "tokenizer.scorer=best"], "tokenizer.scorer is 'best'; it must be one"),
         (["--set", "stage.warmup_fraction=1"], "stage.warmup_fraction 1 must be in [0, 1)"),
-        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_tokenizer'"),
+        (["--set", "stage.adversarial_weight=-1"], "stage.adversarial_weight -1 must be a number of at least 0"),
+        (["--set", "stage.adversarial_weight=Infinity"], "stage.adversarial_weight inf must be a number"),
+        (["--set", "stage.adversarial_start=1"], "stage.adversarial_start 1 in [0, 1)"),
+        (["--set", "stage.discriminator_width=0"], "stage.discriminator_width 0 and"),
+        (["--set", "stage.discriminator_layers=0"], "stage.discriminator_layers 0 must be at least 1"),
+        (
+            ["--set", "stage.adversarial_weight=0.75"],
+            "stage.discriminator_layers is 3, which needs images of 24 px; these have 16, use fewer layers",
+        ),
+        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_mq_tokenizer'"),
         (["--config", "list.json"], "list.json must be one JSON object of sections"),
         (["--config", "two.json"], "two.json: unknown sections ['transformer']"),
     ],
@@ -538,7 +598,7 @@ def test_what_stage_two_refuses(
     for options, words in (
         (["--set", "stage.min_psnr=60"], "dB, below stage.min_psnr 60"),
         (["--tokenizer", str(tmp_path / "nowhere")], "nowhere is no checkpoint folder"),
-        (["--tokenizer", str(tmp_path / "second only")], "second only holds no DQ-VAE"),
+        (["--tokenizer", str(tmp_path / "second only")], "second only holds no tokenizer"),
         (["--set", "transformer.depth=3"], "section 'transformer': unknown fields ['depth']"),
         (["--set", "transformer.heads=5"], "transformer.width is 32; it must be a multiple of heads (5)"),
         (["--set", "stage.order=spiral"], "layout.order is 'spiral'"),

@@ -1,8 +1,8 @@
 """Import of checkpoints of the released code: ``python -m training.import_published CONFIG CKPT --out DIR``.
 
 CONFIG is the released configuration (JSON or YAML, ``target`` and ``params``, on its own or under ``model:``), CKPT the
-Lightning file it was trained to. Read are the entropy-routed DQ-VAE and the three DQ-Transformers that run with it.
-Whatever cannot be reproduced exactly is refused by name.
+Lightning file it was trained to. Read are the entropy-routed DQ-VAE and the three DQ-Transformers that run with it,
+and the MQ-VAE and both Stackformers. Whatever cannot be reproduced exactly is refused by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import Model, load_strictly, save_checkpoint
 from training.cli import guarded
 from training.models.dqvae import DQVAE
+from training.models.mqvae import MQVAE
+from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
 from training.released_config import (
     TOKENIZER,
@@ -32,6 +34,7 @@ from training.released_config import (
     released_tokenizer,
     released_transformer,
 )
+from training.released_mq import MQ_TOKENIZER, MQ_TRANSFORMERS, released_mq_tokenizer, released_mq_transformer
 
 
 def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:
@@ -57,11 +60,17 @@ def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, b
     node, ckpt = read_released_config(config), Path(ckpt)
     folders = [*([Path(base)] if base is not None else []), ckpt.parent, Path()]
     target = node["target"]
-    if target == TOKENIZER:
-        return Model(_tokenizer(node, "config", _read_state(ckpt), str(ckpt), folders)).eval()
-    if target not in list(TRANSFORMERS):
-        raise ConfigError(f"config.target is {target!r}, not one of the supported {[TOKENIZER, *TRANSFORMERS]}")
-    released = released_transformer(node)
+    stage_1: dict[str, ReadTokenizer] = {TOKENIZER: _dq_tokenizer, MQ_TOKENIZER: _mq_tokenizer}
+    stage_2 = {
+        **dict.fromkeys(TRANSFORMERS, (released_transformer, _dq_tokenizer)),
+        **dict.fromkeys(MQ_TRANSFORMERS, (released_mq_transformer, _mq_tokenizer)),
+    }
+    if target in list(stage_1):
+        return Model(stage_1[target](node, "config", _read_state(ckpt), str(ckpt), folders, "")).eval()
+    if target not in list(stage_2):
+        raise ConfigError(f"config.target is {target!r}, not one of the supported {[*stage_1, *stage_2]}")
+    read_transformer, read_tokenizer = stage_2[target]
+    released = read_transformer(node)
     parts: dict[str, dict[str, Tensor]] = {"transformer.": {}, "first_stage_model.": {}, "": {}}
     for name, tensor in _read_state(ckpt).items():
         prefix = next(p for p in parts if name.startswith(p))
@@ -71,14 +80,15 @@ def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, b
     layout = released.layout
     transformer = StackedTransformer(released.config, layout)
     load_transformer(transformer, parts["transformer."], str(ckpt), "transformer.")
-    tokenizer = _first_stage(released.first_stage, parts["first_stage_model."], ckpt, folders)
+    tokenizer = _first_stage(read_tokenizer, released.first_stage, parts["first_stage_model."], ckpt, folders)
     if tokenizer is not None:
         agree(
             "first_stage_config",
-            {"codebook_size": tokenizer.config.codebook_size, "coarse and fine side": tokenizer.config.sides},
-            {"codebook_size": layout.codebook_size, "coarse and fine side": layout.sides},
+            {"codebook_size": tokenizer.config.codebook_size, "cells per side": tokenizer.config.sides},
+            {"codebook_size": layout.codebook_size, "cells per side": layout.sides},
         )
-    return Model(tokenizer, transformer, tuple(str(label) for label in range(layout.classes))).eval()
+    names = tuple(str(label) for label in range(layout.classes))
+    return Model(tokenizer, transformer, names, released.defaults).eval()
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -142,25 +152,34 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
 
 
-def tokenizer_sources(tokenizer: DQVAE, position_type: str) -> dict[str, list[Source]]:
+QUANTIZER_NAMES = {
+    "quantizer.codebook": "quantize.codebook.weight",
+    "quantizer.cluster_size": "quantize.codebook.cluster_size_ema",
+    "quantizer.embed_sum": "quantize.codebook.embed_ema",
+}
+
+
+def tokenizer_sources(tokenizer: Tokenizer, position_type: str = "") -> dict[str, list[Source]]:
     """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
-    names = {
-        "quantizer.codebook": "quantize.codebook.weight",
-        "quantizer.cluster_size": "quantize.codebook.cluster_size_ema",
-        "quantizer.embed_sum": "quantize.codebook.embed_ema",
-    }
     fourier = "position_bias" if position_type == "fourier" else "position_bias_fourier"
     out = {}
     for name, tensor in tokenizer.state_dict().items():
-        rows = len(tensor) + (name == "quantizer.codebook")  # the released codebook ends in an unused row (spec Q39)
-        released = names.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
-        out[name] = [Source(released, (rows, *tensor.shape[1:]))]
-    del out["entropy_thresholds"]
+        shape = tuple(tensor.shape)
+        if name == "quantizer.codebook":
+            shape = (shape[0] + 1, *shape[1:])  # the released codebook ends in an unused row (DQ spec Q39, MQ spec 2.4)
+        elif name == "demasker.mask_token":
+            shape = (1, *shape, 1)
+        released = QUANTIZER_NAMES.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
+        for block in ("blocks.", "last_resblock."):
+            released = released.replace(f"demasker.{block}", f"demasker.transformer.{block}")
+        out[name] = [Source(released, shape)]
+    out.pop("entropy_thresholds", None)
     return out
 
 
 def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Source]]:
     """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
+    layout = transformer.layout
     renames = {
         "position_blocks.": "position_transformer.",
         "content_blocks.": "content_transformer.",
@@ -168,7 +187,8 @@ def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Sourc
         "_head.norm.": "_head.0.",
         "_head.linear.": "_head.1.",
     }
-    layout = transformer.layout
+    if not layout.covering:  # the names of the Stackformer
+        renames |= {"content_": "value_", "position_emb.": "value_pos_emb."}
     out = {}
     for name, tensor in transformer.state_dict().items():
         released, shape = name, tuple(tensor.shape)
@@ -176,7 +196,7 @@ def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Sourc
             released = released.replace(ours, theirs)
         if name == "index_emb":
             out[name] = [Source("pos_emb", (1, *shape))]
-        elif name == "position_emb.weight":
+        elif name == "position_emb.weight" and layout.covering:
             out[name] = [
                 Source(f"content_{grain}_pos_emb.weight", (layout.position_vocabulary(s), *shape[1:]))
                 for s, grain in enumerate(("coarse", "fine"))
@@ -223,29 +243,39 @@ def load_released(
             f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
         )
     own = model.state_dict()
-    tensors = {
-        name: torch.cat([state[p.name].float().reshape(-1, *own[name].shape[1:]) for p in parts])[: len(own[name])]
-        for name, parts in sources.items()
-    }
+    tensors = {}
+    for name, parts in sources.items():
+        like = own[name]
+        rows = torch.cat([state[p.name].to(like.dtype).reshape(-1, *like.shape[1:]) for p in parts])
+        tensors[name] = rows[: len(like)] if like.ndim else rows[0]
     load_strictly(model, {**tensors, **(extra or {})}, source)
 
 
 def load_transformer(
     transformer: StackedTransformer, state: Mapping[str, Tensor], source: str, prefix: str = ""
 ) -> None:
-    """Fill a stacked transformer with the released StackGPT's tensors; ``prefix`` has been cut off their names.
+    """Fill a stacked transformer with the tensors of the released StackGPT or, if its layout keeps cells, of the
+    released [Reverse]StackedPositionGPT; ``prefix`` has been cut off their names.
 
     Raises:
         CheckpointError: see ``load_released``.
     """
-    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # spec Q28
+    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # DQ spec Q28
+    layout = transformer.layout
+    if not layout.covering:  # the released class model's start ids lie before its codes, ours behind them
+        for name in {"value_emb.weight", "value_head.1.weight"} & set(used):
+            used[name] = used[name].roll(-layout.classes, 0) if used[name].ndim else used[name]
     load_released(transformer, used, transformer_sources(transformer), source, prefix)
 
 
-def _tokenizer(
-    node: Any, where: str, state: Mapping[str, Tensor], source: str, folders: Sequence[Path], prefix: str = ""
-) -> DQVAE:
-    """The tokenizer of a released stage-1 section and its tensors."""
+ReadTokenizer = Callable[[Any, str, Mapping[str, Tensor], str, Sequence[Path], str], Tokenizer]
+"""(section, its name, released tensors, their file, folders of further files, prefix cut off) -> tokenizer."""
+
+
+def _dq_tokenizer(
+    node: Any, where: str, state: Mapping[str, Tensor], source: str, folders: Sequence[Path], prefix: str
+) -> Tokenizer:
+    """The DQ-VAE of a released stage-1 section and its tensors."""
     released = released_tokenizer(node, where)
     table = _read_thresholds(released.json_path, folders)
     ignored: tuple[str, ...] = ("loss.",)
@@ -258,15 +288,27 @@ def _tokenizer(
     return tokenizer
 
 
+def _mq_tokenizer(
+    node: Any, where: str, state: Mapping[str, Tensor], source: str, folders: Sequence[Path], prefix: str
+) -> Tokenizer:
+    """The MQ-VAE of a released stage-1 section and its tensors; those of a time projection that the released code never
+    calls (MQ spec Q2) are passed over."""
+    tokenizer = MQVAE(released_mq_tokenizer(node, where))
+    unused = re.compile(r"loss\.|demasker\.transformer\.(blocks\.\d+\.|last_)resblock\.temb_proj\.")
+    used = {name: tensor for name, tensor in state.items() if not unused.match(name)}
+    load_released(tokenizer, used, tokenizer_sources(tokenizer), source, prefix)
+    return tokenizer
+
+
 def _first_stage(
-    node: Mapping[str, Any], state: Mapping[str, Tensor], ckpt: Path, folders: Sequence[Path]
-) -> DQVAE | None:
+    read: ReadTokenizer, node: Mapping[str, Any], state: Mapping[str, Tensor], ckpt: Path, folders: Sequence[Path]
+) -> Tokenizer | None:
     """The tokenizer of a stage-2 file: from the file itself, else from the section's ``ckpt_path``, else None."""
     if state:
-        return _tokenizer(node, "first_stage_config", state, str(ckpt), folders, "first_stage_model.")
+        return read(node, "first_stage_config", state, str(ckpt), folders, "first_stage_model.")
     path = (node.get("params") or {}).get("ckpt_path")
     file = _find(path, folders) if isinstance(path, str) and path else None
-    return None if file is None else _tokenizer(node, "first_stage_config", _read_state(file), str(file), folders)
+    return None if file is None else read(node, "first_stage_config", _read_state(file), str(file), folders, "")
 
 
 @guarded

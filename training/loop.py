@@ -24,11 +24,24 @@ from runtimes.errors import ConfigError
 from training.checkpoint import (
     Model,
     TrainingState,
+    load_strictly,
     load_training_state,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
 )
+
+CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
+"""What the names of a critic's tensors in a training state start with."""
+
+
+def schedule(step: int, warmup: float, steps: float, least: float = 0.0) -> float:
+    """The released factor of the learning rate (spec/mq.md section 3.2): linear from 0 to 1 over ``warmup`` steps, then
+    half a cosine that ends at 0 after ``steps``, but never less than ``least``. With ``steps`` infinite it stays 1."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return max(0.5 * (1 + math.cos(math.pi * min(1.0, progress))), least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +93,22 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        if step < self.warmup:
+        if step < self.warmup:  # one step ahead of the released schedule, whose first step has the rate 0
             return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.lr * schedule(step, self.warmup, self.steps)
+
+
+@dataclass(slots=True)
+class Critic:
+    """A network that the loss uses and that is trained beside, by an optimiser of its own (a discriminator).
+
+    Attributes:
+        module: its weights are training state, kept with the optimisers' and not in the model.
+        loss: () -> what it minimises, on what the step just taken made; None where it does not learn yet.
+    """
+
+    module: nn.Module
+    loss: Callable[[], Tensor | None]
 
 
 @dataclass(slots=True)
@@ -97,6 +122,7 @@ class Stage:
         validate: () -> scalars, of which ``loss`` picks the best checkpoint; without it the checkpoint is no candidate.
         pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
         count: batch -> number of images.
+        critic: trained after every step, if there is one.
     """
 
     model: Model
@@ -106,6 +132,7 @@ class Stage:
     validate: Callable[[], dict[str, float]]
     pictures: Callable[[], dict[str, np.ndarray]]
     count: Callable[[Any], int]
+    critic: Critic | None = None
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -125,16 +152,25 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     uninterrupted one. SIGTERM and Ctrl-C save a checkpoint and raise ``SystemExit(130)``. Writes ``run/checkpoint``
     (latest), ``run/best`` (lowest validation loss), ``run/tensorboard`` and ``run/log.jsonl``.
     """
-    optimizer = make_optimizer(stage.trained, config)
+    optimizer, critic = make_optimizer(stage.trained, config), stage.critic
+    critic_optimizer = make_optimizer(critic.module, config) if critic else None
     state = TrainingState(values={"best": math.inf, "seconds": 0.0})
     if resume:
         state = load_training_state(run / "checkpoint")
-        restore_optimizer(optimizer, state.tensors)
+        judging = (CRITIC, CRITIC_OPTIMIZER)
+        restore_optimizer(optimizer, {k: t for k, t in state.tensors.items() if not k.startswith(judging)})
+        if critic and critic_optimizer:
+            load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
+            restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
         _cut_log(run, state.step)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)
 
     def save(folder: Path) -> None:
         state.tensors = optimizer_tensors(optimizer)
+        if critic and critic_optimizer:
+            state.tensors |= {CRITIC + name: tensor for name, tensor in critic.module.state_dict().items()}
+            tensors = optimizer_tensors(critic_optimizer)
+            state.tensors |= {CRITIC_OPTIMIZER + name: tensor for name, tensor in tensors.items()}
         writer.flush()
         save_checkpoint(stage.model, folder, state)
 
@@ -150,15 +186,12 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
             began = time.monotonic()
             batch = next(batches)
             torch.manual_seed((config.seed * 1_000_003 + state.step) % 2**64)
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(state.step)
             stage.trained.train()
             scalars = stage.loss(batch, state.step)
-            optimizer.zero_grad(set_to_none=True)
-            scalars["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(stage.trained.parameters(), config.clip)
-            if torch.isfinite(norm):
-                optimizer.step()
+            norm = _descend(stage.trained, optimizer, scalars["loss"], config, state.step)
+            if critic and critic_optimizer and (judged := critic.loss()) is not None:
+                _descend(critic.module, critic_optimizer, judged, config, state.step)
+                scalars["critic"] = judged
             state.step += 1
             state.values["seconds"] = before + time.monotonic() - started
             values = {k: float(v.detach()) for k, v in scalars.items()}
@@ -194,6 +227,25 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
         print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130)
     return stage.model
+
+
+def _descend(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainConfig, step: int
+) -> Tensor:
+    """One step of an optimiser, none where the gradient is not finite; the gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+    if torch.isfinite(norm):
+        optimizer.step()
+    return norm
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @contextmanager

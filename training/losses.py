@@ -28,6 +28,26 @@ def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
     return loss
 
 
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What a discriminator minimises, a scalar, from its logits of real and of made images, of any shapes
+    (spec/mq.md section 3.1). The generator minimises ``-fake.mean()``."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(picture: Tensor, adversarial: Tensor, weight: Tensor, factor: float, most: float = 1.0) -> Tensor:
+    """Factor of the adversarial loss at which it pulls as hard as the picture loss, a scalar without gradient.
+
+    It is ``factor`` times |d picture / d weight| / (|d adversarial / d weight| + 1e-4), at most ``most`` (spec/mq.md
+    section 3.1).
+
+    Args:
+        picture, adversarial: scalar losses whose graphs are kept.
+        weight: the last weight that both depend on, the decoder's output convolution.
+    """
+    pull, push = (torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (picture, adversarial))
+    return ((pull / (push + 1e-4)).clamp(0, 1e4) * factor).clamp(max=most).detach()
+
+
 def psnr(target: Tensor, output: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, [B], of [B, 3, H, W] in [-1, 1]; ``output`` is clamped first."""
     mse = (output.clamp(-1, 1) - target).square().flatten(1).mean(1)

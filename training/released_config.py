@@ -1,4 +1,5 @@
-"""The released code's configurations, read as ours (spec/dq.md sections 0, 9, 10, 11).
+"""The released DQ code's configurations, read as ours (spec/dq.md sections 0, 9, 10, 11), and what the reading of
+the released MQ code's (``training.released_mq``) shares with it.
 
 A released configuration is a tree of ``{target, params}`` sections. Every parameter that changes what the model
 computes is read, checked and carried over; whatever cannot be reproduced exactly is refused by name. Dropout rates are
@@ -76,17 +77,18 @@ class Option(NamedTuple):
     required: bool = True
 
 
-def _default(kind: str, value: Any) -> Option:
+def optional(kind: str, value: Any) -> Option:
+    """A parameter that may be left out, with the released class's default."""
     return Option(kind, value, False)
 
 
 ENCODER_OPTIONS = {
     "ch": Option("size"),
-    "ch_mult": _default("sizes", [1, 2, 4, 8]),
+    "ch_mult": optional("sizes", [1, 2, 4, 8]),
     "num_res_blocks": Option("size"),
     "attn_resolutions": Option("sizes"),
-    "dropout": _default("number", 0.0),
-    "resamp_with_conv": _default("flag", True),
+    "dropout": optional("number", 0.0),
+    "resamp_with_conv": optional("flag", True),
     "in_channels": Option("size"),
     "resolution": Option("size"),
     "z_channels": Option("size"),
@@ -100,19 +102,19 @@ DECODER_OPTIONS = {
     "num_res_blocks": Option("size"),
     "resolution": Option("size"),
     "attn_resolutions": Option("sizes"),
-    "dropout": _default("number", 0.0),
-    "resamp_with_conv": _default("flag", True),
-    "give_pre_end": _default("flag", False),
+    "dropout": optional("number", 0.0),
+    "resamp_with_conv": optional("flag", True),
+    "give_pre_end": optional("flag", False),
 }
-POSITION_OPTIONS = {"latent_size": _default("size", 32), "position_type": _default("text", "relative")}
+POSITION_OPTIONS = {"latent_size": optional("size", 32), "position_type": optional("text", "relative")}
 QUANTIZER_OPTIONS = {
     "codebook_size": Option("size"),
     "codebook_dim": Option("size"),
-    "accept_image_fmap": _default("flag", True),
-    "channel_last": _default("flag", False),
-    "commitment_beta": _default("number", 0.25),
-    "decay": _default("number", 0.99),
-    "restart_unused_codes": _default("flag", True),
+    "accept_image_fmap": optional("flag", True),
+    "channel_last": optional("flag", False),
+    "commitment_beta": optional("number", 0.25),
+    "decay": optional("number", 0.99),
+    "restart_unused_codes": optional("flag", True),
 }
 TOKENIZER_OPTIONS = {
     "encoderconfig": Option("section"),
@@ -120,8 +122,8 @@ TOKENIZER_OPTIONS = {
     "vqconfig": Option("section"),
     "quant_before_dim": Option("size"),
     "quant_after_dim": Option("size"),
-    "entropy_patch_size": _default("size", 16),
-    "image_size": _default("size", 256),
+    "entropy_patch_size": optional("size", 16),
+    "image_size": optional("size", 256),
 }
 TOKENIZER_PASSED_OVER = (
     "lossconfig",
@@ -147,30 +149,30 @@ STACK_OPTIONS = {
     "vocab_size": Option("size"),
     "coarse_position_size": Option("size"),
     "fine_position_size": Option("size"),
-    "segment_size": _default("integer", -1),
+    "segment_size": optional("integer", -1),
     "block_size": Option("size"),
-    "position_layer": _default("size", 12),
-    "content_layer": _default("size", 12),
-    "n_head": _default("size", 8),
-    "n_embd": _default("size", 256),
-    "embd_pdrop": _default("number", 0.0),
-    "resid_pdrop": _default("number", 0.0),
-    "attn_pdrop": _default("number", 0.0),
-    "content_pad_code": _default("integer", 1025),
-    "coarse_position_pad_code": _default("integer", 257),
-    "fine_position_pad_code": _default("integer", 1025),
-    "activate_pad_ignore": _default("flag", True),
+    "position_layer": optional("size", 12),
+    "content_layer": optional("size", 12),
+    "n_head": optional("size", 8),
+    "n_embd": optional("size", 256),
+    "embd_pdrop": optional("number", 0.0),
+    "resid_pdrop": optional("number", 0.0),
+    "attn_pdrop": optional("number", 0.0),
+    "content_pad_code": optional("integer", 1025),
+    "coarse_position_pad_code": optional("integer", 257),
+    "fine_position_pad_code": optional("integer", 1025),
+    "activate_pad_ignore": optional("flag", True),
 }
 PERMUTER_OPTIONS = {
-    "coarse_hw": _default("size", 16),
-    "fine_hw": _default("size", 32),
-    "content_pad_code": _default("size", 1024),
-    "content_eos_code": _default("integer", 1025),
-    "coarse_position_pad_code": _default("integer", 256),
-    "coarse_position_eos_code": _default("integer", 257),
-    "fine_position_pad_code": _default("integer", 1024),
-    "fine_position_eos_code": _default("integer", 1025),
-    "fine_position_order": _default("text", "region-first"),
+    "coarse_hw": optional("size", 16),
+    "fine_hw": optional("size", 32),
+    "content_pad_code": optional("size", 1024),
+    "content_eos_code": optional("integer", 1025),
+    "coarse_position_pad_code": optional("integer", 256),
+    "coarse_position_eos_code": optional("integer", 257),
+    "fine_position_pad_code": optional("integer", 1024),
+    "fine_position_eos_code": optional("integer", 1025),
+    "fine_position_order": optional("text", "region-first"),
 }
 SEGMENT_OPTIONS = {"coarse_seg_sos": Option("integer"), "fine_seg_sos": Option("integer")}
 
@@ -210,7 +212,7 @@ def _fits(value: Any, kind: str) -> bool:
     return whole if kind == "integer" else isinstance(value, bool if kind == "flag" else str)
 
 
-def _section(
+def section(
     node: Any,
     where: str,
     target: str,
@@ -264,11 +266,13 @@ class ReleasedTokenizer(NamedTuple):
 
 
 class ReleasedTransformer(NamedTuple):
-    """A stage-2 configuration: our sizes, the token layout, and the section of the first stage, unread."""
+    """A stage-2 configuration: our sizes, the token layout, the section of the first stage, and the sampling parameters
+    to recommend where ours by default would not suit."""
 
     config: TransformerConfig
     layout: TokenLayout
     first_stage: Mapping[str, Any]
+    defaults: dict[str, Any]
 
 
 def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
@@ -277,23 +281,23 @@ def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
     Raises:
         ConfigError: names what contradicts itself or is not supported.
     """
-    top = _section(node, where, TOKENIZER, TOKENIZER_OPTIONS, TOKENIZER_PASSED_OVER)
-    encoder = _section(top["encoderconfig"], f"{where}.encoderconfig", ENCODER, ENCODER_OPTIONS, None)
-    router = _section(
+    top = section(node, where, TOKENIZER, TOKENIZER_OPTIONS, TOKENIZER_PASSED_OVER)
+    encoder = section(top["encoderconfig"], f"{where}.encoderconfig", ENCODER, ENCODER_OPTIONS, None)
+    router = section(
         encoder["router_config"],
         f"{where}.encoderconfig.router_config",
         ROUTER,
         {"json_path": Option("text"), "fine_grain_ratito": Option("number")},
     )
     plain = top["decoderconfig"].get("target") == DECODER  # the trunk alone, without a position bias
-    decoder = _section(
+    decoder = section(
         top["decoderconfig"],
         f"{where}.decoderconfig",
         DECODER if plain else POSITIONAL_DECODER,
         DECODER_OPTIONS if plain else {**DECODER_OPTIONS, **POSITION_OPTIONS},
         () if plain else ("window_size",),
     )
-    quantizer = _section(top["vqconfig"], f"{where}.vqconfig", QUANTIZER, QUANTIZER_OPTIONS)
+    quantizer = section(top["vqconfig"], f"{where}.vqconfig", QUANTIZER, QUANTIZER_OPTIONS)
     position_type = "" if plain else decoder["position_type"]
     if not plain and position_type not in POSITION_BIAS:
         raise ConfigError(
@@ -347,13 +351,13 @@ def released_transformer(config: Mapping[str, Any]) -> ReleasedTransformer:
     start_name, provider = TRANSFORMERS[config["target"]]
     options = {
         **{n: Option("section") for n in ("transformer_config", "first_stage_config", "permuter_config", start_name)},
-        "activate_sos_for_fine_sequence": _default("flag", True),
+        "activate_sos_for_fine_sequence": optional("flag", True),
     }
-    values = _section(config, "config", config["target"], options, TRANSFORMER_PASSED_OVER)
+    values = section(config, "config", config["target"], options, TRANSFORMER_PASSED_OVER)
     agree("config", values, {"activate_sos_for_fine_sequence": True})
     layout = released_layout(values["permuter_config"], values[start_name], start_name, provider)
     sizes = transformer_config(values["transformer_config"], layout)
-    return ReleasedTransformer(sizes, layout, values["first_stage_config"])
+    return ReleasedTransformer(sizes, layout, values["first_stage_config"], {})
 
 
 def released_layout(permuter: Any, start: Any, start_name: str, provider: str) -> TokenLayout:
@@ -366,7 +370,7 @@ def released_layout(permuter: Any, start: Any, start_name: str, provider: str) -
     Raises:
         ConfigError: an id is not the one that the sizes imply.
     """
-    values = _section(permuter, "permuter_config", PERMUTER, PERMUTER_OPTIONS)
+    values = section(permuter, "permuter_config", PERMUTER, PERMUTER_OPTIONS)
     if values["fine_position_order"] not in ORDERS:
         raise ConfigError(
             f"permuter_config.fine_position_order is {values['fine_position_order']!r}; it must be one of {ORDERS}"
@@ -376,7 +380,7 @@ def released_layout(permuter: Any, start: Any, start_name: str, provider: str) -
     options = {**{name: Option("integer") for name in names}, **SEGMENT_OPTIONS}
     if provider != UNCONDITIONAL:
         options["n_classes"] = Option("size")
-    starts = _section(start, start_name, provider, options)
+    starts = section(start, start_name, provider, options)
     layout = TokenLayout(
         codebook_size=values["content_pad_code"],
         sides=(values["coarse_hw"], values["fine_hw"]),
@@ -404,7 +408,7 @@ def transformer_config(stack: Any, layout: TokenLayout) -> TransformerConfig:
     Raises:
         ConfigError: a size contradicts the layout, or an option is not supported.
     """
-    values = _section(stack, "transformer_config", STACK, STACK_OPTIONS)
+    values = section(stack, "transformer_config", STACK, STACK_OPTIONS)
     segment_embedding = values["segment_size"] > 0
     wanted = {
         "vocab_size": layout.content_vocabulary,

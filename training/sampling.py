@@ -1,8 +1,8 @@
 """The uncached sampler: the oracle of the parity tests, the baseline of the benchmark, the pictures during training.
 
 Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
-and sampling align positions alike, and every cell is covered exactly once. ``training.published`` has the released
-code's rules; ``sample`` chooses between the two.
+and sampling align positions alike, and every cell is covered exactly once. ``training.published`` and, for layouts
+that keep cells, ``training.published_kept`` have the released code's rules; ``sample`` chooses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
 from training.published import multinomial, sample_published
+from training.published_kept import sample_published_kept
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -191,7 +192,8 @@ def sample(
 
     Args:
         rules: ``corrected`` (``sample_tokens``) or ``published`` (``training.published.sample_published``, whose
-            images depend on their neighbours in the batch).
+            images depend on their neighbours in the batch; ``training.published_kept.sample_published_kept`` for
+            layouts that keep cells).
 
     Returns:
         see ``sample_tokens``.
@@ -203,5 +205,6 @@ def sample(
         return sample_tokens(model, labels, params, seed=seed)
     if rules == "published":
         choose = multinomial(torch.Generator().manual_seed(seed))
-        return sample_published(model, labels, params, choose=choose).sequences(model.layout, labels)
+        published = sample_published if model.layout.covering else sample_published_kept
+        return published(model, labels, params, choose=choose).sequences(model.layout, labels)
     raise InputError(f"rules are {rules!r}; they must be 'corrected' or 'published'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_checkpoint, new_tokenizer
 from training.cli import build, guarded, open_run, read_config
 from training.data import Augment, ImageFolder, batches
-from training.loop import Stage, TrainConfig, fit
-from training.losses import psnr, reconstruction_loss, ssim
+from training.loop import Critic, Stage, TrainConfig, fit
+from training.losses import adaptive_weight, hinge_loss, psnr, reconstruction_loss, ssim
+from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
@@ -33,13 +35,31 @@ class StageOneConfig:
         warmup_fraction: share of the steps, at the start, without quantisation; then the codebook starts from k-means.
         quantizer_weight: factor of the commitment loss.
         val_fraction: share of the images held out.
+        adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as the
+            picture loss (see ``adaptive_weight``); 0 trains without a discriminator, the released code has 0.75.
+        adversarial_start: share of the steps after which the discriminator starts to learn and to count.
+        discriminator_width, discriminator_layers: see PatchDiscriminator.
     """
 
     warmup_fraction: float = 0.25
     quantizer_weight: float = 1.0
     val_fraction: float = 0.05
+    adversarial_weight: float = 0.0
+    adversarial_start: float = 0.5
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
+        if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
+            raise ConfigError(
+                f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "
+                f"stage.adversarial_start {self.adversarial_start} in [0, 1)"
+            )
+        if self.discriminator_width < 1 or self.discriminator_layers < 1:
+            raise ConfigError(
+                f"stage.discriminator_width {self.discriminator_width} and stage.discriminator_layers "
+                f"{self.discriminator_layers} must be at least 1"
+            )
         if not 0 <= self.warmup_fraction < 1 or not 0 < self.val_fraction < 1:
             raise ConfigError(
                 f"stage.warmup_fraction {self.warmup_fraction} must be in [0, 1), "
@@ -60,6 +80,11 @@ def train_tokenizer(
     Raises:
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
+    if stage.adversarial_weight and tokenizer.image_size < 3 * 2**stage.discriminator_layers:
+        raise ConfigError(
+            f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
+            f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
+        )
     folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
@@ -72,6 +97,11 @@ def train_tokenizer(
         vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
     start_quantising = int(training.steps * stage.warmup_fraction)
     quantising = [False]  # of the step just taken
+    discriminator = None
+    if stage.adversarial_weight:
+        discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
+    start_judging = int(training.steps * stage.adversarial_start)
+    made: list[tuple[Tensor, Tensor]] = []  # images and reconstructions of the step just taken, if they are judged
 
     def stream(step: int) -> Iterator[np.ndarray]:
         augment = Augment(shift=training.shift, flip=training.flip)
@@ -92,7 +122,19 @@ def train_tokenizer(
         scalars = {"loss": picture + stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, tokenizer.codebook_size)
+        made.clear()
+        if discriminator and step >= start_judging:
+            made.append((x, out.images.detach()))
+            adversarial = -discriminator(out.images).mean()
+            last = vae.get_parameter("decoder.conv_out.weight")
+            factor = adaptive_weight(picture, adversarial, last, stage.adversarial_weight)
+            scalars["loss"] = scalars["loss"] + factor * adversarial
+            scalars |= {"adversarial": adversarial, "adversarial_weight": factor}
         return scalars
+
+    def judge() -> Tensor | None:
+        assert discriminator is not None
+        return hinge_loss(*(discriminator(images) for images in made[0])) if made else None
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -120,7 +162,8 @@ def train_tokenizer(
             "score": np.asarray(grid(heat(out.scores, tokenizer.image_size), columns=8)),
         }
 
-    return fit(Stage(model, vae, stream, loss, validate, pictures, len), training, path, resume)
+    critic = Critic(discriminator, judge) if discriminator else None
+    return fit(Stage(model, vae, stream, loss, validate, pictures, len, critic), training, path, resume)
 
 
 def perplexity(codes: Tensor, size: int) -> Tensor:
