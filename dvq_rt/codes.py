@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.manifest import write_file
-from runtimes.errors import DvqError, InputError
+from runtimes.errors import ConfigError, DvqError, InputError
 
 FORMAT = "dvq-codes"
 SCHEMA = 1
@@ -118,11 +118,9 @@ class Codes:
 
         Raises:
             InputError: there is no label and the model has no null label, the label is out of range, or the layout
-                keeps another number of cells.
+                keeps another number of cells or their order of importance.
         """
         layout = self.layout
-        if not layout.covering and self.length != layout.filled_cells:
-            raise InputError(f"there are {self.length} codes; a sequence of this model has {layout.filled_cells}")
         start = self.label if label is None else label
         if start is None:
             if layout.classes and not layout.null_label:
@@ -130,7 +128,10 @@ class Codes:
             start = layout.classes
         if not 0 <= start < layout.starts:
             raise InputError(f"label is {start}; it must be in 0..{layout.starts - 1}")
-        return layout.to_tokens(self.codes, self.grain, start)
+        try:
+            return layout.to_tokens(self.codes, self.grain, start)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file of one image (see ``save_codes``)."""

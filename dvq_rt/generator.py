@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, preview_map
 from dvq_rt.images import ImageLike, grid, to_array, to_uint8
+from dvq_rt.layout import UNORDERED
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import BackendError, InputError
@@ -300,6 +301,8 @@ class Generator:
             raise InputError(
                 f"guidance is {params.guidance}, but this model was trained without a null label; use guidance=1"
             )
+        if params.positions == "ordered" and self.layout.order == UNORDERED:
+            raise InputError("this model was trained on no order of the cells; use positions='drawn'")
         if params.guidance != 1 and self._slots == 1:
             raise InputError(
                 "guidance takes two slots an image, but the generator was opened with slots=1; use 2 or more"

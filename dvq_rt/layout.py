@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from runtimes.errors import ConfigError
 
 ORDERS = ("row-first", "region-first")
+UNORDERED = "importance"
+"""Order of released Stackformers that were trained without a permuter; code maps do not hold it."""
 HEADS = ("position", "content")
 NONE = -1
 """In place of a special token's id where the grammar has no such token."""
@@ -49,7 +51,9 @@ class TokenLayout:
         codebook_size: number of codes K.
         sides: cells per image side of each segment, coarse to fine; each is a multiple of the one before.
         order: order of the positions of every segment but the first. ``row-first`` is row-major over the image,
-            ``region-first`` row-major over the cells of the first segment and row-major within each.
+            ``region-first`` row-major over the cells of the first segment and row-major within each. With ``kept``
+            also ``importance``: most important first, as the tokenizer found them. Then positions are to be drawn
+            freely, and code maps have no sequence.
         classes: number of labels; 0 is an unconditional model.
         null_label: whether one more label, ``classes``, stands for "no label" (for classifier-free guidance).
         label_in_position: whether the start tokens of the position vocabularies carry the label too
@@ -81,8 +85,8 @@ class TokenLayout:
         object.__setattr__(self, "sides", tuple(sides))
         if any(fine == coarse or fine % coarse for coarse, fine in pairwise(sides)):
             raise ConfigError(f"layout.sides is {self.sides}; each must be a larger multiple of the one before")
-        if self.order not in ORDERS:
-            raise ConfigError(f"layout.order is {self.order!r}; it must be one of {ORDERS}")
+        if self.order not in ORDERS and (self.order != UNORDERED or self.kept is None):
+            raise ConfigError(f"layout.order is {self.order!r}; it must be one of {ORDERS}, or with kept {UNORDERED!r}")
         if not _is_int(self.classes, 0):
             raise ConfigError(f"layout.classes is {self.classes!r}; it must be an integer, 0 (unconditional) or more")
         for name in ("null_label", "label_in_position"):
@@ -194,7 +198,7 @@ class TokenLayout:
         """All positions of a segment in sequence order, int64 [side * side] of row-major ids."""
         side = self.sides[segment]
         ids = np.arange(side * side, dtype=np.int64).reshape(side, side)
-        if self.order == "row-first" or segment == 0:
+        if self.order != "region-first" or segment == 0:
             return ids.reshape(-1)
         block = side // self.sides[0]
         return ids.reshape(self.sides[0], block, self.sides[0], block).transpose(0, 2, 1, 3).reshape(-1)
@@ -219,8 +223,14 @@ class TokenLayout:
             ``[:-1]``, targets ``[1:]``.
 
         Raises:
-            ConfigError: the maps do not fit the grids, or their number of codes is not ``kept``.
+            ConfigError: the maps do not fit the grids, their number of codes is not ``kept``, or the layout's order is
+                importance.
         """
+        if self.order == UNORDERED:
+            raise ConfigError(
+                "layout.order is 'importance', which code maps do not hold; this model draws, encodes and "
+                "decodes, but codes cannot be scored or trained on"
+            )
         flat = np.asarray(codes, dtype=np.int64).reshape(-1)
         if flat.size != self.cells or np.size(grain) != self.sides[0] ** 2:
             raise ConfigError(

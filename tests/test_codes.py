@@ -58,7 +58,7 @@ def test_length_and_bits_of_kept_cells():
     part = np.where(np.arange(16).reshape(4, 4) == 6, 3, -1)  # of another number of cells than the model makes
     one = Codes(part, np.minimum(part, 0), KEPT)
     assert one.length == 1 and one.bits == 4 + 4
-    with pytest.raises(InputError, match="there are 1 codes; a sequence of this model has 5"):
+    with pytest.raises(InputError, match="the maps hold 1 codes; this layout has 5 per image"):
         one.tokens()
 
 

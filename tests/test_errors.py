@@ -64,7 +64,7 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "image type": (lambda g: g.reconstruct([3]), "the image is a int; give a path"),
     "other codes": (
         lambda g: g.decode(Codes(np.zeros((4, 4), int), np.zeros((2, 2), int), TokenLayout(16, (2, 4)))),
-        r"the codes have a codebook of 16 .* this model has 32 and \(4, 8\)",
+        r"the codes have a codebook of 16 .* this model has a codebook of 32 and grids \(4, 8\)",
     ),
 }
 
@@ -198,8 +198,8 @@ def test_checkpoint_round_trip(checkpoint: Path, class_model: Model) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "has format 2, family 'dq'; this version reads format 1"),
-        ({"family": "mq"}, "family 'mq'; this version reads"),
+        ({"format": 1}, "has format 1, family 'dq'; this version reads format 2"),
+        ({"family": "vq"}, "family 'vq'; this version reads"),
         ({"extra": 1}, r"unknown keys \['extra'\], missing keys \[\]"),
         ({"defaults": None}, r"unknown keys \[\], missing keys \['defaults'\]"),
         ({"tokenizer.chanels": 16}, r"tokenizer: unknown keys \['chanels'\], missing keys \[\]"),

@@ -31,7 +31,7 @@ from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.labels import keep_labels
-from runtimes.errors import EngineError, ExportError
+from runtimes.errors import EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
 from training.checkpoint import Model, import_published, save_checkpoint
@@ -210,6 +210,24 @@ def test_published_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     assert error <= BOUND
     for mode in ("ordered", "filtered"):
         check_tokens(model, generator, MODES[mode], [0, 3, 1, 2])
+
+
+def test_published_stackformer_without_an_order(tmp_path: Path) -> None:
+    """A released Stackformer that saw its cells by importance becomes an engine that draws freely by default; what
+    needs an order is refused, because a code map does not hold one."""
+    folder = GOLDEN.parents[1] / "mq"
+    model = import_published(
+        folder / "stackformer_uncond/config.json", folder / "stackformer_uncond/model.ckpt", folder
+    )
+    to_onnx.export_onnx(model, tmp_path / "engine")
+    generator = Generator(tmp_path / "engine", threads=1)
+    made = generator.sample(3, seed=1)
+    assert made.params.positions == "drawn" and [c.length for c in made.codes] == [32] * 3
+    check_tokens(model, generator, SamplingParams(positions="drawn"), [None] * 4)
+    with pytest.raises(InputError, match="was trained on no order of the cells; use positions='drawn'"):
+        generator.sample(1, params=SamplingParams())
+    with pytest.raises(InputError, match="codes cannot be scored or trained on"):
+        generator.score(made.codes)
 
 
 # --- fewer labels ----------------------------------------------------------------------------------------------

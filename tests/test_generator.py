@@ -309,7 +309,7 @@ def test_masked_score_equals_pytorch(mq_model: Model, mq_generator: Generator) -
         np.testing.assert_allclose(score.content, want[:, 1], rtol=0, atol=2e-4)
     fewer = several[0].codes.copy()
     fewer[np.unravel_index(fewer.argmax(), fewer.shape)] = -1
-    with pytest.raises(InputError, match="there are 24 codes; a sequence of this model has 25"):
+    with pytest.raises(InputError, match="the maps hold 24 codes; this layout has 25 per image"):
         mq_generator.score(Codes(fewer, np.minimum(fewer, 0), mq_generator.layout))
 
 

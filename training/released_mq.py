@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import UNORDERED, TokenLayout
 from runtimes.errors import ConfigError
 from training.models.mqvae import MQVAEConfig
 from training.models.transformer import TransformerConfig
@@ -189,7 +189,8 @@ def released_mq_transformer(config: Mapping[str, Any]) -> ReleasedTransformer:
         )
     section(values["position_value_permuter_config"], "position_value_permuter_config", permuter, {})
     tokenizer = released_mq_tokenizer(values["first_stage_config"], "first_stage_config")
-    layout = TokenLayout(**tokenizer.layout(), classes=values.get("n_classes", 0))
+    order = UNORDERED if permuter == IDENTITY else "row-first"
+    layout = TokenLayout(**tokenizer.layout(), order=order, classes=values.get("n_classes", 0))
     wanted = {"sos_pos_token": layout.position_sos(0), "height_and_weight": layout.sides[0]}
     agree("config", values, wanted if start == "n_classes" else {**wanted, "sos_token": layout.content_sos})
     sizes = stack_config(values["transformer_config"], layout)

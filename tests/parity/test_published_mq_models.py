@@ -184,6 +184,7 @@ def test_command(case, tmp_path, capsys, monkeypatch):
 def test_recommended_positions():
     """Protects a model that was trained without a raster permuter from being sampled in raster order by default."""
     assert model("stackformer_uncond").defaults == {"positions": "drawn"}
+    assert model("stackformer_uncond").layout.order == "importance"
     assert model("stackformer_class").defaults == {}
 
 
