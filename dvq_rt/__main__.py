@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
             name, metavar="DIR", help="engine folder, demo:dq or demo:mq; demo:dq if left out", **engine
         )
         if runs:
-            command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+            command.add_argument("--device", choices=("cpu", "cuda"), help="the engine's own if left out")
             command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")
             command.add_argument("--threads", type=int, help="processor threads")
         return command

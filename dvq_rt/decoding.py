@@ -164,9 +164,12 @@ class Loop:
                 job.steps += 1
             if watch:
                 watch(active)
+            if self._poll == 1 or (count + 1) % self._poll == 0:
+                latest = self._state[self._side]["done"]  # copied while the device goes on with the next step
+                latest.request()
             if count % self._poll:
                 continue
-            done = self.read("done")
+            done = latest.read()
             finished = [slot for slot in active if done[slot]]
             due = every > 0 and count - told >= every
             if finished or due:

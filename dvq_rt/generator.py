@@ -24,6 +24,7 @@ from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import BackendError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Backend, Program
+from runtimes.tensorrt import TensorRTBackend
 
 Label = int | str | None
 Progress = bool | Callable[[int, int], None] | None
@@ -99,32 +100,31 @@ class Generator:
     Args:
         engine_dir: engine folder, or ``demo:dq`` or ``demo:mq`` for a demo that ships with the package; None opens
             the first of these.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; None takes the CPU, or the GPU for an engine of TensorRT plans.
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the call can use,
-            up to the manifest's number. Pin it where last-bit equality between calls matters.
+            up to the manifest's number. Pin it where last-bit equality between calls matters. TensorRT plans have
+            their own fixed number.
         threads: CPU threads of each operator; None for one per core.
 
     Raises:
         EngineError: the folder is missing, incomplete, corrupted or of another version (dvq_rt.manifest).
         BackendError: the device or its package is not there.
-        InputError: ``slots`` is not positive.
+        InputError: ``slots`` is not positive, or not the number of the plan.
     """
 
     def __init__(
         self,
         engine_dir: str | os.PathLike[str] | None = None,
         *,
-        device: str = "cpu",
+        device: str | None = None,
         slots: int | None = None,
         threads: int | None = None,
     ) -> None:
         if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
             raise InputError(f"slots is {slots!r}; it must be a positive integer or None")
         path = engine_folder(engine_dir)
-        backend, manifest = OnnxRuntimeBackend(device, threads), read_engine(path)
-        if device == "cuda" and manifest.target != "cuda":
-            raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")
-        self._open(path, manifest, backend, slots)
+        manifest = read_engine(path)
+        self._open(path, manifest, _backend(path, manifest, device, threads), slots)
 
     @classmethod
     def of_folder(cls, path: Path, manifest: Manifest) -> Generator:
@@ -136,6 +136,10 @@ class Generator:
     def _open(self, path: Path, manifest: Manifest, backend: Backend, slots: int | None) -> None:
         self.path, self.manifest, self.layout = path, manifest, manifest.layout
         self._backend = backend
+        if manifest.fixed_slots:
+            if slots not in (None, manifest.slots):
+                raise InputError(f"slots is {slots}; this engine's plan has {manifest.slots}, leave it out or export anew")
+            slots = manifest.slots
         self._slots = slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}
@@ -355,15 +359,18 @@ class Generator:
         return Codes(codes, grain.astype(np.int8), self.layout, label)
 
     def _decode(self, maps: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return to_uint8(self._program("decoder").run({"codes": maps})["images"])
+        out = self._program("decoder").run({"codes": maps})
+        return out["pixels"] if "pixels" in out else to_uint8(out["images"])
 
     def _program(self, name: str) -> Program:
         with self._lock:
             if name not in self._programs:
-                self._programs[name] = self._backend.load(self.path / f"{name}.onnx", main=name == "step")
+                self._programs[name] = self._backend.load(self.path / f"{name}{self._backend.suffix}", main=name == "step")
             return self._programs[name]
 
     def _new_loop(self, slots: int) -> Loop:
+        """A loop of so many slots, or of as many as the step is fixed to."""
+        slots = self.manifest.slots if self.manifest.fixed_slots else slots
         return Loop(self._backend, self._program("step"), self.manifest, slots)
 
     @contextmanager
@@ -379,6 +386,20 @@ class Generator:
         yield loop
         with self._lock:
             self._spare = [*self._spare, loop][-KEPT_LOOPS:]
+
+
+def _backend(path: Path, manifest: Manifest, device: str | None, threads: int | None) -> Backend:
+    """What runs an engine on a device."""
+    if manifest.backend == "onnxruntime":
+        backend = OnnxRuntimeBackend(device or "cpu", threads)
+        if device == "cuda" and manifest.target != "cuda":
+            raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")
+        return backend
+    if device not in (None, "cuda"):
+        raise BackendError(f"engine {path} holds TensorRT plans, which run on cuda only; device is {device!r}")
+    digests = {name: entry["sha256"] for name, entry in manifest.files.items()}
+    version = manifest.tools.get(manifest.backend, "unknown")
+    return TensorRTBackend(manifest.backend, version, manifest.target, digests)
 
 
 @contextmanager

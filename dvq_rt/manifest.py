@@ -34,8 +34,9 @@ MANIFEST = "manifest.json"
 DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
 """The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "cuda")
+GPU_TARGETS = re.compile(r"sm\d{2,3}(,sm\d{2,3})*")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -65,7 +66,8 @@ class Manifest:
         defaults: recommended values of SamplingParams fields.
         tolerances: errors measured at export, by name.
         parameters: parameter counts, by name.
-        target: device that the graphs were lowered for; those for ``cuda`` run on a CPU too, though slower.
+        target: device that the graphs were lowered for; those for ``cuda`` run on a CPU too, though slower. Of
+            TensorRT plans the GPUs, e.g. ``sm86,sm89``.
         family, backend, schema: kind of model, kind of engine, version of this format.
 
     Raises:
@@ -93,7 +95,11 @@ class Manifest:
         _check(self.schema == SCHEMA, "schema", self.schema, f"must be {SCHEMA}")
         _check(self.family in FAMILIES, "family", self.family, f"must be one of {FAMILIES}")
         _check(self.backend in BACKENDS, "backend", self.backend, f"must be one of {BACKENDS}")
-        _check(self.target in TARGETS, "target", self.target, f"must be one of {TARGETS}")
+        if self.backend == "onnxruntime":
+            _check(self.target in TARGETS, "target", self.target, f"must be one of {TARGETS}")
+        else:
+            named = isinstance(self.target, str) and GPU_TARGETS.fullmatch(self.target) is not None
+            _check(named, "target", self.target, "must be names such as 'sm86,sm89'")
         _check(isinstance(self.layout, TokenLayout), "layout", self.layout, "must be a TokenLayout")
         finest = self.layout.sides[-1]
         whole = _is_int(self.image_size, 1) and self.image_size % finest == 0
@@ -120,6 +126,11 @@ class Manifest:
             plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST
             _check(plain, "files", name, "must be plain file names of letters, digits, '.', '_' and '-'")
         _check_step(self.step)
+
+    @property
+    def fixed_slots(self) -> bool:
+        """Whether the step takes exactly ``slots`` slots, as a TensorRT plan does."""
+        return not any("B" in spec["shape"] for spec in self.step["inputs"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, schema first."""

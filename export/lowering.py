@@ -21,7 +21,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-OPSET = 20
+OPSET, TENSORRT_OPSET = 20, 24
 
 
 def reference_attention(
@@ -58,6 +58,40 @@ def grouped_query_attention(
         version=1,
     )
     return y, keys, values
+
+
+def scatter_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Opset 24's ``TensorScatter`` and ``Attention`` (TensorRT). For tracing only; it computes nothing in PyTorch.
+
+    TensorRT makes native cache updates and attention of them where each cache is an input of the graph, updated once,
+    and the result an output. What may be seen is said by the mask alone: TensorRT's parser drops ``nonpad_kv_seqlen``.
+    """
+    b, _, width = qkv.shape
+    q, k, v = qkv.view(b, 3, heads, 1, width // 3 // heads).unbind(1)  # [B, H, 1, D]
+    at = length.long()
+    grown = []
+    for cache, new in ((keys, k), (values, v)):
+        (cache,) = torch.onnx.ops.symbolic_multi_out(
+            "TensorScatter",
+            [cache, new, at],
+            attrs={"axis": -2, "mode": "linear"},
+            dtypes=[cache.dtype],
+            shapes=[cache.shape],
+            version=TENSORRT_OPSET,
+        )
+        grown.append(cache)
+    seen = (torch.arange(keys.shape[2]) <= at[:, None])[:, None, None]  # [B, 1, 1, Tmax]
+    (y,) = torch.onnx.ops.symbolic_multi_out(
+        "Attention",
+        [q, *grown, seen],
+        attrs={"is_causal": 0},
+        dtypes=[q.dtype],
+        shapes=[q.shape],
+        version=TENSORRT_OPSET,
+    )
+    return y.reshape(b, 1, width // 3), grown[0], grown[1]
 
 
 LOWERINGS: dict[str, Attention] = {"cpu": grouped_query_attention, "cuda": reference_attention}

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dvq_rt.generator import Generator
+from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest, write_tensors
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import verify
@@ -20,8 +21,11 @@ from training.sampling import sample_tokens
 IMAGES, STEPS = 4, 24
 
 
-def check_engine(model: Model, folder: Path, manifest: Manifest) -> Manifest:
+def check_engine(model: Model, folder: Path, manifest: Manifest, limit: int | None = None) -> Manifest:
     """Compare the graphs in a folder with PyTorch and write ``golden.safetensors``.
+
+    Args:
+        limit: see ``golden_values``; the comparison stops there too.
 
     Returns:
         the manifest with the measured errors in ``tolerances``.
@@ -29,17 +33,24 @@ def check_engine(model: Model, folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         ExportError: an error is over its bound (``dvq_rt.verify``); names all that are.
     """
-    write_tensors(folder / "golden.safetensors", golden_values(model))
+    write_tensors(folder / "golden.safetensors", golden_values(model, limit))
     generator = Generator.of_folder(folder, manifest)
-    results = verify(generator)
+    results = verify(generator, limit)
     if bad := [f"{r.name}: {r.measured:.3g} (at most {r.bound:.3g})" for r in results if not r.ok]:
         raise ExportError("the exported graphs do not agree with PyTorch: " + "; ".join(bad))
     return replace(manifest, tolerances={r.name: r.measured for r in results})
 
 
 @torch.no_grad()
-def golden_values(model: Model) -> dict[str, NDArray[np.generic]]:
-    """Inputs and PyTorch's outputs for ``dvq_rt.verify``: ragged sequences, all positions, both heads' logits."""
+def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[np.generic]]:
+    """Inputs and PyTorch's outputs for ``dvq_rt.verify``: ragged sequences, all positions, both heads' logits.
+
+    Args:
+        model: in float32.
+        limit: None gives the cells of free runs. A number gives their tokens, at most so many; if images can be longer,
+            the other sequences are random ones, since drawing takes long without a cache. They are whole, and some of
+            the steps lie before the limit.
+    """
     vae, net, layout = model.tokenizer, model.transformer, model.layout
     assert vae is not None and net is not None
     images = smooth_images(vae.config.image_size, IMAGES)
@@ -48,13 +59,14 @@ def golden_values(model: Model) -> dict[str, NDArray[np.generic]]:
 
     drawn = SamplingParams(positions="drawn")
     labels = [i % layout.starts for i in range(IMAGES)]
-    rows = sample_tokens(net, labels, drawn, seed=1)
-    length = max(len(content) for content, _ in rows)
-    content = np.full((IMAGES, length), -1, dtype=np.int64)
-    position = np.full((IMAGES, length), -1, dtype=np.int64)
-    for i, (c, p) in enumerate(rows):
-        content[i, : len(c)], position[i, : len(p)] = c, p
+    short = limit is not None and limit < layout.max_length
+    rows = random_rows(layout, labels) if short else sample_tokens(net, labels, drawn, seed=1)
+    content, position = (padded([np.array(row[i]) for row in rows]) for i in range(2))
+    length = content.shape[1]
     steps = np.unique(np.linspace(0, length - 2, STEPS).astype(np.int64))
+    if short:
+        assert limit is not None
+        steps = np.union1d(steps, np.arange(0, min(limit, length - 1), 4))
     logits = {head: np.zeros((IMAGES, len(steps), width), np.float32) for head, width in heads(model).items()}
     offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
     for i, (c, p) in enumerate(rows):
@@ -66,16 +78,23 @@ def golden_values(model: Model) -> dict[str, NDArray[np.generic]]:
         for head, values in zip(("position", "content"), out, strict=True):
             logits[head][i, : len(reached)] = values[0, reached].numpy()
 
-    free_labels, cells = [], []
+    free_labels, cells, free = [], [], []
     defaults = SamplingParams.from_dict(model.defaults)
     for i in range(2):
         label = labels[i]
         params = defaults if layout.null_label and label < layout.classes else SamplingParams()
-        tokens = sample_tokens(net, [label], params, seed=0, first_image=i)[0]
-        free_codes, free_grain = layout.to_map(*tokens)
-        segments = layout.grain_of_cells(free_grain).clip(0)
+        tokens = sample_tokens(net, [label], params, seed=0, first_image=i, limit=limit)[0]
+        coded = np.flatnonzero(np.array(tokens[0]) < layout.codebook_size)  # an engine is done with the last of them
+        free.append([np.array(part if short else part[: coded[-1] + 1]) for part in tokens])
         free_labels.append(label)
-        cells.append(free_codes.reshape(-1) + segments * layout.codebook_size)
+        if limit is None:
+            free_codes, free_grain = layout.to_map(*tokens)
+            segments = layout.grain_of_cells(free_grain).clip(0)
+            cells.append(free_codes.reshape(-1) + segments * layout.codebook_size)
+    if limit is None:
+        whole = {"free_cells": np.stack(cells).astype(np.int32)}
+    else:
+        whole = {f"free_{name}": padded([row[i] for row in free]) for i, name in enumerate(("content", "position"))}
     return {
         "images": images,
         "codes": codes.numpy(),
@@ -87,8 +106,31 @@ def golden_values(model: Model) -> dict[str, NDArray[np.generic]]:
         "position_logits": logits["position"],
         "content_logits": logits["content"],
         "free_labels": np.array(free_labels, dtype=np.int64),
-        "free_cells": np.stack(cells).astype(np.int32),
+        **whole,
     }
+
+
+def random_rows(layout: TokenLayout, labels: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Whole token sequences (content, joint position) with random codes at random places, one per label."""
+    rng, found = np.random.default_rng(1), []
+    for i, label in enumerate(labels):
+        grain = np.zeros(layout.sides[0] ** 2, dtype=np.int64)
+        if layout.kept is not None:
+            grain[rng.permutation(grain.size)[layout.kept :]] = -1
+        else:
+            finer = rng.permutation(grain.size)[: grain.size * (i + 1) // (len(labels) + 1)]
+            grain[finer] = rng.integers(1, layout.segments, finer.size) if layout.segments > 1 else 0
+        tokens = layout.to_tokens(rng.integers(0, layout.codebook_size, layout.cells), grain, label)
+        found.append((tokens.content.tolist(), tokens.position.tolist()))
+    return found
+
+
+def padded(rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows of any length side by side, int64 [N, longest], -1 after their end."""
+    table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
 
 
 def heads(model: Model) -> dict[str, int]:

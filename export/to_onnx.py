@@ -149,8 +149,17 @@ def write_graphs(model: Model, folder: Path, target: str, half_weights: bool) ->
     }
 
 
-def trace(module: nn.Module, inputs: dict[str, Any], outputs: list[str], path: Path, half_weights: bool) -> None:
-    """Export a module with a symbolic batch dimension ``B`` on every input."""
+def trace(
+    module: nn.Module,
+    inputs: dict[str, Any],
+    outputs: list[str],
+    path: Path,
+    half_weights: bool,
+    *,
+    fixed: bool = False,
+    opset: int = OPSET,
+) -> None:
+    """Export a module with a symbolic batch dimension ``B`` on every input, or with the given size if ``fixed``."""
     batch = torch.export.Dim("B", min=1, max=4096)
     shapes = {k: [{0: batch}] * len(v) if isinstance(v, list) else {0: batch} for k, v in inputs.items()}
     names = [
@@ -159,12 +168,12 @@ def trace(module: nn.Module, inputs: dict[str, Any], outputs: list[str], path: P
         for name in ([f"cache_{i}" for i in range(len(v))] if isinstance(v, list) else [k])
     ]
     with quiet():
-        program = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
+        program = torch.export.export(module, (), inputs, dynamic_shapes=None if fixed else shapes)
         graph = torch.onnx.export(
             program,
             input_names=names,
             output_names=outputs,
-            opset_version=OPSET,
+            opset_version=opset,
             custom_translation_table=TRANSLATIONS,
             verbose=False,
         )

@@ -49,6 +49,9 @@ class CpuBuffer:
     def write(self, values: Array) -> None:
         self.array[...] = values
 
+    def request(self) -> None:
+        pass
+
     def read(self) -> Array:
         return self.array
 
@@ -62,6 +65,9 @@ class CudaBuffer:
 
     def write(self, values: Array) -> None:
         self.value.update_inplace(np.ascontiguousarray(values, dtype=self.dtype))
+
+    def request(self) -> None:
+        pass
 
     def read(self) -> Array:
         return self.value.numpy()
@@ -122,6 +128,8 @@ class OnnxRuntimeBackend:
     Raises:
         BackendError: the package or the device is not there. There is no silent fallback.
     """
+
+    suffix = ".onnx"
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         if device not in DEVICES:

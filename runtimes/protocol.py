@@ -17,8 +17,13 @@ class Buffer(Protocol):
     def write(self, values: Array) -> None:
         """Copy host values of the buffer's shape and dtype in."""
 
+    def request(self) -> None:
+        """Start copying the values after the last ``Binding.run`` to the host; the next ``read`` gives these. On a CPU
+        nothing is copied, and the caller reads before they change."""
+
     def read(self) -> Array:
-        """A host copy, or on a CPU a view, of the values after the last ``Binding.run``."""
+        """A host copy, or on a CPU a view, of the values asked for with ``request``, or else of those after the last
+        ``Binding.run``."""
 
 
 class Binding(Protocol):
@@ -43,6 +48,9 @@ class Backend(Protocol):
 
     poll: int
     """Steps to take before looking at a device value again: reading costs a synchronisation on a GPU."""
+
+    suffix: str
+    """How the names of its graph files end."""
 
     def load(self, path: Path, *, main: bool = False) -> Program:
         """Open a graph file. ``main`` marks the one program that runs in a tight loop."""

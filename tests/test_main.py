@@ -88,7 +88,7 @@ def test_sample_defaults(fake, capsys):
     """With no options the demo gives a row of six pictures for every label, with the engine's own parameters."""
     assert main(["sample"]) == 0
     (_, opened), (_, asked) = fake.calls
-    assert opened == {"engine": None, "device": "cpu", "slots": None, "threads": None}
+    assert opened == {"engine": None, "device": None, "slots": None, "threads": None}
     assert asked["n"] == 18 and asked["seed"] == 0
     assert asked["params"] == SamplingParams(temperature=0.9, top_k=5)
     assert asked["labels"] == [0] * 6 + [1] * 6 + [2] * 6
@@ -233,7 +233,7 @@ def test_verify(fake, capsys, monkeypatch):
     good = SimpleNamespace(name="step logits", measured=1.5e-6, bound=2e-4, ok=True)
     monkeypatch.setattr(fake, "checks", [good])
     assert main(["verify", "E", "--threads", "2"]) == 0
-    assert fake.calls == [("open", {"engine": "E", "device": "cpu", "slots": None, "threads": 2})]
+    assert fake.calls == [("open", {"engine": "E", "device": None, "slots": None, "threads": 2})]
     assert capsys.readouterr().out.splitlines() == [
         "check        measured  bound   result",
         "step logits  1.5e-06   0.0002  ok",

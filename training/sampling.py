@@ -104,6 +104,7 @@ def sample_tokens(
     *,
     seed: int = 0,
     first_image: int = 0,
+    limit: int | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Draw token sequences with the whole sequence recomputed at every step.
 
@@ -112,6 +113,7 @@ def sample_tokens(
         labels: start labels, one per image.
         params: sampling parameters.
         seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
+        limit: stop after so many tokens.
 
     Returns:
         per image (content ids, joint position ids), start tokens included, the last EOS excluded.
@@ -138,7 +140,7 @@ def sample_tokens(
         return logits[count:] + params.guidance * (logits[:count] - logits[count:])
 
     offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-    for t in range(layout.max_length):
+    for t in range(min(layout.max_length, limit or layout.max_length)):
         live = [i for i, g in enumerate(grammars) if not g.done]
         if not live:
             break

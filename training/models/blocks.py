@@ -83,10 +83,11 @@ class AttnBlock(nn.Module):
         """[B, C, H, W]; ``damping`` [B, H*W] multiplies each key's weight after the softmax (spec/mq.md 2.5)."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [B, C, HW]
-        weight = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)  # [B, HW(query), HW(key)]
+        scores = q.transpose(1, 2) @ k * x.shape[1] ** -0.5  # [B, HW(query), HW(key)]
+        weight = torch.softmax(scores.float(), dim=-1)  # float32 also where the features are narrower
         if damping is not None:
             weight = weight * damping[:, None]
-        return x + self.proj_out((v @ weight.transpose(1, 2)).view_as(x))
+        return x + self.proj_out((v @ weight.to(v.dtype).transpose(1, 2)).view_as(x))
 
 
 class Downsample(nn.Module):

@@ -1,0 +1,72 @@
+"""Narrow number formats decided in the graph, as TensorRT's strongly typed networks want it.
+
+The convolutional networks and the transformer compute in the narrow format. Around them stays float32 what decides
+between neighbours: entropy and routing, the masker's scores, distances to codes and the codebook, the softmax of the
+tokenizers' attention, logits once they leave a head, sampling; normalisations sum in float32 in every backend.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtimes.errors import ConfigError
+from training.checkpoint import Model
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NETWORKS = ("encoder", "demasker", "decoder")
+"""Parts of a tokenizer that compute in the narrow format; it lacks those of the other family."""
+
+
+class Narrow(nn.Module):
+    """A module computing in a narrow format between float32 inputs and outputs; other dtypes pass unchanged."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner, self.dtype = inner.to(dtype), dtype
+
+    def forward(self, *inputs: Tensor) -> Any:
+        out = self.inner(*(x.to(self.dtype) if x.is_floating_point() else x for x in inputs))
+        return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+
+
+class Constant(nn.Module):
+    """A module that always gives the same tensor."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def narrow(model: Model, precision: str) -> Model:
+    """A copy of a whole model that computes in ``fp32`` (unchanged), ``fp16`` or ``bf16``; for tracing.
+
+    Raises:
+        ConfigError: the precision is another one.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; it must be one of {sorted(PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if precision == "fp32":
+        return model
+    vae, net = model.tokenizer, model.transformer
+    assert vae is not None and net is not None
+    for name, part in list(vae.decoder.named_children()):  # a constant: computed wide, rounded once
+        if name.startswith("position_bias"):
+            setattr(vae.decoder, name, Constant(part()))
+    for name in NETWORKS:
+        if hasattr(vae, name):
+            setattr(vae, name, Narrow(getattr(vae, name), dtype))
+    net.to(dtype)
+    for name in ("position_head", "content_head"):
+        setattr(net, name, Narrow(getattr(net, name), dtype))
+    return model
