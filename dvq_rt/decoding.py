@@ -154,7 +154,7 @@ class Loop:
                 for name in self._host:
                     self._controls[name].write(self._host[name])
             if any(job.forced for job in active.values()):
-                self._force(active)
+                self._force(active, width)
             self.step()
             if started:
                 self._host["reset"][:] = False
@@ -201,12 +201,12 @@ class Loop:
             host["partner_weight"][place] = params.guidance
             host["forced_position"][place] = host["forced_content"][place] = -1
 
-    def _force(self, active: dict[int, Job]) -> None:
-        """Write this step's forced tokens."""
+    def _force(self, active: dict[int, Job], width: int) -> None:
+        """Write this step's forced tokens, the same into both slots of a pair."""
         for i, name in enumerate(("forced_position", "forced_content")):
             for slot, job in active.items():
                 forced = job.forced[i] if job.forced else ()
-                self._host[name][slot] = forced[job.steps] if job.steps < len(forced) else -1
+                self._host[name][slot : slot + width] = forced[job.steps] if job.steps < len(forced) else -1
             self._controls[name].write(self._host[name])
 
 

@@ -138,7 +138,9 @@ class Generator:
         self._backend = backend
         if manifest.fixed_slots:
             if slots not in (None, manifest.slots):
-                raise InputError(f"slots is {slots}; this engine's plan has {manifest.slots}, leave it out or export anew")
+                raise InputError(
+                    f"slots is {slots}; this engine has {manifest.slots}, fixed at its export; leave it out"
+                )
             slots = manifest.slots
         self._slots = slots
         self._lock = threading.Lock()
@@ -365,7 +367,8 @@ class Generator:
     def _program(self, name: str) -> Program:
         with self._lock:
             if name not in self._programs:
-                self._programs[name] = self._backend.load(self.path / f"{name}{self._backend.suffix}", main=name == "step")
+                path = self.path / f"{name}{self._backend.suffix}"
+                self._programs[name] = self._backend.load(path, main=name == "step")
             return self._programs[name]
 
     def _new_loop(self, slots: int) -> Loop:

@@ -91,10 +91,11 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
             free_codes, free_grain = layout.to_map(*tokens)
             segments = layout.grain_of_cells(free_grain).clip(0)
             cells.append(free_codes.reshape(-1) + segments * layout.codebook_size)
+    runs: dict[str, NDArray[np.generic]] = {
+        f"free_{name}": padded([row[i] for row in free]) for i, name in enumerate(("content", "position"))
+    }
     if limit is None:
-        whole = {"free_cells": np.stack(cells).astype(np.int32)}
-    else:
-        whole = {f"free_{name}": padded([row[i] for row in free]) for i, name in enumerate(("content", "position"))}
+        runs = {"free_cells": np.stack(cells).astype(np.int32)}
     return {
         "images": images,
         "codes": codes.numpy(),
@@ -106,7 +107,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         "position_logits": logits["position"],
         "content_logits": logits["content"],
         "free_labels": np.array(free_labels, dtype=np.int64),
-        **whole,
+        **runs,
     }
 
 

@@ -60,9 +60,10 @@ def narrow(model: Model, precision: str) -> Model:
         return model
     vae, net = model.tokenizer, model.transformer
     assert vae is not None and net is not None
-    for name, part in list(vae.decoder.named_children()):  # a constant: computed wide, rounded once
-        if name.startswith("position_bias"):
-            setattr(vae.decoder, name, Constant(part()))
+    decoder = vae.get_submodule("decoder")
+    for name, part in list(decoder.named_children()):
+        if name.startswith("position_bias"):  # a constant: computed wide, rounded once
+            setattr(decoder, name, Constant(part()))
     for name in NETWORKS:
         if hasattr(vae, name):
             setattr(vae, name, Narrow(getattr(vae, name), dtype))

@@ -15,7 +15,7 @@ from runtimes.errors import ExportError
 from runtimes.tensorrt_api import Network
 
 QUERY, MASK, PAST, NONPAD = 0, 3, (4, 5), 6  # inputs of the ONNX operator Attention
-FORMATS = {onnx.TensorProto.BFLOAT16: "uint16"}
+FORMATS: dict[int, str] = {onnx.TensorProto.BFLOAT16: "uint16"}
 """Names of number formats that numpy lacks."""
 
 
@@ -110,7 +110,7 @@ def check_network(network: Network, interface: dict[str, Any], blocks: int) -> C
             faults.append(f"cache {source} is not tied to {result}")
         if readers[source] != 1:
             faults.append(f"cache {source} is read by {readers[source]} layers, not by its update alone")
-    faults += [f"{source} is tied to {result}, which the manifest does not pair" for source, result in tied - Counter(pairs)]
+    faults += [f"{pair} are tied, but are no pair of the manifest" for pair in tied - Counter(pairs)]
     for layer in attentions:
         if layer.mask != "bool":
             faults.append(f"{layer.name} has mask {layer.mask}, not a boolean one")

@@ -1,4 +1,4 @@
-"""The CUDA driver, and memory, copies, events and graphs on one stream, by PyTorch if it is installed, else cuda-python.
+"""The CUDA driver; and memory, copies, events and graphs on one stream, by PyTorch if installed, else cuda-python.
 
 Written to the documented APIs; nothing here but the driver probe has run, for lack of a GPU.
 """

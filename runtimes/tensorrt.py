@@ -98,13 +98,15 @@ def binding_table(
     for name in outputs:
         if owners.get(table[name]) != aliases.get(name):
             raise EngineError(
-                f"{name} has the address of {owners.get(table[name])}, the plan wants that of {aliases.get(name)}; re-export"
+                f"{name} has the address of {owners.get(table[name])}, the plan wants that of {aliases.get(name)}; "
+                "re-export"
             )
     return table
 
 
 class TrtBinding:
-    """A plan with every tensor at a fixed address: the first run is plain, later ones launch a CUDA graph."""
+    """A plan with every tensor at a fixed address. A plain run settles the addresses; then the same run is captured,
+    and later ones launch the CUDA graph."""
 
     def __init__(self, program: TrtProgram, table: dict[str, int], buffers: list[Buffer]) -> None:
         self._program, self._table, self._buffers = program, table, buffers
@@ -114,13 +116,13 @@ class TrtBinding:
     def run(self) -> None:
         program = self._program
         with program.lock:
-            if self.graph is None and self._runs and program.capturable(self._table, self._runs):
-                self.graph = program.device.capture(lambda: program.enqueue(self._table))
-            if self.graph is None:
-                program.enqueue(self._table)
-                self._runs += 1
-            else:
+            if self.graph is not None:
                 program.device.launch(self.graph)
+                return
+            program.enqueue(self._table)
+            self._runs += 1
+            if program.capturable(self._runs):
+                self.graph = program.device.capture(lambda: program.enqueue(self._table))
 
 
 class TrtProgram:
@@ -141,10 +143,8 @@ class TrtProgram:
         """Execute on host arrays, in parts of as many rows as the plan has."""
         with self.lock:
             if self._own is None:
-                sides = [
-                    {name: self._buffer(spec) for name, spec in side.items()} for side in self.wanted
-                ]
-                self._own = (*sides, self.bind(*sides))
+                into, out = ({name: self._buffer(spec) for name, spec in side.items()} for side in self.wanted)
+                self._own = into, out, self.bind(into, out)
             into, out, binding = self._own
             if odd := set(inputs) ^ set(into):
                 raise EngineError(f"{self._name} has no inputs {sorted(odd)}, or lacks them; re-export")
@@ -174,10 +174,9 @@ class TrtProgram:
         if not self._context.execute_async_v3(self.device.stream):
             raise BackendError(f"{self._name} failed to run: {explain(self._api.complaint())}")
 
-    def capturable(self, table: dict[str, int], runs: int) -> bool:
-        """Whether the next run of a binding can be captured. Only the binding that ran last can: TensorRT settles its
-        addresses in a plain run."""
-        if table is not self._pointed or runs > CAPTURE_TRIES:
+    def capturable(self, runs: int) -> bool:
+        """Whether to capture the binding that ran last, after so many plain runs of it."""
+        if runs > CAPTURE_TRIES:
             return False
         good = self._api.capturable(self._context, self.device.stream)
         if not good and runs == CAPTURE_TRIES:

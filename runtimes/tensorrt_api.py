@@ -64,17 +64,17 @@ class Network:
         return [self._layer(self.network.get_layer(i)) for i in range(self.network.num_layers)]
 
     def _layer(self, layer: Any) -> Layer:
-        ends = [
+        inputs, outputs = (
             tuple(t.name for i in range(count) if (t := get(i)) is not None)
             for count, get in ((layer.num_inputs, layer.get_input), (layer.num_outputs, layer.get_output))
-        ]
+        )
         kind, name = layer.type.name, layer.name
         if kind != "ATTENTION_INPUT":
-            return Layer(kind, name, *ends)
+            return Layer(kind, name, inputs, outputs)
         layer.__class__ = self._trt.IAttentionInputLayer  # get_layer gives the base class
         mask = layer.attention.mask
         dtype = None if mask is None else DTYPES.get(mask.dtype.name, mask.dtype.name)
-        return Layer(kind, name, ends[0], ends[1], dtype, layer.attention.decomposable)
+        return Layer(kind, name, inputs, outputs, dtype, layer.attention.decomposable)
 
     def inputs(self) -> list[dict[str, Any]]:
         """``{"name", "dtype", "shape"}`` of each input, as a manifest lists them."""
@@ -136,8 +136,8 @@ class TensorRT:
             )
         if not targets or (odd := [t for t in targets if t not in self.capabilities()]):
             raise ConfigError(
-                f"target is {','.join(targets)!r}; {self.flavor} {self.version} builds for {self.capabilities()}, one or "
-                f"several with commas, or {CURRENT}" + (f", not {odd}" if targets else "")
+                f"target is {','.join(targets)!r}; {self.flavor} {self.version} builds for {self.capabilities()}, one "
+                f"or several with commas, or {CURRENT}" + (f", not {odd}" if targets else "")
             )
 
     # --- building ----------------------------------------------------------------------------------------------
@@ -220,13 +220,14 @@ def import_flavor(flavor: str) -> ModuleType:
         raise BackendError(f"{flavor} is not installed; {install}") from None
     except (ImportError, OSError) as error:
         raise BackendError(f"{flavor} is installed but broken: {error}; {install}") from error
-    if (numbers(trt.__version__) + (0, 0))[:2] < floor:
-        raise BackendError(f"{flavor} {trt.__version__} is too old; {floor[0]}.{floor[1]} or newer is needed: {install}")
+    if (*numbers(trt.__version__), 0, 0)[:2] < floor:
+        least = ".".join(map(str, floor))
+        raise BackendError(f"{flavor} {trt.__version__} is too old; {least} or newer is needed: {install}")
     return trt
 
 
 def choose_flavor(flavor: str, driver: bool) -> TensorRT:
-    """The package to build with: the one asked for, or with ``auto`` TensorRT where there is a driver, else TensorRT-RTX.
+    """The package to build with: the one asked for; with ``auto`` TensorRT where there is a driver, else TensorRT-RTX.
 
     Raises:
         BackendError: it is not installed, or with ``auto`` neither is.
@@ -255,7 +256,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def _logger(trt: ModuleType) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         """Keeps errors for messages, and quiet otherwise."""
 
         def __init__(self) -> None:
