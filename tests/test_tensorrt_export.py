@@ -294,7 +294,7 @@ def test_an_export_runs_the_check(traced: Traced, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(to_tensorrt, "write_graphs", spoilt)
     monkeypatch.setattr(to_tensorrt, "choose_flavor", lambda *_: Stub())
-    with pytest.raises(ExportError, match="would misread this graph.*nonpad_kv_seqlen"):
+    with pytest.raises(ExportError, match=r"would misread this graph.*nonpad_kv_seqlen"):
         to_tensorrt.export_tensorrt(traced.models["dq"], tmp_path / "engine", slots=SLOTS, targets=["sm86"])
     assert not list(tmp_path.iterdir())
 
@@ -315,7 +315,7 @@ def test_the_parser_misreads_and_the_network_check_notices(fault: str, traced: T
     sound = check_network(network_of(proto, tmp_path), manifest.step, 3)
     assert (sound.cache_updates, sound.attentions) == (6, 3) and sound.layers > 100
     FAULTS[fault][0](proto)
-    with pytest.raises(ExportError, match="TensorRT would misread this network: .*has mask None, not a boolean one"):
+    with pytest.raises(ExportError, match=r"TensorRT would misread this network: .*has mask None, not a boolean one"):
         check_network(network_of(proto, tmp_path), manifest.step, 3)
 
 
@@ -329,7 +329,7 @@ def test_a_decomposed_step_is_noticed(traced: Traced, tmp_path: Path) -> None:
     step, inputs = Step(model.transformer, reference_attention), example_inputs(model.transformer, SLOTS)
     trace(step, inputs, names[1], tmp_path / "plain.onnx", False, fixed=True, opset=TENSORRT_OPSET)
     network = TensorRT("tensorrt-rtx").parse(tmp_path / "plain.onnx")
-    with pytest.raises(ExportError, match="0 native cache updates and 0 native attentions, not 6 and 3.*decomposed"):
+    with pytest.raises(ExportError, match=r"0 native cache updates and 0 native attentions, not 6 and 3.*decomposed"):
         check_network(network, manifest.step, 3)
     assert specs(onnx.load(tmp_path / "plain.onnx").graph)["inputs"] == manifest.step["inputs"]
     assert folder.is_dir()
@@ -348,7 +348,7 @@ def test_another_interface_is_noticed(traced: Traced, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its outputs are not the manifest's: another order"):
         check_network(network, {**step, "outputs": step["outputs"][::-1]}, 3)
     crossed = [["cache_0", "cache_1_out"], ["cache_1", "cache_0_out"], *step["caches"][2:]]
-    with pytest.raises(ExportError, match="cache cache_0 is not tied to cache_1_out.*are tied, but are no pair"):
+    with pytest.raises(ExportError, match=r"cache cache_0 is not tied to cache_1_out.*are tied, but are no pair"):
         check_network(network, {**step, "caches": crossed}, 3)
     with pytest.raises(ExportError, match="6 native cache updates and 3 native attentions, not 8 and 4"):
         check_network(network, step, 4)

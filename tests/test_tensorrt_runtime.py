@@ -1,0 +1,487 @@
+"""The TensorRT backend without a GPU: which buffer goes where, what becomes a graph when, what an error means.
+
+The device below is host memory, and the "plans" are ONNX graphs that ONNX Runtime executes on it: this tests all that
+stands between ``Generator`` and a plan, and claims nothing of plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from test_tensorrt_export import SLOTS, TARGETS, Traced
+
+import runtimes.cuda as cuda
+import runtimes.tensorrt as backend
+from dvq_rt.__main__ import main
+from dvq_rt.generator import Generator
+from dvq_rt.manifest import Manifest, write_engine
+from dvq_rt.sampling import SamplingParams
+from export.to_tensorrt import GRAPHS
+from runtimes.cuda import CudaPythonDevice, Gpu, TorchDevice, find_gpu
+from runtimes.errors import BackendError, EngineError, InputError
+from runtimes.tensorrt import GpuBuffer, binding_table, check_machine, explain, row_parts
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (13, 0))
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    return Traced(tmp_path_factory.mktemp("tensorrt"))
+
+
+class HostDevice:
+    """A device whose memory is the host's, and whose stream does everything at once."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.log: list[str] = []
+        self.captured: list[Callable[[], None]] | None = None
+
+    def allocate(self, size: int) -> int:
+        array = np.zeros(size, dtype=np.uint8)
+        self.memory[array.ctypes.data] = array
+        return array.ctypes.data
+
+    def release(self, address: int) -> None:
+        del self.memory[address]
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        return np.zeros(size, dtype=np.uint8)
+
+    def upload(self, address: int, values: NDArray[np.uint8]) -> None:
+        self.memory[address][: values.size] = values
+
+    def download(self, address: int, into: NDArray[np.uint8]) -> object:
+        self.log.append("download")
+        into[:] = self.memory[address][: into.size]
+        return into
+
+    def wait(self, mark: object) -> None:
+        self.log.append("wait")
+
+    def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
+        self.captured = []
+        work()
+        graph, self.captured = self.captured, None
+        self.log.append("capture")
+        return graph
+
+    def launch(self, graph: list[Callable[[], None]]) -> None:
+        self.log.append("launch")
+        for work in graph:
+            work()
+
+
+class HostContext:
+    """Runs a graph from and to raw addresses, as a context of TensorRT does; while a capture is under way it only
+    notes what to do, with the addresses of that moment."""
+
+    def __init__(self, session: Any, device: HostDevice) -> None:
+        self.session, self.device = session, device
+        self.addresses: dict[str, int] = {}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self.device.stream
+        binding = self.session.io_binding()
+        for kind, values in (("input", self.session.get_inputs()), ("output", self.session.get_outputs())):
+            for value in values:
+                dtype = HostApi.dtype(value)
+                getattr(binding, f"bind_{kind}")(value.name, "cpu", 0, dtype, value.shape, self.addresses[value.name])
+        if self.device.captured is not None:
+            self.device.captured.append(lambda: self.session.run_with_iobinding(binding))
+        else:
+            self.device.log.append("execute")
+            self.session.run_with_iobinding(binding)
+        return True
+
+
+class HostApi:
+    """What ``TensorRT`` offers the backend, over ONNX graphs."""
+
+    flavor, version = "tensorrt-rtx", "1.7.1"
+    ready_after = 0
+
+    def __init__(self, flavor: str) -> None:
+        assert flavor == self.flavor
+        self.device: Any = None
+        self.asked = 0
+
+    @staticmethod
+    def dtype(value: Any) -> Any:
+        names = {"float": "float32", "float16": "float16", "int64": "int64", "int32": "int32", "bool": "bool"}
+        return np.dtype({**names, "uint8": "uint8"}[value.type[len("tensor(") : -1]])
+
+    def deserialize(self, plan: bytes) -> tuple[Any, Any]:
+        if not plan:
+            return None, None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
+        return None, type("Engine", (), {"session": session, "create_execution_context": lambda e: self.context(e)})()
+
+    def context(self, engine: Any) -> HostContext:
+        return HostContext(engine.session, self.device)
+
+    def specs(self, engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        both = (engine.session.get_inputs(), engine.session.get_outputs())
+        sides = [{v.name: {"dtype": self.dtype(v).name, "shape": v.shape} for v in values} for values in both]
+        return sides[0], sides[1]
+
+    def aliases(self, engine: Any, outputs: list[str]) -> dict[str, str]:
+        return {name: name.removesuffix("_out") for name in outputs if name.startswith("cache_")}
+
+    def capturable(self, context: Any, stream: int) -> bool:
+        self.asked += 1
+        return self.asked > self.ready_after
+
+    def complaint(self) -> str:
+        return "incompatible device, expecting compute 8.6 got compute 8.9"
+
+
+@pytest.fixture(scope="module")
+def engine(traced: Traced) -> Path:
+    """An engine folder whose "plans" are the ONNX graphs."""
+    folder, manifest = traced.graphs("dq", "fp32")
+    target = traced.folder / "engine"
+
+    def build(into: Path) -> Manifest:
+        for name in GRAPHS:
+            (into / f"{name}.plan").write_bytes((folder / f"{name}.onnx").read_bytes())
+        (into / "golden.safetensors").write_bytes((folder / "golden.safetensors").read_bytes())
+        tools = {**manifest.tools, "tensorrt-rtx": HostApi.version}
+        return Manifest(**{n: getattr(manifest, n) for n in manifest.__dataclass_fields__} | {"tools": tools})
+
+    write_engine(target, build)
+    return target
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """A machine that seems to have a GPU."""
+    device = HostDevice()
+
+    def api(flavor: str) -> HostApi:
+        made = HostApi(flavor)
+        made.device = device
+        return made
+
+    monkeypatch.setattr(backend, "find_gpu", lambda needed=None: ADA)
+    monkeypatch.setattr(backend, "open_device", lambda: device)
+    monkeypatch.setattr(backend, "TensorRT", api)
+    return device
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(guidance=2.0, temperature=0.8), SamplingParams(positions="drawn")]
+)
+def test_images_are_those_of_the_other_backend(
+    params: SamplingParams, engine: Path, host: HostDevice, generator: Generator
+) -> None:
+    """Buffers, caches on both sides, double-buffered state, graphs, late ``done`` and refills of slots: eleven images
+    in four fixed slots are those of the CPU engine, twice, and scores agree."""
+    ours = Generator(engine)
+    labels = [i % 3 for i in range(11)]
+    for seed in (3, 4):
+        found, want = (g.sample(11, labels, seed=seed, params=params) for g in (ours, generator))
+        assert found.codes == want.codes
+        np.testing.assert_allclose(found.to_numpy().astype(int), want.to_numpy(), atol=1)
+    scores = [[s.total for s in g.score(want.codes)] for g in (ours, generator)]
+    np.testing.assert_allclose(*scores, rtol=1e-4)
+    assert ours.encode(want.images[:3]) == generator.encode(want.images[:3])
+
+
+def test_verify_on_the_command_line(engine: Path, host: HostDevice, capsys: pytest.CaptureFixture[str]) -> None:
+    """``python -m dvq_rt verify ENGINE_DIR`` needs no option for a folder of plans, and prints its table."""
+    assert main(["verify", str(engine)]) == 0
+    printed = capsys.readouterr().out
+    assert "all 9 passed" in printed and "identical slots" in printed and "free run" in printed
+
+
+def test_each_direction_becomes_one_graph(engine: Path, host: HostDevice) -> None:
+    """The two bindings of a loop run once plainly, are captured at once, and from then on only launch; no step waits
+    for the device but the eighth."""
+    ours = Generator(engine)
+    loop = ours._new_loop(1)
+    assert loop.slots == SLOTS
+    host.log.clear()
+    for _ in range(6):
+        loop.step()
+    assert host.log == ["execute", "capture"] * 2 + ["launch"] * 4
+    host.log.clear()
+    ours.sample(2, seed=1, params=SamplingParams())
+    log = host.log[host.log.index("execute") :]
+    assert log[:9] == ["execute", "capture"] * 2 + ["launch"] * 5
+    assert log[9:12] == ["download", "launch", "wait"]  # the eighth step is queued before the wait for the seventh
+
+
+def test_graphs_wait_until_the_context_is_ready(
+    engine: Path, host: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that cannot be captured yet is asked again after further plain runs, and given up with a warning."""
+    monkeypatch.setattr(HostApi, "ready_after", 3)
+    loop = Generator(engine)._new_loop(1)
+    host.log.clear()
+    for _ in range(7):
+        loop.step()
+    assert host.log == ["execute"] * 3 + ["execute", "capture"] * 2 + ["launch"] * 2
+    monkeypatch.setattr(HostApi, "ready_after", 10**6)
+    loop = Generator(engine)._new_loop(1)
+    host.log.clear()
+    with pytest.warns(UserWarning, match=r"step\.plan cannot be captured as a CUDA graph"):
+        for _ in range(12):
+            loop.step()
+    assert host.log == ["execute"] * 12
+
+
+def test_memory_goes_back(engine: Path, host: HostDevice) -> None:
+    """A dropped loop gives its buffers back, and only those."""
+    ours = Generator(engine)
+    ours._program("step")
+    before = set(host.memory)
+    loop = ours._new_loop(1)
+    assert len(host.memory) > len(before) + 30
+    del loop
+    assert set(host.memory) == before
+
+
+def test_slots_are_fixed(engine: Path, host: HostDevice) -> None:
+    """The plan's own number of slots is the only one."""
+    assert Generator(engine, slots=SLOTS).sample(1, params=SamplingParams()).codes
+    with pytest.raises(InputError, match="slots is 3; this engine has 4, fixed at its export; leave it out"):
+        Generator(engine, slots=3)
+
+
+def test_changed_plans_are_not_opened(engine: Path, host: HostDevice, tmp_path: Path) -> None:
+    """Only bytes with the manifest's hash reach TensorRT, even if the file changes after the folder was checked."""
+    ours = Generator(engine)
+    plan = (engine / "step.plan").read_bytes()
+    (engine / "step.plan").write_bytes(plan[:-1] + bytes([plan[-1] ^ 1]))
+    try:
+        with pytest.raises(EngineError, match=r"step\.plan is not the file that the manifest lists"):
+            ours.sample(1)
+        with pytest.raises(EngineError, match=r"step\.plan is corrupted"):
+            Generator(engine)
+    finally:
+        (engine / "step.plan").write_bytes(plan)
+    (tmp_path / "empty.plan").write_bytes(b"")
+    ours._backend._digests["empty.plan"] = hashlib.sha256(b"").hexdigest()  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match=r"cannot open .*empty\.plan: the plan was built for another GPU.*--target"):
+        ours._backend.load(tmp_path / "empty.plan")
+
+
+# --- the parts -------------------------------------------------------------------------------------------------
+def spec(dtype: str, *shape: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape)}
+
+
+def test_binding_table() -> None:
+    """Every tensor gets its buffer's address; what does not fit is named: other names, formats, shapes, a cache that
+    would not be in place, a state that would be."""
+    device, lock = HostDevice(), threading.RLock()
+    length, cache, other = (GpuBuffer(device, lock, shape, "float32") for shape in ((2,), (2, 3), (2, 3)))
+    wanted = (
+        {"length": spec("float32", 2), "cache": spec("float32", 2, 3)},
+        {"cache_out": spec("float32", 2, 3)},
+    )
+    inputs, aliases = {"length": length, "cache": cache}, {"cache_out": "cache"}
+    table = binding_table(inputs, {"cache_out": cache}, wanted, aliases)
+    assert table == {"length": length.address, "cache": cache.address, "cache_out": cache.address}
+    with pytest.raises(EngineError, match=r"differ from its manifest by \['length'\]"):
+        binding_table({"cache": cache}, {"cache_out": cache}, wanted, aliases)
+    with pytest.raises(EngineError, match="cache_out has the address of None, the plan wants that of cache"):
+        binding_table(inputs, {"cache_out": other}, wanted, aliases)
+    with pytest.raises(EngineError, match="cache_out has the address of cache, the plan wants that of None"):
+        binding_table(inputs, {"cache_out": cache}, wanted, {})
+    for dtype, shape in (("float16", (2, 3)), ("float32", (2, 4))):
+        wrong = (wanted[0], {"cache_out": spec(dtype, *shape)})
+        with pytest.raises(EngineError, match=r"cache_out is \('float32', \[2, 3\]\) in the manifest"):
+            binding_table(inputs, {"cache_out": cache}, wrong, aliases)
+
+
+def test_buffers() -> None:
+    """Values go in and come out; a requested read gives the values of the request, and a write cancels it."""
+    device = HostDevice()
+    buffer = GpuBuffer(device, threading.RLock(), (2, 3), "int64")
+    assert not buffer.read().any()
+    values = np.arange(6).reshape(3, 2).T
+    buffer.write(values)
+    np.testing.assert_array_equal(buffer.read(), values)
+    buffer.request()
+    device.memory[buffer.address][:] = 0
+    np.testing.assert_array_equal(buffer.read(), values)
+    assert not buffer.read().any()
+    buffer.write(values)
+    buffer.request()
+    buffer.write(values + 1)
+    np.testing.assert_array_equal(buffer.read(), values + 1)
+    scalars = GpuBuffer(device, threading.RLock(), (3,), "bool")
+    scalars.write(np.array([True, False, True]))
+    assert scalars.read().tolist() == [True, False, True]
+
+
+def test_rows_go_in_parts() -> None:
+    """Seven rows through a plan of three: three parts, the last one filled up with its last row."""
+    parts = row_parts({"x": np.arange(14).reshape(7, 2)}, 3)
+    assert [part["x"][:, 0].tolist() for part in parts] == [[0, 2, 4], [6, 8, 10], [12, 12, 12]]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+def test_another_machine() -> None:
+    """Plans for another GPU or of another version are refused before they are read; the same ones are not."""
+    check_machine("tensorrt-rtx", "1.7.1", "sm86,sm89", "1.7.1", ADA)
+    with pytest.raises(
+        BackendError, match=r"built for sm86,sm120, this GPU \(NVIDIA GeForce RTX 4090\) is sm89; .*sm89"
+    ):
+        check_machine("tensorrt-rtx", "1.7.1", "sm86,sm120", "1.7.1", ADA)
+    with pytest.raises(
+        BackendError, match=r"built with tensorrt 10\.15\.1, installed is 11\.0\.0, .*install tensorrt 10"
+    ):
+        check_machine("tensorrt", "10.15.1", ",".join(TARGETS), "11.0.0", ADA)
+
+
+class Driver:
+    """A CUDA driver of a version, with a GPU or without."""
+
+    def __init__(self, number: int, status: int = 0) -> None:
+        self.number, self.status = number, status
+
+    def cuDriverGetVersion(self, pointer: Any) -> int:
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = self.number
+        return 0
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGet(self, pointer: Any, index: int) -> int:
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = b"GPU"
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = {75: 12, 76: 0}[attribute]
+        return 0
+
+
+def test_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No driver, a stub without one, an old one, one without a GPU, and a good one."""
+    for library, words in (
+        (None, "no NVIDIA driver on this machine"),
+        (Driver(0), "no NVIDIA driver on this machine"),
+        (Driver(12040), r"too old: it has CUDA 12\.4, CUDA 13 is needed; update it"),
+        (Driver(13000, 100), r"finds no usable GPU \(CUDA error 100\); check nvidia-smi"),
+    ):
+        monkeypatch.setattr(cuda, "_driver", lambda library=library: library)
+        with pytest.raises(BackendError, match=words):
+            find_gpu(13)
+    monkeypatch.setattr(cuda, "_driver", lambda: Driver(13010))
+    assert find_gpu(13) == Gpu("GPU", "sm120", (13, 1))
+
+
+def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither PyTorch with CUDA nor cuda-python: the error says which to install."""
+
+    def missing(name: str) -> Any:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(cuda.importlib, "import_module", missing)
+    with pytest.raises(BackendError, match=r"PyTorch with CUDA or cuda-python .*pip install cuda-python"):
+        cuda.open_device()
+
+
+class Runtime:
+    """The CUDA runtime's bindings on a machine where every call fails in one way."""
+
+    cudaStreamNonBlocking = 1
+
+    def __init__(self, number: int, name: str) -> None:
+        self.error = type("Error", (int,), {"name": name})(number)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        return 0, 5
+
+    def cudaMalloc(self, size: int) -> tuple[Any, None]:
+        return self.error, None
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+def test_out_of_memory() -> None:
+    """Both ways to GPU memory, and TensorRT's own words, end in the same advice."""
+    device = CudaPythonDevice(Runtime(2, "cudaErrorMemoryAllocation"))
+    with pytest.raises(BackendError, match=r"out of GPU memory \(cudaMalloc\): use fewer slots, or close"):
+        device.allocate(10)
+
+    class Torch:
+        uint8 = None
+
+        class cuda:
+            OutOfMemoryError = OutOfMemory
+
+            class Stream:
+                cuda_stream = 3
+
+            @staticmethod
+            def stream(stream: Any) -> Any:
+                return contextlib.nullcontext()
+
+        @staticmethod
+        def zeros(*_: Any, **__: Any) -> Any:
+            raise OutOfMemory
+
+    with pytest.raises(BackendError, match=r"out of GPU memory .*10 bytes asked for.*use fewer slots"):
+        TorchDevice(Torch).allocate(10)
+    assert "use fewer slots" in explain("[executionContext.cpp] OutOfMemory: requested 123 bytes")
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("incompatible device, expecting compute 7.5 got compute 8.6, please rebuild", "built for another GPU"),
+        ("expecting library version 10.15.1 got 11.0.0, please rebuild", "built with another TensorRT version"),
+        ("kSERIALIZATION_VERSION failed. Version tag does not match", "built with another TensorRT version"),
+        ("CUDA initialization failure with error: 35", "driver is missing or too old"),
+        ("something new", "something new"),
+    ],
+)
+def test_what_tensorrt_says(words: str, meaning: str) -> None:
+    """TensorRT's messages with their meaning first; unknown ones as they are."""
+    assert explain(words).startswith(meaning) or meaning in explain(words).partition("(")[0]
+    assert words in explain(words)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "words"),
+    [
+        (2, "cudaErrorMemoryAllocation", "use fewer slots"),
+        (35, "cudaErrorInsufficientDriver", "update the driver"),
+        (100, "cudaErrorNoDevice", "check nvidia-smi"),
+        (700, "cudaErrorIllegalAddress", r"CUDA failed in cudaMalloc: cudaErrorIllegalAddress \(700\)"),
+    ],
+)
+def test_cuda_errors(number: int, name: str, words: str) -> None:
+    """Numbers of the CUDA runtime in the user's terms."""
+    device = CudaPythonDevice(Runtime(number, name))
+    with pytest.raises(BackendError, match=words):
+        device.allocate(1)
