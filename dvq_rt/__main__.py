@@ -132,7 +132,10 @@ def describe(manifest: Manifest, folder: Path) -> str:
     rows = [
         ("engine", str(folder)),
         ("family", f"{manifest.family}, schema {manifest.schema}"),
-        ("runs on", f"{manifest.backend}, {manifest.precision}, weights {manifest.weights}, {manifest.slots} slots"),
+        (
+            "runs on",
+            f"{manifest.backend} for {manifest.target}, {manifest.precision}, weights {manifest.weights}, {manifest.slots} slots",
+        ),
         ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),

@@ -13,7 +13,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest, write_tensors
 from dvq_rt.sampling import SamplingParams
-from dvq_rt.verify import verify
+from dvq_rt.verify import free_params, verify
 from runtimes.errors import ExportError
 from training.checkpoint import Model
 from training.sampling import sample_tokens
@@ -53,13 +53,14 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     """
     vae, net, layout = model.tokenizer, model.transformer, model.layout
     assert vae is not None and net is not None
-    images = smooth_images(vae.config.image_size, IMAGES)
+    short = limit is not None and limit < layout.max_length
+    count = 2 if short else IMAGES
+    images = smooth_images(vae.config.image_size, count)
     codes, grain = vae.encode_maps(torch.from_numpy(images))
     decoded = vae.decode_maps(codes)
 
     drawn = SamplingParams(positions="drawn")
-    labels = [i % layout.starts for i in range(IMAGES)]
-    short = limit is not None and limit < layout.max_length
+    labels = [i % layout.starts for i in range(count)]
     rows = random_rows(layout, labels) if short else sample_tokens(net, labels, drawn, seed=1)
     content, position = (padded([np.array(row[i]) for row in rows]) for i in range(2))
     length = content.shape[1]
@@ -67,7 +68,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     if short:
         assert limit is not None
         steps = np.union1d(steps, np.arange(0, min(limit, length - 1), 4))
-    logits = {head: np.zeros((IMAGES, len(steps), width), np.float32) for head, width in heads(model).items()}
+    logits = {head: np.zeros((count, len(steps), width), np.float32) for head, width in heads(model).items()}
     offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
     for i, (c, p) in enumerate(rows):
         joint = torch.tensor(p)
@@ -79,10 +80,9 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
             logits[head][i, : len(reached)] = values[0, reached].numpy()
 
     free_labels, cells, free = [], [], []
-    defaults = SamplingParams.from_dict(model.defaults)
     for i in range(2):
         label = labels[i]
-        params = defaults if layout.null_label and label < layout.classes else SamplingParams()
+        params = free_params(layout, model.defaults, label, few=limit is not None)
         tokens = sample_tokens(net, [label], params, seed=0, first_image=i, limit=limit)[0]
         coded = np.flatnonzero(np.array(tokens[0]) < layout.codebook_size)  # an engine is done with the last of them
         free.append([np.array(part if short else part[: coded[-1] + 1]) for part in tokens])

@@ -224,7 +224,8 @@ def keep_drawn(folder: Path, manifest: Manifest) -> None:
     found: dict[str, list[Any]] = {"free_position": [], "free_content": []}
     for i, label in enumerate(golden["free_labels"].tolist()):
         count = int((golden["free_position"][i] >= 0).sum()) - 1
-        tokens = drawn(generator, label, i, free_params(generator, label), count)
+        params = free_params(manifest.layout, manifest.defaults, label, few=True)
+        tokens = drawn(generator, label, i, params, count)
         for rows, start, values in zip(found.values(), (golden[name][i, :1] for name in found), tokens, strict=True):
             rows.append([*start, *values[values >= 0]])
     write_tensors(folder / "golden.safetensors", {**golden, **{name: padded(rows) for name, rows in found.items()}})

@@ -5,6 +5,7 @@ Nothing here executes a plan but the test marked ``gpu``.
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -383,7 +384,7 @@ def test_whole_exports(
     caches = {spec["dtype"] for spec in manifest.step["inputs"] if spec["name"].startswith("cache")}
     assert caches == {{"fp32": "float32", "fp16": "float16", "bf16": "uint16"}[precision]}
     assert main(["inspect", str(engine)]) == 0
-    assert f"tensorrt-rtx, {precision}" in capsys.readouterr().out
+    assert f"tensorrt-rtx for sm86,sm89,sm120, {precision}, weights {precision}, 4 slots" in capsys.readouterr().out
     with pytest.raises(BackendError, match="no NVIDIA driver on this machine"):
         Generator(engine)
     with pytest.raises(BackendError, match="holds TensorRT plans, which run on cuda only; device is 'cpu'"):
@@ -426,6 +427,17 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="builds for the GPU of this machine only: use --target current"):
         to_tensorrt.choose_targets(Stub(), ["sm86"])  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_manifests_of_plans(traced: Traced) -> None:
+    """A manifest of plans names GPUs, one of graphs a device; and only plans have a fixed number of slots."""
+    _, manifest = traced.graphs("dq", "fp16")
+    assert manifest.fixed_slots and Manifest.from_dict(manifest.to_dict()) == manifest
+    for target in ("cuda", "sm", "sm86;sm89", "sm86,", ""):
+        with pytest.raises(ConfigError, match=r"manifest\.target is .*must be names such as 'sm86,sm89'"):
+            replace(manifest, target=target)
+    with pytest.raises(ConfigError, match=r"manifest\.target is 'sm86'; it must be one of"):
+        replace(manifest, backend="onnxruntime", target="sm86")
 
 
 def test_published_checkpoint_needs_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
