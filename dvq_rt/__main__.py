@@ -129,13 +129,11 @@ def describe(manifest: Manifest, folder: Path) -> str:
     if layout.classes:
         labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
     most = "at most " if layout.covering else ""
+    kind = f"{manifest.precision}, weights {manifest.weights}"
     rows = [
         ("engine", str(folder)),
         ("family", f"{manifest.family}, schema {manifest.schema}"),
-        (
-            "runs on",
-            f"{manifest.backend} for {manifest.target}, {manifest.precision}, weights {manifest.weights}, {manifest.slots} slots",
-        ),
+        ("runs on", f"{manifest.backend} for {manifest.target}, {kind}, {manifest.slots} slots"),
         ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
