@@ -91,10 +91,12 @@ class Loop:
                 )
             )
         self._side = 0
+        self._asked: dict[str, Buffer] = {}
         self._idle()
 
     def _idle(self) -> None:
         """Every slot done, neutral controls."""
+        self._asked.clear()
         for state in self._state:
             state["done"].write(np.ones(self.slots, dtype=bool))
         host = self._host
@@ -115,9 +117,14 @@ class Loop:
         self._bindings[self._side].run()
         self._side = 1 - self._side
 
+    def request(self, name: str) -> None:
+        """Start copying a state tensor; the next ``read`` of it gives it as it is now."""
+        self._asked[name] = self._state[self._side][name]
+        self._asked[name].request()
+
     def read(self, name: str) -> NDArray[Any]:
-        """A state tensor after the last step."""
-        return self._state[self._side][name].read()
+        """A state tensor as it was at ``request``, or else after the last step."""
+        return (self._asked.pop(name, None) or self._state[self._side][name]).read()
 
     def run(
         self, jobs: Iterable[Job], every: int = 0, watch: Callable[[dict[int, Job]], None] | None = None
@@ -165,11 +172,10 @@ class Loop:
             if watch:
                 watch(active)
             if self._poll == 1 or (count + 1) % self._poll == 0:
-                latest = self._state[self._side]["done"]  # copied while the device goes on with the next step
-                latest.request()
+                self.request("done")  # copied while the device goes on with the next step
             if count % self._poll:
                 continue
-            done = latest.read()
+            done = self.read("done")
             finished = [slot for slot in active if done[slot]]
             due = every > 0 and count - told >= every
             if finished or due:

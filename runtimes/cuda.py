@@ -5,10 +5,11 @@ Written to the documented APIs; nothing here but the driver probe has run, for l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -128,16 +129,26 @@ class TorchDevice:
     """Device memory as PyTorch tensors of bytes."""
 
     def __init__(self, torch: Any) -> None:
-        self._torch, self._tensors, self._pinned = torch, {}, {}  # type: ignore[var-annotated]
+        self._torch = torch
+        self._tensors: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
         self._stream = torch.cuda.Stream()
         self.stream: int = self._stream.cuda_stream
 
-    def allocate(self, size: int) -> int:
+    @contextlib.contextmanager
+    def _queue(self, work: str) -> Iterator[None]:
+        """The stream, with PyTorch's errors as ours."""
         try:
             with self._torch.cuda.stream(self._stream):
-                tensor = self._torch.zeros(size, dtype=self._torch.uint8, device="cuda")
+                yield
         except self._torch.cuda.OutOfMemoryError as error:
-            raise BackendError(OUT_OF_MEMORY.format(asked=f"{size:,} bytes asked for")) from error
+            raise BackendError(OUT_OF_MEMORY.format(asked=work)) from error
+        except RuntimeError as error:
+            raise BackendError(f"CUDA failed in {work}: {error}") from error
+
+    def allocate(self, size: int) -> int:
+        with self._queue(f"allocating {size:,} bytes"):
+            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device="cuda")
         self._tensors[tensor.data_ptr()] = tensor
         return int(tensor.data_ptr())
 
@@ -145,35 +156,37 @@ class TorchDevice:
         self._tensors.pop(address, None)
 
     def pinned(self, size: int) -> Bytes:
-        tensor = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
+        with self._queue(f"pinning {size:,} bytes"):
+            tensor = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
         array: Bytes = tensor.numpy()
         self._pinned[array.ctypes.data] = tensor
         return array
 
     def upload(self, address: int, values: Bytes) -> None:
-        with self._torch.cuda.stream(self._stream):  # from pageable memory: read before this returns
+        with self._queue("a copy to the GPU"):  # from pageable memory: read before this returns
             self._tensors[address][: values.size].copy_(self._torch.from_numpy(values))
 
     def download(self, address: int, into: Bytes) -> Any:
-        event = self._torch.cuda.Event()
-        with self._torch.cuda.stream(self._stream):
-            target = self._pinned[into.ctypes.data]
-            target.copy_(self._tensors[address][: into.size], non_blocking=True)
+        with self._queue("a copy from the GPU"):
+            event = self._torch.cuda.Event()
+            self._pinned[into.ctypes.data].copy_(self._tensors[address][: into.size], non_blocking=True)
             event.record()
         return event
 
     def wait(self, mark: Any) -> None:
-        mark.synchronize()
+        with self._queue("work before a copy from the GPU"):
+            mark.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Any:
-        graph = self._torch.cuda.CUDAGraph()
-        self._stream.synchronize()
-        with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        with self._queue("capturing a graph"):
+            graph = self._torch.cuda.CUDAGraph()
+            self._stream.synchronize()
+            with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
         return graph
 
     def launch(self, graph: Any) -> None:
-        with self._torch.cuda.stream(self._stream):
+        with self._queue("launching a graph"):
             graph.replay()
 
 

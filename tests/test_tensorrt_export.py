@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from small_models import BOUND, HEADS, engine_logits, full_logits, ragged_tokens, relative_error, small_model
-from test_export import MODES, check_tokens, largest_error
+from test_export import GOLDEN, MODES, check_tokens, largest_error
 
 import export.to_tensorrt as to_tensorrt
 import runtimes.tensorrt_api as tensorrt_api
@@ -391,6 +391,18 @@ def test_whole_exports(
         Generator(engine, device="cpu")
     with pytest.raises(EngineError, match="exists already"):
         to_tensorrt.export_tensorrt(traced.models[family], engine, slots=SLOTS, precision=precision, check_tokens=12)
+
+
+@needs_rtx
+def test_published_checkpoint_becomes_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A released ``.ckpt`` with its configuration goes the whole way in one command."""
+    released = [str(GOLDEN / "model.ckpt"), "--config", str(GOLDEN / "config.json")]
+    options = ["--precision", "fp32", "--target", "sm89", "--slots", "2", "--check-tokens", "12"]
+    to_tensorrt.main([*released, "--out", str(tmp_path / "engine"), *options])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "engine")
+    manifest = read_engine(tmp_path / "engine")
+    assert (manifest.target, manifest.slots, manifest.layout.classes) == ("sm89", 2, 10)
+    assert max(manifest.tolerances.values()) <= BOUND
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------
