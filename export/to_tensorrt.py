@@ -82,7 +82,7 @@ def export_tensorrt(
     """Write an engine folder of TensorRT plans.
 
     Args:
-        model: a whole model, tokenizer and transformer.
+        model: a whole model, tokenizer and transformer; it is put into eval mode.
         out: the folder's name.
         slots: rows of the step, at least 2 (guidance takes two an image); the plan takes exactly so many.
         precision: ``fp32``, ``fp16`` or ``bf16``; see ``export.precision``.
@@ -120,7 +120,9 @@ def export_tensorrt(
     model = model.eval().requires_grad_(False)
     say(f"{api.flavor} {api.version}, {precision}, {slots} slots, for {','.join(targets)}")
 
-    def build(folder: Path) -> tuple[Manifest, list[Built]]:
+    built: list[Built] = []
+
+    def build(folder: Path) -> Manifest:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.onnx.") as name:
             graphs = Path(name)
             say("tracing")
@@ -137,21 +139,13 @@ def export_tensorrt(
                 manifest = check_engine(model, graphs, manifest, limit)
                 if precision != "fp32":
                     keep_drawn(graphs, manifest)
-            built = []
             for part in GRAPHS:
                 say(f"building {part}")
                 built.append(build_plan(api, graphs / f"{part}.onnx", folder, interface, blocks(model), targets))
             shutil.move(graphs / "golden.safetensors", folder)
-        return manifest, built
-
-    plans: list[Built] = []
-
-    def whole(folder: Path) -> Manifest:
-        manifest, built = build(folder)
-        plans.extend(built)
         return manifest
 
-    return write_engine(out, whole, overwrite=overwrite), plans
+    return write_engine(out, build, overwrite=overwrite), built
 
 
 def choose_targets(api: TensorRT, targets: Sequence[str]) -> list[str]:
