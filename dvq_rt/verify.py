@@ -40,7 +40,7 @@ class Bounds(NamedTuple):
     tokens: float = 0.0
 
 
-BOUNDS = {"fp32": Bounds(), "fp16": Bounds(2e-2, 2e-2, 0.05, 0.1), "bf16": Bounds(0.16, 0.16, 0.4, 0.5)}
+BOUNDS = {"fp32": Bounds(), "fp16": Bounds(2e-2, 2e-2, 0.05, 0.05), "bf16": Bounds(0.16, 0.16, 0.4, 0.5)}
 """By the manifest's precision. Narrow formats meet many near-ties; bf16 has an eighth of the digits of fp16."""
 
 
