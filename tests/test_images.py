@@ -193,7 +193,9 @@ def test_overlay_marks_the_fine_cells():
     assert (made[48, 33:] != made[47, 33:]).any() and (made[16, :32] == made[15, :32]).all()
     with pytest.raises(InputError, match="grain has shape"):
         grain_overlay(picture, np.zeros((3, 3), int), (2, 4))
-    with pytest.raises(InputError, match=r"0\.\.1"):
+    with pytest.raises(InputError, match=r"-1\.\.1"):
         grain_overlay(picture, grain + 1, (2, 4))
+    masked = np.asarray(grain_overlay(picture, grain - 1, (2,), scale=4))  # only the last cell has a code
+    assert masked[:32].max() < 120 and masked[33:, 33:].min() == 255
     with pytest.raises(InputError, match="scale is 0"):
         grain_overlay(picture, grain, (2, 4), scale=0)
