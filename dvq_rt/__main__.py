@@ -1,9 +1,10 @@
-"""Command line: ``python -m dvq_rt sample | reconstruct | inspect | verify`` (also installed as ``dvq-rt``)."""
+"""Command line: ``python -m dvq_rt sample | reconstruct | inspect | verify | bench`` (also installed as ``dvq-rt``)."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import secrets
 import sys
@@ -118,6 +119,26 @@ def verify(options: argparse.Namespace) -> int:
         f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
     )
     return 1 if failed else 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measure an engine's speed; PyTorch baselines are in ``python -m export.bench``."""
+    from dvq_rt import bench as tool
+
+    generator = _generator(options)
+    result = tool.bench(
+        generator,
+        slots=[options.slots] if options.slots else (1, 8),
+        length=options.length,
+        rounds=options.rounds,
+        images=options.images,
+        steps=options.tokens,
+        mixed=options.mixed,
+    )
+    if options.out:
+        write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
+    print(_table(tool.report(result)))
+    return 0
 
 
 # --- texts and pictures ----------------------------------------------------------------------------------------
@@ -245,7 +266,7 @@ def _top_k(text: str) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
-    commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify")
+    commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify | bench")
 
     def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:
         words = (function.__doc__ or "").strip()
@@ -280,6 +301,14 @@ def _parser() -> argparse.ArgumentParser:
 
     add(inspect, False, nargs="?")
     add(verify, True, nargs="?")
+
+    timing = add(bench, True, nargs="?")
+    timing.add_argument("--length", type=int, help="tokens cached when one token is timed (half of the longest)")
+    timing.add_argument("--tokens", type=int, help="tokens of the images whose time is split (5/8 of the longest)")
+    timing.add_argument("--rounds", type=int, default=5, help="turns; every number is their median")
+    timing.add_argument("--images", type=int, nargs="*", default=[1, 10], help="numbers of images to draw (1 10)")
+    timing.add_argument("--mixed", action="store_true", help="also 64 images of mixed lengths, refilled and static")
+    timing.add_argument("--out", help="write all numbers to this JSON file")
     return parser
 
 

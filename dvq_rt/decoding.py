@@ -7,7 +7,7 @@ of buffers that swap roles every step, caches stay in place, controls are writte
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,6 +125,11 @@ class Loop:
     def read(self, name: str) -> NDArray[Any]:
         """A state tensor as it was at ``request``, or else after the last step."""
         return (self._asked.pop(name, None) or self._state[self._side][name]).read()
+
+    def set_state(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Overwrite state tensors that the next step reads, as a benchmark does to repeat one step."""
+        for name, array in values.items():
+            self._state[self._side][name].write(array)
 
     def run(
         self, jobs: Iterable[Job], every: int = 0, watch: Callable[[dict[int, Job]], None] | None = None

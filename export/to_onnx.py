@@ -27,13 +27,16 @@ from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
 from export.parity import check_engine, heads
+from export.quantize import BITS, CALIBRATION, own_rows, quantise
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
+from export.tune import tune
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import import_onnxruntime
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.models.dqvae import DQVAE
 
+WEIGHTS = ("fp32", "fp16", *BITS)
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of weights from which a graph keeps them in a file beside it; protobuf ends at 2 GiB."""
 
@@ -44,7 +47,9 @@ def export_onnx(
     *,
     slots: int = 8,
     target: str = "cpu",
-    half_weights: bool = False,
+    weights: str = "fp32",
+    calibrate: int = CALIBRATION,
+    tuning: int = 0,
     overwrite: bool = False,
 ) -> Manifest:
     """Write an engine folder.
@@ -54,15 +59,19 @@ def export_onnx(
         out: the folder's name.
         slots: number of slots that a generator uses by default; the graphs take any.
         target: ``cpu`` uses ONNX Runtime's fused attention; ``cuda`` standard operators only.
-        half_weights: store weights as float16 (half the size; computation stays float32). They are rounded before
-            anything is compared, so that the golden values are those of the rounded model.
+        weights: ``fp32``; ``fp16`` stores all weights as float16 (half the size; computation stays float32); ``int8``
+            and ``int4`` quantise the transformer (``export.quantize``). Weights are rounded before anything is
+            compared, so that the golden values are those of the rounded model.
+        calibrate: images that the model draws for itself to calibrate ``int8`` and ``int4``; 0 rounds to nearest.
+        tuning: optimisation steps of ``export.tune`` on those images.
         overwrite: replace an existing engine folder.
 
     Returns:
         the manifest, with the errors measured against PyTorch in ``tolerances``.
 
     Raises:
-        ExportError: a part of the model or its threshold table is missing, or the graphs do not agree with PyTorch.
+        ExportError: a part of the model or its threshold table is missing, the weights' format is unknown or not made
+            for the target, or the graphs do not agree with PyTorch.
         EngineError: the folder exists.
     """
     if model.tokenizer is None or model.transformer is None:
@@ -70,12 +79,24 @@ def export_onnx(
         raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
     if isinstance(model.tokenizer, DQVAE) and model.tokenizer.threshold().isnan():
         raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights is {weights!r}; it must be one of {WEIGHTS}")
+    if weights in BITS and target != "cpu":
+        raise ExportError(f"weights {weights} are made for target 'cpu', not {target!r}; use fp32 or fp16 there")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    if half_weights:
+    parameters = count_parameters(model)
+    assert model.tokenizer is not None and model.transformer is not None
+    if weights == "fp16":
         round_to_half(model)
+    elif weights in BITS:
+        if tuning and not calibrate:
+            raise ExportError(f"tuning is {tuning}, which needs images to tune on; set calibrate above 0")
+        rows = own_rows(model.transformer, calibrate)
+        quantised = quantise(model.transformer, weights, rows)
+        model.transformer = tune(model.transformer, quantised, rows, tuning) if tuning else quantised
 
     def build(folder: Path) -> Manifest:
-        interface = write_graphs(model, folder, target, half_weights)
+        interface = write_graphs(model, folder, target, weights == "fp16")
         assert model.tokenizer is not None and model.transformer is not None
         manifest = Manifest(
             layout=model.transformer.layout,
@@ -84,20 +105,25 @@ def export_onnx(
             slots=slots,
             step=interface,
             precision="fp32",
-            weights="fp16" if half_weights else "fp32",
+            weights=weights,
             target=target,
             tools={"onnxruntime": import_onnxruntime().__version__, **{n: version(n) for n in ("torch", "onnx")}},
             class_names=model.class_names,
             defaults=model.defaults,
-            parameters={
-                name: sum(p.numel() for p in part.parameters())
-                for name, part in (*model.tokenizer.named_children(), ("transformer", model.transformer))
-                if any(True for _ in part.parameters())
-            },
+            parameters=parameters,
         )
         return check_engine(model, folder, manifest)
 
     return write_engine(out, build, overwrite=overwrite)
+
+
+def count_parameters(model: Model) -> dict[str, int]:
+    """Parameters of each part, and of these the transformer's embedding tables."""
+    assert model.tokenizer is not None and model.transformer is not None
+    parts = [*model.tokenizer.named_children(), ("transformer", model.transformer)]
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
+    tables = [p.numel() for name, p in model.transformer.named_parameters() if "_emb" in name]
+    return {**{name: count for name, count in counts.items() if count}, "embeddings": sum(tables)}
 
 
 def write_graphs(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
@@ -237,7 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="engine folder; CHECKPOINT-onnx if left out")
     parser.add_argument("--slots", type=int, default=8, help="images drawn side by side by default")
     parser.add_argument("--target", choices=sorted(LOWERINGS), default="cpu")
-    parser.add_argument("--half-weights", action="store_true", help="store weights as float16, compute in float32")
+    parser.add_argument("--weights", choices=WEIGHTS, default="fp32", help="fp16 is computed in float32 too")
+    parser.add_argument(
+        "--calibrate", type=int, default=CALIBRATION, metavar="N", help="images drawn to calibrate int8 and int4"
+    )
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="tune int8 and int4 on those images")
     parser.add_argument("--labels", help="offer only these labels, separated by commas")
     parser.add_argument(
         "--default", action="append", default=[], metavar="NAME=VALUE", help="recommend another sampling parameter"
@@ -260,7 +290,9 @@ def main(argv: list[str] | None = None) -> None:
         out,
         slots=args.slots,
         target=args.target,
-        half_weights=args.half_weights,
+        weights=args.weights,
+        calibrate=args.calibrate,
+        tuning=args.tune,
         overwrite=args.overwrite,
     )
     for name, error in manifest.tolerances.items():

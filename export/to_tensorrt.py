@@ -28,7 +28,7 @@ from export.parity import check_engine, golden_values, padded
 from export.precision import PRECISIONS, narrow
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from export.tensorrt_check import Census, check_graph, check_network, specs
-from export.to_onnx import trace
+from export.to_onnx import count_parameters, trace
 from runtimes.cuda import driver_version, find_gpu
 from runtimes.errors import ConfigError, ExportError
 from runtimes.tensorrt_api import CURRENT, FLAVORS, TensorRT, choose_flavor
@@ -203,11 +203,7 @@ def describe(
         tools={api.flavor: api.version, **{n: version(n) for n in ("torch", "onnx")}},
         class_names=model.class_names,
         defaults=model.defaults,
-        parameters={
-            name: sum(p.numel() for p in part.parameters())
-            for name, part in (*model.tokenizer.named_children(), ("transformer", model.transformer))
-            if any(True for _ in part.parameters())
-        },
+        parameters=count_parameters(model),
     )
 
 

@@ -44,7 +44,7 @@ def plain_engine(plain_export: tuple[Model, Path]) -> Path:
 def plain_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     model, folder = small_model(order="region-first", seed=1), tmp_path_factory.mktemp("engines") / "plain"
     round_to_half(model)
-    export_onnx(model, folder, slots=4, target="cuda", half_weights=True)
+    export_onnx(model, folder, slots=4, target="cuda", weights="fp16")
     return model, folder
 
 

@@ -179,7 +179,8 @@ def test_what_is_in_the_folder(class_engine: Path, plain_engine: Path) -> None:
         assert set(manifest.files) == {"encoder.onnx", "decoder.onnx", "step.onnx", "golden.safetensors"}
         assert len(manifest.tolerances) == 8 and max(manifest.tolerances.values()) <= BOUND
         assert (
-            set(manifest.parameters) == {"encoder", "decoder", "quant_conv", "post_quant_conv", "transformer"}
+            set(manifest.parameters)
+            == {"encoder", "decoder", "quant_conv", "post_quant_conv", "transformer", "embeddings"}
             and min(manifest.parameters.values()) > 0
         )
         for graph in ("encoder", "decoder", "step"):

@@ -270,7 +270,7 @@ def test_tensorboard(first: Path, second: Path) -> None:
 
 def test_trained_model_becomes_an_engine(second: Path, tmp_path: Path) -> None:
     """From the training run to pictures: the export command, verification, samples of both labels and of none."""
-    export.to_onnx.main([str(second / "best"), "--out", str(tmp_path / "engine"), "--half-weights"])
+    export.to_onnx.main([str(second / "best"), "--out", str(tmp_path / "engine"), "--weights", "fp16"])
     generator = Generator(tmp_path / "engine", threads=1)
     assert all(check.ok for check in generator.verify())
     made = generator.sample(6, labels=["bars", "discs", None] * 2, seed=1)
@@ -297,7 +297,7 @@ def test_masked_models_learn(data: Path, configs: Path, tmp_path: Path) -> None:
     check_events(tmp_path / "first", {"reconstruction", "grain", "score"})
     model = load_checkpoint(tmp_path / "second" / "best")
     assert model.family == "mq" and model.layout.kept == 25 and model.layout.heads == ("content", "position")
-    export.to_onnx.main([str(tmp_path / "second" / "best"), "--out", str(tmp_path / "engine"), "--half-weights"])
+    export.to_onnx.main([str(tmp_path / "second" / "best"), "--out", str(tmp_path / "engine"), "--weights", "fp16"])
     made = Generator(tmp_path / "engine", threads=1).sample(4, labels=["bars", "discs", None, 0], seed=1)
     assert [c.length for c in made.codes] == [25] * 4
 

@@ -1,0 +1,207 @@
+"""Weight-only quantisation of the stacked transformer, for ONNX Runtime's ``MatMulNBits``.
+
+Every linear layer of the blocks keeps its weights as integers of 4 or 8 bits with one float scale for each block of
+inputs of each output; those of the heads always have 8 bits, because a logit's error is a draw's error and the heads
+are a few percent of the bytes. Embedding tables stay float32: a token reads one row of each, so they cost nothing.
+
+The kernel rounds activations to 8 bits as well, per row and block of inputs. ``QuantLinear`` computes the same in
+PyTorch, so that the parity check of a quantised engine compares like with like; what quantisation itself costs is
+measured by ``export.accuracy``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvq_rt.sampling import SamplingParams
+from export.torch_step import draw_tokens, teacher_forced
+from training.models.transformer import StackedTransformer
+
+Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+BITS = {"int8": 8, "int4": 4}
+BLOCK = 32
+"""Inputs that share a scale."""
+DAMPING = 0.01
+"""Share of the mean of the Hessian's diagonal that is added to it."""
+SHRINK = tuple(1 - step / 50 for step in range(-5, 21))
+"""Scales that are tried, relative to the one that represents the largest weight."""
+CALIBRATION, TOGETHER = 64, 16
+"""Images that a model draws to be calibrated with, and how many of them at once."""
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with ``packed`` uint8 [N, K / block, block * bits / 8], ``scales`` float32 [N, K / block] and
+    ``bias`` float32 [N]: x float [.., K] -> float [.., N].
+
+    ``weight`` float32 [N, K] is what the integers stand for; an exported graph does not hold it.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    weight: Tensor
+
+    def __init__(self, levels: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("packed", pack(levels, bits))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("weight", dequantise(levels, scales, bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return F.linear(round_activations(x), self.weight, self.bias)
+        n, k = self.weight.shape
+        y: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            [x, self.packed, self.scales],
+            attrs={"K": k, "N": n, "bits": self.bits, "block_size": BLOCK, "accuracy_level": 4},
+            dtype=x.dtype,
+            shape=[*x.shape[:-1], n],
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def quantise(model: StackedTransformer, weights: str, rows: Rows = ()) -> StackedTransformer:
+    """A copy of a model with QuantLinear layers.
+
+    Args:
+        weights: ``int8`` or ``int4``.
+        rows: (content, joint position) of typical images; rounding errors are fed back along the inputs' second
+            moments over them, as in GPTQ (arXiv 2210.17323). Without any, weights are rounded to the nearest.
+    """
+    net = copy.deepcopy(model)
+    moments = second_moments(net, rows) if rows else {}
+    for name, layer in list(linear_layers(net)):
+        bits = 8 if name.endswith("head.linear") else BITS[weights]
+        levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name))
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, QuantLinear(levels, scales, bits, layer.bias))
+    return net.eval().requires_grad_(False)
+
+
+def own_rows(model: StackedTransformer, images: int, seed: int = 2**32) -> Rows:
+    """(content, joint position) of images that the model draws for itself, the labels in turn."""
+    layout, rows = model.layout, []
+    for first in range(0, images, TOGETHER):
+        labels = [i % layout.starts for i in range(first, min(first + TOGETHER, images))]
+        rows += draw_tokens(model, labels, SamplingParams(), seed=seed, first_image=first)
+    return rows
+
+
+def linear_layers(model: StackedTransformer) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and layers, in the order in which they run."""
+    yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+
+
+@torch.no_grad()
+def second_moments(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
+    """Mean of x x^T over the inputs x of every linear layer, float32 [K, K], by name."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])) + x.T @ x
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(model)]
+    for content, position in rows:
+        teacher_forced(model, content, position)
+    for hook in hooks:
+        hook.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def quantise_weight(weight: Tensor, bits: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers and scales of a weight matrix.
+
+    Args:
+        weight: float32 [N, K], K a multiple of ``BLOCK``.
+        moments: float32 [K, K], see ``second_moments``; None rounds to the nearest.
+
+    Returns:
+        levels uint8 [N, K] in 0 .. 2^bits - 1, standing for (level - 2^(bits - 1)) * scale; scales float32
+        [N, K / BLOCK].
+    """
+    rest = weight.clone()
+    k = rest.shape[1]
+    importance = torch.ones(k) if moments is None else moments.diagonal().clamp_min(1e-12)
+    feedback = None if moments is None else error_feedback(moments)
+    levels, scales = torch.zeros_like(rest, dtype=torch.uint8), torch.zeros(rest.shape[0], k // BLOCK)
+    for start in range(0, k, BLOCK):
+        span = slice(start, start + BLOCK)
+        scale = scales[:, start // BLOCK] = best_scale(rest[:, span], importance[span], bits)
+        if feedback is None:
+            levels[:, span] = to_levels(rest[:, span], scale[:, None], bits)
+            continue
+        errors = torch.zeros_like(rest[:, span])
+        for j in range(start, start + BLOCK):
+            levels[:, j] = to_levels(rest[:, j], scale, bits)
+            error = (rest[:, j] - (levels[:, j].float() - 2 ** (bits - 1)) * scale) / feedback[j, j]
+            rest[:, j + 1 : start + BLOCK] -= error[:, None] * feedback[j, j + 1 : start + BLOCK]
+            errors[:, j - start] = error
+        rest[:, start + BLOCK :] -= errors @ feedback[span, start + BLOCK :]
+    return levels, scales
+
+
+def error_feedback(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped moments: row j says how the error of input j is made up for
+    by the inputs after it. float32 [K, K]."""
+    damped = moments.double() + torch.eye(len(moments), dtype=torch.double) * (
+        DAMPING * moments.diagonal().double().mean().clamp_min(1e-12)
+    )
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def best_scale(block: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """The scale of each row of a block of weights [N, block] with the least squared error, weighted by
+    ``importance`` [block]; float32 [N]. Its sign gives the largest weight the one more negative level there is."""
+    largest = block.gather(1, block.abs().argmax(1, keepdim=True))[:, 0]
+    full = -largest / 2 ** (bits - 1)
+    full = torch.where(full == 0, torch.ones_like(full), full)
+    best, least = full, torch.full_like(full, torch.inf)
+    for shrink in SHRINK:
+        scale = full * shrink
+        rounded = (to_levels(block, scale[:, None], bits).float() - 2 ** (bits - 1)) * scale[:, None]
+        error = ((block - rounded).square() * importance).sum(1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def to_levels(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest levels, uint8."""
+    half = 2 ** (bits - 1)
+    return ((weight / scale).round().clamp(-half, half - 1) + half).to(torch.uint8)
+
+
+def dequantise(levels: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """float32 [N, K] of levels [N, K] and scales [N, K / BLOCK]."""
+    return (levels.float() - 2 ** (bits - 1)) * scales.repeat_interleave(BLOCK, 1)
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Levels [N, K] as uint8 [N, K / BLOCK, BLOCK * bits / 8]; of two 4-bit levels the first is the low half."""
+    n, k = levels.shape
+    if bits == 4:
+        levels = levels[:, ::2] | levels[:, 1::2] << 4
+    return levels.reshape(n, k // BLOCK, BLOCK * bits // 8).contiguous()
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x float [.., K] with every block of every row rounded to 255 levels, as the kernel does."""
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round() * scale).flatten(-2)

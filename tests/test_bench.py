@@ -1,0 +1,170 @@
+"""The benchmark's logic; that something is fast is never asserted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dvq_rt import bench
+from dvq_rt.__main__ import main
+from dvq_rt.generator import Generator
+from dvq_rt.layout import TokenLayout
+from dvq_rt.sampling import SamplingParams
+from export import bench as export_bench
+from export.torch_step import TorchStep, draw_tokens, teacher_forced
+from runtimes.errors import ExportError, InputError
+from training.checkpoint import Model, save_checkpoint
+from training.sampling import sample_tokens
+
+
+def test_interleave_takes_turns() -> None:
+    """Competitors alternate, every turn warms up unmeasured, and each round gives one number."""
+    seen: list[str] = []
+    found = bench.interleave({n: (lambda n=n: seen.append(n)) for n in "ab"}, 3, least=0, pause=0)
+    assert "".join(seen) == "aabb" * 3
+    assert {name: len(t.seconds) for name, t in found.items()} == {"a": 3, "b": 3}
+    with pytest.raises(InputError, match="rounds is 0; it must be at least 1"):
+        bench.interleave({}, 0)
+
+
+def test_statistics() -> None:
+    """Medians, the spread between quartiles, and ratios that are taken round by round."""
+    slow, fast = bench.Timing((2.0, 4.0, 9.0, 4.0)), bench.Timing((1.0, 1.0, 3.0, 4.0))
+    assert slow.median == 4 and slow.spread == pytest.approx((5.25 - 3.5) / 4)
+    assert bench.ratio(slow, fast) == {"median": 2.5, "low": 1.0, "high": 4.0}
+
+
+@pytest.mark.parametrize("steps", [17, 40, 66])
+def test_given_tokens_have_the_length(steps: int) -> None:
+    """Covering images take about as many steps as asked; keeping ones have one length."""
+    layout = TokenLayout(32, (4, 8))
+    tokens = bench.given_tokens(layout, steps, np.random.default_rng(0))
+    assert abs(len(tokens.content) - 2 - steps) <= 3
+    kept = TokenLayout(32, (4,), kept=5, first="content")
+    assert len(bench.given_tokens(kept, steps, np.random.default_rng(0)).content) == 6
+
+
+def test_engine_step_stays_at_its_length(generator: Generator) -> None:
+    """Every run takes one token at the same length: the state is set anew, and no slot is done."""
+    step = bench.EngineStep(generator, 2, 20)
+    for _ in range(3):
+        step.run()
+        assert step._loop.read("length").tolist() == [21, 21] and not step._loop.read("done").any()
+    with pytest.raises(InputError, match=r"length is 67; this engine takes 0 to 66"):
+        bench.EngineStep(generator, 1, 67)
+
+
+def test_step_bytes(generator: Generator, plain_generator: Generator, class_model: Model) -> None:
+    """Weights without embedding tables, as they lie in memory; caches up to and with the new token."""
+    assert class_model.transformer
+    tables = generator.manifest.parameters["embeddings"]
+    weights = 4 * (sum(p.numel() for p in class_model.transformer.parameters()) - tables)
+    found = bench.step_bytes(generator, 3, 9)
+    assert weights < found["weights"] < 1.5 * weights  # tables of the grammar and the graph itself
+    assert found["caches"] == 4 * 3 * 10 * 2 * 3 * 32
+    assert bench.step_bytes(plain_generator, 1, 0)["weights"] > weights / 2
+
+
+def test_mixed_lengths_take_fewer_steps_when_slots_refill(generator: Generator) -> None:
+    """Both ways draw all images; refilling needs fewer steps, and no fewer than the ideal."""
+    found = bench.mixed_lengths(generator, 1, images=12, slots=3)
+    calls = found["calls"]
+    assert 1 < calls["static"] / calls["continuous"] <= found["ideal"] * 1.1
+
+
+def test_bench_command(class_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has a row for each measurement, the JSON all of them; parts of an image's time add up."""
+    out = tmp_path / "bench.json"
+    arguments = ["--rounds", "1", "--images", "1", "2", "--mixed", "--threads", "1", "--out", str(out)]
+    assert main(["bench", str(class_engine), *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for start in (
+        "DRAM read",
+        "token, b1",
+        "token, b8",
+        "1 image(s)",
+        "8 image(s)",
+        "decoder, b8",
+        "sample(2)",
+        "64 mixed, static",
+    ):
+        assert any(line.startswith(start) for line in lines), start
+    result = json.loads(out.read_text())
+    assert [row["images"] for row in result["growth"]] == [1, 2]
+    for row in result["image"]:
+        parts = [row[name] for name in ("step", "decoder", "host")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(row["median_s"], rel=1e-6)
+
+
+# --- the PyTorch baselines -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("positions", ["ordered", "drawn"])
+def test_cached_pytorch_draws_the_oracles_tokens(class_model: Model, positions: str) -> None:
+    """The baseline computes the same model: ragged free runs equal the uncached sampler's until the image is whole."""
+    net, params = class_model.transformer, SamplingParams(1.1, 12, 0.9, positions=positions)
+    assert net
+    wanted = sample_tokens(net, [0, 1, 2, 3], params, seed=5)
+    found = draw_tokens(net, [0, 1, 2, 3], params, seed=5)
+    assert len({len(content) for content, _ in found}) > 1
+    for (content, position), (want_content, want_position) in zip(found, wanted, strict=True):
+        assert content == want_content[: len(content)] and position == want_position[: len(position)]
+        assert all(c >= class_model.layout.codebook_size for c in want_content[len(content) :])
+    with pytest.raises(InputError, match="guidance is 2"):
+        draw_tokens(net, [0], SamplingParams(guidance=2))
+
+
+def test_static_cache_equals_the_engine(class_model: Model, generator: Generator) -> None:
+    """At one length, on zeroed caches, the baseline's logits are the engine's: both time the same work."""
+    assert class_model.transformer
+    ours, theirs = bench.EngineStep(generator, 2, 30), TorchStep(class_model.transformer, 2)
+    ours.run()
+    theirs.place(bench.middle_state(generator.layout, 2, 30), 30)
+    theirs.run()
+    got, want = ours._loop.report("position_logits"), theirs.reports[0].numpy()
+    assert np.abs(got - want).max() <= 2e-4 * np.abs(want).max() and want.std() > 0.1
+
+
+def test_compiled_baseline_must_be_compiled(class_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch.compile that silently runs eager PyTorch is refused."""
+    assert class_model.transformer
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    step = TorchStep(class_model.transformer, 1, compiled=True)
+    step.place(bench.middle_state(class_model.layout, 1, 9), 9)
+    with pytest.raises(ExportError, match=r"made 0 graphs and 0 kernels"):
+        step.run()
+
+
+def test_teacher_forced_is_the_forward(class_model: Model) -> None:
+    """Segments are found from joint positions."""
+    assert class_model.transformer
+    layout = class_model.layout
+    tokens = bench.given_tokens(layout, 40, np.random.default_rng(0), label=1)
+    content, position, segment = (torch.from_numpy(part)[None] for part in tokens)
+    with torch.no_grad():
+        want = class_model.transformer(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:])
+    found = teacher_forced(class_model.transformer, tokens.content.tolist(), tokens.position.tolist())
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b[0])
+
+
+def test_export_bench_command(
+    class_model: Model, class_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every baseline and engine has its row; two engines of one kind are refused."""
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "bench.json"
+    save_checkpoint(class_model, checkpoint)
+    threads = torch.get_num_threads()
+    arguments = [str(checkpoint), "--engine", str(class_engine), "--rounds", "1", "--image-rounds", "1", "--slots", "2"]
+    export_bench.main([*arguments, "--threads", "1", "--baselines", "uncached", "--eager-images", "--out", str(out)])
+    torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    for name in ("uncached", "eager", "fp32", "uncached (integrated)"):
+        assert f"| {name} |" in text
+    result = json.loads(out.read_text())
+    assert result["token"][0]["seconds"].keys() == {"uncached", "eager", "fp32"}
+    base = result["image"][0]["uncached"]
+    assert min(base["token_s"]) * result["image"][0]["steps"] < 2 * base["total_s"]
+    with pytest.raises(SystemExit):
+        export_bench.main([*arguments, "--engine", str(class_engine)])
+    assert "two engines have fp32 weights" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""Integer weights: their arithmetic, what calibration buys, the kernel against PyTorch, and quantised engines."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from small_models import ragged_tokens, small_model
+
+from dvq_rt.generator import Generator
+from export.accuracy import choices, compare, engine_logits
+from export.quantize import (
+    BLOCK,
+    QuantLinear,
+    dequantise,
+    own_rows,
+    pack,
+    quantise,
+    quantise_weight,
+    round_activations,
+    second_moments,
+)
+from export.to_onnx import export_onnx, trace
+from export.torch_step import teacher_forced
+from export.tune import padded, tune
+from runtimes.errors import ExportError
+from training.checkpoint import Model
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.008), (4, 0.12)])
+def test_round_to_nearest(bits: int, bound: float) -> None:
+    """Half a step of each block's own scale at most; zeros stay zeros, and both signs reach the outermost level."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 2 * BLOCK) * torch.tensor([1e-3, 1, 30, 1, 1, 1])[:, None]
+    weight[3] = 0
+    levels, scales = quantise_weight(weight, bits)
+    found = dequantise(levels, scales, bits)
+    error = (found - weight).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-9)
+    assert error.max() < bound and error[0] > 0
+    assert (found[3] == 0).all()
+    assert levels.dtype == torch.uint8 and int(levels.max()) < 2**bits
+
+
+def test_packing() -> None:
+    """Two 4-bit levels share a byte, the first in its low half; 8-bit ones stay as they are."""
+    levels = (torch.arange(2 * BLOCK) % 16).to(torch.uint8)[None]
+    packed = pack(levels, 4)
+    assert packed.shape == (1, 2, BLOCK // 2) and packed[0, 0, :2].tolist() == [0x10, 0x32]
+    assert pack(levels, 8).flatten().tolist() == levels.flatten().tolist()
+
+
+def test_calibration_lowers_the_output_error() -> None:
+    """With correlated inputs, feeding errors back makes outputs much better than rounding to the nearest does."""
+    torch.manual_seed(0)
+    inputs = torch.randn(512, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(512, 64)
+    weight = torch.randn(32, 64)
+    want = inputs @ weight.T
+    errors = []
+    for moments in (None, inputs.T @ inputs / 512):
+        levels, scales = quantise_weight(weight, 4, moments)
+        errors.append(float((inputs @ dequantise(levels, scales, 4).T - want).norm() / want.norm()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernel_equals_pytorch(bits: int, tmp_path: Path) -> None:
+    """The runtime's kernel computes what QuantLinear does, rounding of activations included, for rows alone and
+    together."""
+    torch.manual_seed(bits)
+    layer = QuantLinear(*quantise_weight(torch.randn(48, 96), bits), bits, torch.randn(48)).eval()
+    trace(layer, {"x": torch.zeros(2, 1, 96)}, ["y"], tmp_path / "layer.onnx", False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    x = torch.randn(5, 1, 96)
+    together = session.run(None, {"x": x.numpy()})[0]
+    alone = np.concatenate([session.run(None, {"x": x[i : i + 1].numpy()})[0] for i in range(5)])
+    want = layer(x)
+    exact = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    np.testing.assert_array_equal(together, alone)
+    assert np.abs(together - want.numpy()).max() <= 1e-6 * want.abs().max()
+    assert (exact - want).abs().max() > 1e-4  # the comparison can tell whether activations are rounded
+
+
+def test_activations_of_zero() -> None:
+    """An empty block stays empty instead of dividing by zero."""
+    assert round_activations(torch.zeros(1, BLOCK)).tolist() == [[0.0] * BLOCK]
+
+
+def test_moments_are_of_the_inputs(class_model: Model) -> None:
+    """Every linear layer is watched, over all rows that ran, and the hooks are gone afterwards."""
+    net = class_model.transformer
+    assert net
+    tokens = ragged_tokens(class_model.layout, 2)[1]
+
+    found = second_moments(net, [(tokens.content.tolist(), tokens.position.tolist())])
+    assert len(found) == 4 * 3 + 2
+    assert all(m.shape[0] == m.shape[1] and torch.equal(m, m.T) for m in found.values())
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantised(
+    request: pytest.FixtureRequest, class_model: Model, tmp_path_factory: pytest.TempPathFactory
+) -> Generator:
+    folder = tmp_path_factory.mktemp("quantised") / request.param
+    export_onnx(class_model, folder, slots=4, weights=request.param, calibrate=4)
+    return Generator(folder, threads=1)
+
+
+def test_quantised_engine(quantised: Generator, class_model: Model) -> None:
+    """The engine says what it is, its checks pass, and it is near the float model, 8 bits nearer than 4."""
+    weights = quantised.manifest.weights
+    checks = {c.name: c for c in quantised.verify()}
+    assert all(c.ok for c in checks.values()), checks
+    assert "step: share of most probable tokens that differ" in checks
+    assert not any(name.startswith("free run") for name in checks)
+    rows = ragged_tokens(class_model.layout, 6)
+    found = compare(class_model, rows, engine_logits(quantised, rows))
+    low, high = {"int8": (0.97, 0.05), "int4": (0.7, 0.5)}[weights]
+    assert found["both"]["top1"] >= low and found["both"]["logit_error"] <= high
+    assert len(quantised.sample(3, labels=[0, 1, 2], seed=1)) == 3
+
+
+def test_accuracy_of_the_float_engine(generator: Generator, class_model: Model) -> None:
+    """Nothing is lost where nothing was rounded, and every choice is counted once: coarse positions and all codes."""
+    rows = ragged_tokens(class_model.layout, 5)
+    found = compare(class_model, rows, engine_logits(generator, rows))
+    assert found["both"]["top1"] == 1 and found["both"]["logit_error"] < 2e-4
+    assert abs(found["both"]["nll_change"]) < 1e-5
+    for row in rows:
+        parts = choices(class_model, row)
+        assert len(parts["content"][0]) == int((row.content < class_model.layout.codebook_size).sum())
+        coarse = row.segment[1:] == 0
+        assert len(parts["position"][0]) == int(coarse.sum())
+
+
+def test_refusals(class_model: Model, tmp_path: Path) -> None:
+    """Unknown formats, and formats that the target has no kernel for, leave nothing behind."""
+    with pytest.raises(ExportError, match="weights is 'int2'; it must be one of"):
+        export_onnx(class_model, tmp_path / "engine", weights="int2")
+    with pytest.raises(ExportError, match="weights int8 are made for target 'cpu', not 'cuda'"):
+        export_onnx(class_model, tmp_path / "engine", weights="int8", target="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
+    """A few steps on the model's own images lower the distance between its distributions and the float model's on
+    others; integers stay integers, and the models given are not changed."""
+    net = class_model.transformer
+    assert net
+    rows, other = own_rows(net, 16), own_rows(net, 8, seed=1)
+    start = quantise(net, "int4", rows)
+    before = start.position_blocks[0].mlp[0].packed.clone()
+
+    def distance(student: torch.nn.Module) -> float:
+        inputs, used = padded(net.layout, other)
+        with torch.no_grad():
+            parts = [
+                torch.nn.functional.kl_div(got[used].log_softmax(-1), want[used].log_softmax(-1), log_target=True)
+                for want, got in zip(net(*inputs), student(*inputs), strict=True)
+            ]
+        return float(sum(parts))
+
+    tuned = tune(net, start, rows, 40)
+    assert distance(tuned) < 0.8 * distance(start)
+    layer = tuned.position_blocks[0].mlp[0]
+    assert isinstance(layer, QuantLinear) and (layer.packed != before).any()
+    assert torch.equal(start.position_blocks[0].mlp[0].packed, before)
+    assert all(isinstance(m.weight, torch.nn.Parameter) for m in [net.position_blocks[0].mlp[0]])
+
+
+def test_padding_changes_nothing(class_model: Model) -> None:
+    """Sequences side by side give what they give alone, at the places that are used."""
+    net = class_model.transformer
+    assert net
+    rows = own_rows(net, 3)
+    inputs, used = padded(net.layout, rows)
+    assert used.sum(1).tolist() == [len(content) - 1 for content, _ in rows]
+    together = net(*inputs)
+    for i, row in enumerate(rows):
+        alone = teacher_forced(net, *row)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[i][used[i]], b, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_keep_8_bits() -> None:
+    """Logits are read off the heads, so 4 bits are for the blocks alone; the model given is not changed."""
+    net = small_model().transformer
+    assert net
+    found = quantise(net, "int4")
+    bits = {name: m.bits for name, m in found.named_modules() if isinstance(m, QuantLinear)}
+    assert {name for name, b in bits.items() if b == 8} == {"position_head.linear", "content_head.linear"}
+    assert set(bits.values()) == {4, 8} and isinstance(net.content_head.linear, torch.nn.Linear)
