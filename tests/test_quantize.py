@@ -161,7 +161,7 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
             ]
         return float(sum(parts))
 
-    tuned = tune(net, start, rows, 40)
+    tuned = tune(net, start, rows, 120)
     assert distance(tuned) < 0.8 * distance(start)
     layer = tuned.position_blocks[0].mlp[0]
     assert isinstance(layer, QuantLinear) and (layer.packed != before).any()
