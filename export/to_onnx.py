@@ -74,11 +74,7 @@ def export_onnx(
             for the target, or the graphs do not agree with PyTorch.
         EngineError: the folder exists.
     """
-    if model.tokenizer is None or model.transformer is None:
-        missing = "tokenizer" if model.tokenizer is None else "transformer"
-        raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
-    if isinstance(model.tokenizer, DQVAE) and model.tokenizer.threshold().isnan():
-        raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
+    check_whole(model)
     if weights not in WEIGHTS:
         raise ExportError(f"weights is {weights!r}; it must be one of {WEIGHTS}")
     if weights in BITS and target != "cpu":
@@ -115,6 +111,18 @@ def export_onnx(
         return check_engine(model, folder, manifest)
 
     return write_engine(out, build, overwrite=overwrite)
+
+
+def check_whole(model: Model) -> None:
+    """
+    Raises:
+        ExportError: a part of the model or its threshold table is missing.
+    """
+    if model.tokenizer is None or model.transformer is None:
+        missing = "tokenizer" if model.tokenizer is None else "transformer"
+        raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
+    if isinstance(model.tokenizer, DQVAE) and model.tokenizer.threshold().isnan():
+        raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
 
 
 def count_parameters(model: Model) -> dict[str, int]:

@@ -28,14 +28,13 @@ from export.parity import check_engine, golden_values, padded
 from export.precision import PRECISIONS, narrow
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from export.tensorrt_check import Census, check_graph, check_network, specs
-from export.to_onnx import count_parameters, trace
+from export.to_onnx import check_whole, count_parameters, trace
 from runtimes.cuda import driver_version, find_gpu
-from runtimes.errors import ConfigError, ExportError
+from runtimes.errors import ConfigError
 from runtimes.tensorrt_api import CURRENT, FLAVORS, TensorRT, choose_flavor
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.import_published import import_published
-from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
 
 GRAPHS = ("encoder", "decoder", "step")
@@ -103,11 +102,8 @@ def export_tensorrt(
         BackendError: the package is missing, or ``current`` was asked for without a GPU.
         EngineError: the folder exists.
     """
-    if model.tokenizer is None or model.transformer is None:
-        missing = "tokenizer" if model.tokenizer is None else "transformer"
-        raise ExportError(f"the checkpoint has no {missing}; an engine needs both stages")
-    if isinstance(model.tokenizer, DQVAE) and model.tokenizer.threshold().isnan():
-        raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
+    check_whole(model)
+    assert model.transformer is not None
     if slots < 2:
         raise ConfigError(f"slots is {slots}; a plan needs at least 2, since guidance takes two slots an image")
     if check_tokens is not None and check_tokens < 1:
