@@ -145,9 +145,8 @@ def free_runs(generator: Generator, golden: dict[str, Array], bounds: Bounds, li
         params = free_params(generator.layout, generator.manifest.defaults, label, few)
         if few:
             row = [golden[f"free_{head}"][i] for head in ("position", "content")]
-            enough = bounds.tokens * len(
-                golden["free_labels"]
-            )  # then the mean is over the bound whatever the others do
+            # from here on the mean is over the bound, whatever the other images do
+            enough = bounds.tokens * len(golden["free_labels"])
             differ.append(strays(generator, label, i, params, row[0], row[1], enough, limit))
             continue
         loop = generator._new_loop(1 if params.guidance == 1 else 2)
