@@ -136,11 +136,9 @@ def step_bytes(generator: Generator, slots: int, length: int) -> dict[str, int]:
     size = 2 if manifest.weights == "fp16" else 4
     weights = stored - size * manifest.parameters.get("embeddings", 0)
     specs = {spec["name"]: spec for spec in manifest.step["inputs"]}
-    rows = sum(
-        int(np.prod([n for n in specs[name]["shape"] if n != "B"])) // specs[name]["shape"][2]
-        for name, _ in manifest.step["caches"]
-    )
-    return {"weights": weights * (4 // size if size == 2 else 1), "caches": 4 * slots * rows * (length + 1)}
+    caches = [specs[name] for name, _ in manifest.step["caches"]]
+    row = sum(spec["shape"][1] * spec["shape"][3] * np.dtype(spec["dtype"]).itemsize for spec in caches)
+    return {"weights": weights * (4 // size if size == 2 else 1), "caches": slots * row * (length + 1)}
 
 
 # --- whole images ----------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ lacks.
 Every form of attention appends one token to a cache and attends over what the cache then holds:
 
     qkv float [B, 1, 3 C] (query, key and value side by side), keys and values float [B, H, Tmax, D],
-    length int32 [B] (tokens already cached, less than Tmax), heads H
+    length int32 [B] (tokens already cached, less than Tmax), heads H, scales None
     -> output float [B, 1, C], and both caches with the new token in row ``length``
 
-Rows beyond ``length`` never count. Caches start at zero.
+Rows beyond ``length`` never count. Caches start at zero. With ``scales`` float32 [2, H, 1, D], of keys and of values, a
+form may cache int8, value / scale to the nearest; others may cache floats, since a quantised model's keys and values
+are such multiples already (``export.quantize.CachedProjection``).
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from onnxscript import FLOAT, INT64
 from onnxscript import opset20 as op
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 OPSET, TENSORRT_OPSET = 20, 24
 
 
 def reference_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Standard operators only: what PyTorch runs, and what is exported where no fused kernel fits (CUDA, float32).
 
@@ -42,17 +44,22 @@ def reference_attention(
 
 
 def grouped_query_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ONNX Runtime's ``GroupQueryAttention`` (CPU). For tracing only; it computes nothing in PyTorch.
 
     ``total_sequence_length`` is the whole cache, so that no slot's arithmetic depends on another slot's length.
     """
     total = torch.full((), keys.shape[2], dtype=torch.int32)
+    inputs: list[Tensor | None] = [qkv, None, None, keys, values, length, total]
+    attrs: dict[str, Any] = {"num_heads": heads, "kv_num_heads": heads, "do_rotary": 0}
+    if scales is not None:
+        inputs += [None, None, None, None, None, scales[0], scales[1]]
+        attrs |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     y, keys, values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [qkv, None, None, keys, values, length, total],
-        attrs={"num_heads": heads, "kv_num_heads": heads, "do_rotary": 0},
+        inputs,
+        attrs=attrs,
         dtypes=[qkv.dtype, keys.dtype, values.dtype],
         shapes=[[qkv.shape[0], 1, qkv.shape[2] // 3], keys.shape, values.shape],
         version=1,
@@ -61,7 +68,7 @@ def grouped_query_attention(
 
 
 def scatter_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Opset 24's ``TensorScatter`` and ``Attention`` (TensorRT). For tracing only; it computes nothing in PyTorch.
 

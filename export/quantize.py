@@ -1,12 +1,13 @@
-"""Weight-only quantisation of the stacked transformer, for ONNX Runtime's ``MatMulNBits``.
+"""Quantisation of the stacked transformer: integer weights for ONNX Runtime's ``MatMulNBits`` and int8 caches for its
+``GroupQueryAttention``.
 
-Every linear layer of the blocks keeps its weights as integers of 4 or 8 bits with one float scale for each block of
-inputs of each output; those of the heads always have 8 bits, because a logit's error is a draw's error and the heads
-are a few percent of the bytes. Embedding tables stay float32: a token reads one row of each, so they cost nothing.
+Every linear layer keeps its weights as integers of 4 or 8 bits (``layer_bits``) with one float scale for each block of
+inputs of each output. Embedding tables stay float32: a token reads one row of each, so they cost nothing. Keys and
+values are cached as int8 with one scale for each channel, fixed at export.
 
-The kernel rounds activations to 8 bits as well, per row and block of inputs. ``QuantLinear`` computes the same in
-PyTorch, so that the parity check of a quantised engine compares like with like; what quantisation itself costs is
-measured by ``export.accuracy``.
+The kernel rounds activations to 8 bits as well, per row and block of inputs. ``QuantLinear`` and ``CachedProjection``
+compute the same in PyTorch, so that the parity check of a quantised engine compares like with like; what quantisation
+itself costs is measured by ``export.accuracy``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from export.torch_step import draw_tokens, teacher_forced
 from training.models.transformer import StackedTransformer
@@ -32,6 +34,8 @@ SHRINK = tuple(1 - step / 50 for step in range(-5, 21))
 """Scales that are tried, relative to the one that represents the largest weight."""
 CALIBRATION, TOGETHER = 64, 16
 """Images that a model draws to be calibrated with, and how many of them at once."""
+UNCALIBRATED = 4
+"""Images of random codes that stand for them where none are drawn."""
 
 
 class QuantLinear(nn.Module):
@@ -69,22 +73,85 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantise(model: StackedTransformer, weights: str, rows: Rows = ()) -> StackedTransformer:
-    """A copy of a model with QuantLinear layers.
+class CachedProjection(nn.Module):
+    """Projection to query, key and value for a cache of int8: x float [B, T, C] -> float [B, T, 3 C], keys and values
+    rounded to what the cache holds.
+
+    ``cache_scales`` float32 [2, H, 1, D], of keys and of values. In an exported graph the attention does the rounding.
+    """
+
+    cache_scales: Tensor
+
+    def __init__(self, linear: nn.Module, cache_scales: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("cache_scales", cache_scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv: Tensor = self.linear(x)
+        if torch.compiler.is_exporting():
+            return qkv
+        query, cached = qkv.split([qkv.shape[-1] // 3, qkv.shape[-1] // 3 * 2], -1)
+        scales = self.cache_scales.flatten()
+        rounded = (cached / scales).round().clamp(-128, 127) * scales
+        if cached.requires_grad:
+            rounded = cached + (rounded - cached).detach()
+        return torch.cat([query, rounded], -1)
+
+
+def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: bool = True) -> StackedTransformer:
+    """A copy of a model with QuantLinear layers and int8 caches.
 
     Args:
         weights: ``int8`` or ``int4``.
-        rows: (content, joint position) of typical images; rounding errors are fed back along the inputs' second
-            moments over them, as in GPTQ (arXiv 2210.17323). Without any, weights are rounded to the nearest.
+        rows: (content, joint position) of typical images, which the caches' ranges come from.
+        feed_back: feed rounding errors back along the inputs' second moments over ``rows``, as in GPTQ
+            (arXiv 2210.17323); if not, weights are rounded to the nearest.
     """
     net = copy.deepcopy(model)
-    moments = second_moments(net, rows) if rows else {}
+    moments = second_moments(net, rows) if feed_back else {}
+    cached = cache_scales(net, rows)
     for name, layer in list(linear_layers(net)):
-        bits = 8 if name.endswith("head.linear") else BITS[weights]
+        bits = layer_bits(name, weights, net.layout)
         levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name))
+        made: nn.Module = QuantLinear(levels, scales, bits, layer.bias)
+        if name in cached:
+            made = CachedProjection(made, cached[name])
         parent, _, last = name.rpartition(".")
-        setattr(net.get_submodule(parent), last, QuantLinear(levels, scales, bits, layer.bias))
+        setattr(net.get_submodule(parent), last, made)
     return net.eval().requires_grad_(False)
+
+
+def layer_bits(name: str, weights: str, layout: TokenLayout) -> int:
+    """Bits of a layer's weights. With ``int4`` those keep 8 whose rounding moves the distributions most for their
+    bytes: the heads, because a logit's error is the draw's error, and the first block, whose error all others carry
+    on."""
+    first = name.startswith(f"{layout.heads[0]}_blocks.0.")
+    return 8 if weights == "int8" or first or name.endswith(".linear") else 4
+
+
+@torch.no_grad()
+def cache_scales(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
+    """Scales of the caches' channels, float32 [2, H, 1, D] by name of the projection: the largest key or value that
+    occurs in ``rows`` becomes 127."""
+    largest: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
+            found = qkv[..., qkv.shape[-1] // 3 :].abs().flatten(0, -2).amax(0)
+            largest[name] = torch.maximum(largest.get(name, found), found)
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(watch(name)) for name, layer in linear_layers(model) if name.endswith("attn.qkv")
+    ]
+    for content, position in rows:
+        teacher_forced(model, content, position)
+    for hook in hooks:
+        hook.remove()
+    heads = model.config.heads
+    return {name: (top.clamp_min(1e-6) / 127).view(2, heads, 1, -1) for name, top in largest.items()}
 
 
 def own_rows(model: StackedTransformer, images: int, seed: int = 2**32) -> Rows:

@@ -155,7 +155,8 @@ class Step(nn.Module):
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""
         attn = block.attn
-        y, keys, values = self.attention(attn.qkv(block.ln1(x)), keys, values, length, attn.heads)
+        scales = getattr(attn.qkv, "cache_scales", None)  # a quantised model's
+        y, keys, values = self.attention(attn.qkv(block.ln1(x)), keys, values, length, attn.heads, scales)
         x = x + attn.proj(y)
         return x + block.mlp(block.ln2(x)), keys, values
 

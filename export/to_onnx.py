@@ -26,8 +26,8 @@ from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
-from export.parity import check_engine, heads
-from export.quantize import BITS, CALIBRATION, own_rows, quantise
+from export.parity import check_engine, heads, random_rows
+from export.quantize import BITS, CALIBRATION, UNCALIBRATED, own_rows, quantise
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from export.tune import tune
 from runtimes.errors import ExportError
@@ -62,7 +62,8 @@ def export_onnx(
         weights: ``fp32``; ``fp16`` stores all weights as float16 (half the size; computation stays float32); ``int8``
             and ``int4`` quantise the transformer (``export.quantize``). Weights are rounded before anything is
             compared, so that the golden values are those of the rounded model.
-        calibrate: images that the model draws for itself to calibrate ``int8`` and ``int4``; 0 rounds to nearest.
+        calibrate: images that the model draws for itself to calibrate ``int8`` and ``int4``; 0 rounds to nearest and
+            takes the ranges of keys and values from random codes.
         tuning: optimisation steps of ``export.tune`` on those images.
         overwrite: replace an existing engine folder.
 
@@ -87,12 +88,13 @@ def export_onnx(
     elif weights in BITS:
         if tuning and not calibrate:
             raise ExportError(f"tuning is {tuning}, which needs images to tune on; set calibrate above 0")
-        rows = own_rows(model.transformer, calibrate)
-        quantised = quantise(model.transformer, weights, rows)
+        layout = model.transformer.layout
+        rows = own_rows(model.transformer, calibrate) if calibrate else random_rows(layout, [0] * UNCALIBRATED)
+        quantised = quantise(model.transformer, weights, rows, feed_back=calibrate > 0)
         model.transformer = tune(model.transformer, quantised, rows, tuning) if tuning else quantised
 
     def build(folder: Path) -> Manifest:
-        interface = write_graphs(model, folder, target, weights == "fp16")
+        interface = write_graphs(model, folder, target, weights)
         assert model.tokenizer is not None and model.transformer is not None
         manifest = Manifest(
             layout=model.transformer.layout,
@@ -134,9 +136,9 @@ def count_parameters(model: Model) -> dict[str, int]:
     return {**{name: count for name, count in counts.items() if count}, "embeddings": sum(tables)}
 
 
-def write_graphs(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+def write_graphs(model: Model, folder: Path, target: str, weights: str) -> dict[str, Any]:
     """Trace the three graphs into a folder; returns the step's interface for the manifest."""
-    vae, transformer = model.tokenizer, model.transformer
+    vae, transformer, half_weights = model.tokenizer, model.transformer, weights == "fp16"
     assert vae is not None and transformer is not None
     if target not in LOWERINGS:
         raise ExportError(f"target is {target!r}; it must be one of {sorted(LOWERINGS)}")
@@ -157,6 +159,8 @@ def write_graphs(model: Model, folder: Path, target: str, half_weights: bool) ->
     )
     step = Step(transformer, LOWERINGS[target]).eval()
     inputs = example_inputs(transformer, 2)
+    if weights in BITS:
+        inputs["caches"] = [cache.to(torch.int8) for cache in inputs["caches"]]
     caches = [f"cache_{i}" for i in range(len(inputs["caches"]))]
     outputs = [*(f"{name}_out" for name in STATE), *REPORTS, *(f"{name}_out" for name in caches)]
     trace(step, inputs, outputs, folder / "step.onnx", half_weights)

@@ -34,7 +34,7 @@ class StaticCache:
         self.seen, self.ragged = seen, ragged
 
     def __call__(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int
+        self, qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, _, width = qkv.shape
         q, k, v = qkv.view(b, 3, heads, 1, width // 3 // heads).unbind(1)

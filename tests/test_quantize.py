@@ -7,12 +7,16 @@ import onnxruntime
 import pytest
 import torch
 from small_models import ragged_tokens, small_model
+from torch import Tensor
 
 from dvq_rt.generator import Generator
 from export.accuracy import choices, compare, engine_logits
+from export.lowering import LOWERINGS, Attention, reference_attention
 from export.quantize import (
     BLOCK,
+    CachedProjection,
     QuantLinear,
+    cache_scales,
     dequantise,
     own_rows,
     pack,
@@ -150,7 +154,7 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
     assert net
     rows, other = own_rows(net, 16), own_rows(net, 8, seed=1)
     start = quantise(net, "int4", rows)
-    before = start.position_blocks[0].mlp[0].packed.clone()
+    before = start.content_blocks[0].mlp[0].packed.clone()
 
     def distance(student: torch.nn.Module) -> float:
         inputs, used = padded(net.layout, other)
@@ -163,9 +167,9 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
 
     tuned = tune(net, start, rows, 120)
     assert distance(tuned) < 0.8 * distance(start)
-    layer = tuned.position_blocks[0].mlp[0]
+    layer = tuned.content_blocks[0].mlp[0]
     assert isinstance(layer, QuantLinear) and (layer.packed != before).any()
-    assert torch.equal(start.position_blocks[0].mlp[0].packed, before)
+    assert torch.equal(start.content_blocks[0].mlp[0].packed, before)
     assert all(isinstance(m.weight, torch.nn.Parameter) for m in [net.position_blocks[0].mlp[0]])
 
 
@@ -183,11 +187,48 @@ def test_padding_changes_nothing(class_model: Model) -> None:
             torch.testing.assert_close(a[i][used[i]], b, rtol=1e-4, atol=1e-4)
 
 
-def test_heads_keep_8_bits() -> None:
-    """Logits are read off the heads, so 4 bits are for the blocks alone; the model given is not changed."""
+def test_layers_that_keep_8_bits() -> None:
+    """With 4 bits the heads and the block that all others build on keep 8; the model given is not changed."""
     net = small_model().transformer
     assert net
-    found = quantise(net, "int4")
+    found = quantise(net, "int4", own_rows(net, 1), feed_back=False)
     bits = {name: m.bits for name, m in found.named_modules() if isinstance(m, QuantLinear)}
-    assert {name for name, b in bits.items() if b == 8} == {"position_head.linear", "content_head.linear"}
+    kept = {name for name, b in bits.items() if b == 8}
+    first = {name for name in bits if name.startswith("position_blocks.0.")}
+    assert kept == first | {"position_head.linear", "content_head.linear"} and len(first) == 4
     assert set(bits.values()) == {4, 8} and isinstance(net.content_head.linear, torch.nn.Linear)
+
+
+def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
+    """Attention over the engine's int8 cache is what PyTorch computes with keys and values rounded to the same
+    integers: for lengths of every kind, a full cache, and values beyond the range that the export saw."""
+    net = class_model.transformer
+    assert net
+    scales = cache_scales(net, own_rows(net, 2))["position_blocks.0.attn.qkv"]
+    heads, width = net.config.heads, net.config.width
+    project = CachedProjection(torch.nn.Identity(), scales)
+
+    class Attend(torch.nn.Module):
+        def __init__(self, form: Attention) -> None:
+            super().__init__()
+            self.form = form
+
+        def forward(self, qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+            return self.form(project(qkv), keys, values, length, heads, scales)
+
+    torch.manual_seed(0)
+    shape = (4, heads, 12, width // heads)
+    qkv = torch.randn(4, 1, 3 * width)
+    length = torch.tensor([0, 5, 11, 7], dtype=torch.int32)
+    keys, values = (torch.randint(-128, 128, shape, dtype=torch.int8) for _ in range(2))
+    inputs = {"qkv": qkv, "keys": keys, "values": values, "length": length}
+    trace(Attend(LOWERINGS["cpu"]), inputs, ["y", "keys_out", "values_out"], tmp_path / "attend.onnx", False)
+    session = onnxruntime.InferenceSession(tmp_path / "attend.onnx")
+    y, new_keys, _ = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    want, want_keys, _ = Attend(reference_attention)(qkv, keys * scales[0], values * scales[1], length)
+    error = float(np.abs(y - want.numpy()).max() / want.abs().max())
+    print(f"attention over int8 caches: {error:.2e}")
+    assert error < 2e-6
+    rows = torch.arange(4), slice(None), length.long()
+    np.testing.assert_array_equal(new_keys[rows], (want_keys[rows] / scales[0][:, 0]).round().numpy())
+    assert np.abs(new_keys[rows]).max() >= 127  # some of them were beyond the range
