@@ -6,6 +6,7 @@ of buffers that swap roles every step, caches stay in place, controls are writte
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -219,6 +220,68 @@ class Loop:
                 forced = job.forced[i] if job.forced else ()
                 self._host[name][slot : slot + width] = forced[job.steps] if job.steps < len(forced) else -1
             self._controls[name].write(self._host[name])
+
+
+class _Abandoned(Exception):
+    """Nobody reads the events any more."""
+
+
+def in_background(loop: Loop, jobs: Iterable[Job], every: int = 0) -> Iterator[Event]:
+    """``Loop.run`` in a thread of its own, so that what is done with an event does not hold up the images that are
+    still being drawn.
+
+    An unfinished image's event is left out if a newer one of the same image overtakes it. The loop waits while as many
+    finished images are unread as it has slots.
+
+    Raises:
+        what ``Loop.run`` raises, after the events before it.
+    """
+    changed = threading.Condition()
+    unread: dict[int, Event] = {}
+    ended = abandoned = False
+    failure: Exception | None = None
+
+    def room() -> bool:
+        return abandoned or sum(event.finished for event in unread.values()) < loop.slots
+
+    def go_on(_: dict[int, Job]) -> None:
+        if abandoned:
+            raise _Abandoned
+
+    def draw() -> None:
+        nonlocal ended, failure
+        try:
+            for event in loop.run(jobs, every, go_on):
+                with changed:
+                    changed.wait_for(room)
+                    if event.finished:  # in the order in which they finish; a newer preview takes the older one's place
+                        unread.pop(event.job.index, None)
+                    unread[event.job.index] = event
+                    changed.notify_all()
+        except Exception as error:
+            failure = error
+        with changed:
+            ended = True
+            changed.notify_all()
+
+    thread = threading.Thread(target=draw, name="dvq_rt loop", daemon=True)
+    thread.start()
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: unread or ended)
+                if not unread:
+                    break
+                event = unread.pop(next(iter(unread)))
+                changed.notify_all()
+            yield event
+        if failure:
+            raise failure
+    finally:
+        with changed:
+            abandoned = True
+            changed.notify_all()
+        thread.join()
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

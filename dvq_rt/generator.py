@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dvq_rt.codes import Codes
-from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, preview_map
+from dvq_rt.decoding import Event, Job, Loop, cells_to_maps, in_background, preview_map
 from dvq_rt.images import ImageLike, grid, to_array, to_uint8
 from dvq_rt.layout import UNORDERED
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
@@ -178,7 +178,7 @@ class Generator:
         jobs, chosen, params = self._jobs(n, labels, seed, params)
         found: dict[int, tuple[Image.Image, Codes]] = {}
         with self._loop(len(jobs), params) as loop, _bar(progress, len(jobs)) as tell:
-            for event in loop.run(jobs):
+            for event in in_background(loop, jobs):
                 codes = self._codes(event)
                 found[event.job.index] = (Image.fromarray(self.decode([codes])[0]), codes)
                 tell(len(found))
@@ -195,8 +195,9 @@ class Generator:
     ) -> Iterator[Preview]:
         """Draw images as ``sample`` does, with a preview of each every so many tokens, coarse to fine.
 
-        Arguments are checked at once; drawing starts with the first preview asked for. The last preview of an image
-        has its codes.
+        Arguments are checked at once; drawing starts with the first preview asked for, and goes on while previews are
+        decoded and looked at: one that is overtaken by a newer one of its image is left out. The last preview of an
+        image has its codes and is never left out.
 
         Raises:
             InputError: an argument is out of range or unknown.
@@ -207,7 +208,7 @@ class Generator:
 
         def previews() -> Iterator[Preview]:
             with self._loop(len(jobs), params) as loop:
-                for event in loop.run(jobs, every):
+                for event in in_background(loop, jobs, every):
                     image = Image.fromarray(self._decode(preview_map(self.layout, event.cells)[None])[0])
                     codes = self._codes(event) if event.finished else None
                     progress = float((event.cells >= 0).sum() / self.layout.filled_cells)

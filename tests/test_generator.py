@@ -137,7 +137,7 @@ def test_threads_give_the_serial_results(generator: Generator) -> None:
             made.to_numpy().tolist(),
             [c.codes.tolist() for c in made.codes],
             [s.total for s in generator.score(made.codes)],
-            [(p.index, p.progress, np.asarray(p.image).tolist()) for p in previews],
+            [(p.index, np.asarray(p.image).tolist()) for p in previews if p.codes],
             [c.codes.tolist() for c in generator.encode(pictures)],
         ]
 
@@ -199,18 +199,19 @@ def test_labels(generator: Generator, plain_generator: Generator) -> None:
 
 @pytest.mark.parametrize("kind", ["generator", "mq_generator"])
 def test_stream_ends_with_the_samples(kind: str, request: pytest.FixtureRequest) -> None:
-    """Every image's previews gain cells, and the last one is exactly the image that ``sample`` draws."""
+    """Every image's previews gain cells, and the last one is exactly the image that ``sample`` draws. How many there
+    are depends on how fast they are decoded."""
     generator: Generator = request.getfixturevalue(kind)
     made = generator.sample(6, labels=LABELS[:6], seed=2)
     previews = list(generator.stream(6, labels=LABELS[:6], seed=2, every=5))
     for i in range(6):
         mine = [p for p in previews if p.index == i]
-        assert len(mine) > 3
         assert [p.progress for p in mine] == sorted(p.progress for p in mine)
-        assert mine[0].progress < 1 == mine[-1].progress
+        assert mine[-1].progress == 1
         assert [p.codes is None for p in mine] == [True] * (len(mine) - 1) + [False]
         assert mine[-1].codes == made.codes[i] and mine[-1].image == made.images[i]
         assert all(p.image.size == (16, 16) for p in mine)
+    assert next(generator.stream(2, seed=2, every=5)).progress < 1
     assert len(list(generator.stream(2, every=1000))) == 2
 
 
