@@ -123,11 +123,11 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
 
 
 def layer_bits(name: str, weights: str, layout: TokenLayout) -> int:
-    """Bits of a layer's weights. With ``int4`` those keep 8 whose rounding moves the distributions most for their
-    bytes: the heads, because a logit's error is the draw's error, and the first block, whose error all others carry
-    on."""
+    """Bits of a layer's weights. With ``int4`` those layers keep 8 whose rounding moves the distributions most: the
+    heads, because a logit's error is the draw's error; the first block, whose error all others carry on; and the first
+    layer of each MLP."""
     first = name.startswith(f"{layout.heads[0]}_blocks.0.")
-    return 8 if weights == "int8" or first or name.endswith(".linear") else 4
+    return 8 if weights == "int8" or first or name.endswith((".linear", ".mlp.0")) else 4
 
 
 @torch.no_grad()
