@@ -27,6 +27,9 @@ sum decides how an activation is rounded the two part by one level of 255, and o
 of the rounding itself, under 1 % of the logits; wrong integers or scales give about 1."""
 TOP_BOUND = 0.05
 """Share of most probable tokens that may differ for integer weights, for the same reason."""
+QUANTISED_IMAGE_BOUND = 0.15
+"""Largest root mean square of pixel errors over that of the pixels, for integer convolutions, also for that reason. It
+grows to the size of the rounding itself: 1 % of the pixels for trained weights, up to 10 % for random ones."""
 IMAGE_BOUND = 1e-3
 """Largest error of a decoded pixel on the [-1, 1] scale, an eighth of an 8-bit level."""
 CODE_BOUND = 0.005
@@ -84,15 +87,19 @@ def verify(generator: Generator, limit: int | None = None) -> list[Check]:
     results.append(
         check("encoder: share of regions routed otherwise", (encoded["grain"] != golden["grain"]).mean(), routed)
     )
+    quantised = generator.manifest.weights.startswith("int")
     decoded = by_row(generator._program("decoder"), "codes", golden["codes"])
-    error = np.abs(decoded["images"] - golden["decoded"]).max()
-    results.append(check("decoder: largest pixel error", error, bounds.images))
+    error = decoded["images"] - golden["decoded"]
+    if quantised:
+        relative = root_mean_square(error) / root_mean_square(golden["decoded"])
+        results.append(check("decoder: relative pixel error (root mean square)", relative, QUANTISED_IMAGE_BOUND))
+    else:
+        results.append(check("decoder: largest pixel error", largest(error), bounds.images))
     if "pixels" in decoded:
         levels = np.abs(decoded["pixels"].astype(int) - to_uint8(decoded["images"])).max()
         results.append(check("decoder: levels between the device's bytes and the host's", levels, 1.0))
 
     position, content = golden["position"], golden["content"]
-    quantised = generator.manifest.weights.startswith("int")
     errors: dict[str, list[float]] = {"position": [], "content": []}
     agree: list[Array] = []
     rows = [replay(generator, [(position[i], content[i])], limit)[0] for i in range(len(position))]

@@ -2,7 +2,7 @@
 
 Engines are forced along the codes of held-out images and compared with the checkpoint in PyTorch at float32, in the
 kernels that they run in, at every choice that the model has: positions of all segments but the last, whose order is
-fixed, and codes.
+fixed, and codes. Their decoders' images of the same codes are compared too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvq_rt.codes import Codes
 from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
+from dvq_rt.images import to_uint8
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
@@ -139,6 +141,21 @@ def compare(model: Model, rows: list[Tokens], found: list[Logits]) -> dict[str, 
     }
 
 
+@torch.no_grad()
+def decoder_psnr(model: Model, generator: Generator, rows: list[Tokens]) -> float:
+    """Mean PSNR in dB of an engine's images of held-out codes against the checkpoint's, on bytes; infinite if none
+    differs."""
+    found = []
+    for row in rows:
+        codes, grain = model.layout.to_map(row.content.tolist(), row.position.tolist())
+        mine = generator.decode(Codes(codes, grain.astype(np.int8), model.layout))[0]
+        assert model.tokenizer is not None
+        exact = to_uint8(model.tokenizer.decode_maps(torch.from_numpy(codes)[None]).numpy())[0]
+        error = np.square(mine.astype(float) - exact).mean()
+        found.append(10 * np.log10(255**2 / error) if error else np.inf)
+    return float(np.mean(found))
+
+
 @guarded
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m export.accuracy", description="What an engine's weights cost.")
@@ -160,7 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     result: list[dict[str, Any]] = []
     for generator in generators:
         parts = compare(model, rows, engine_logits(generator, rows))
-        result.append({"engine": str(generator.path), "weights": generator.manifest.weights, "heads": parts})
+        images = decoder_psnr(model, generator, rows)
+        result.append(
+            {"engine": str(generator.path), "weights": generator.manifest.weights, "heads": parts, "psnr": images}
+        )
     if args.out:
         write_file(Path(args.out), (json.dumps(result, indent=1) + "\n").encode())
     print(f"{len(rows)} held-out images")
@@ -173,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         for head, r in entry["heads"].items()
     ]
     print(table(["weights", "head", "choices", "logit error", "top-1", "nats fp32", "nats", "change"], shown))
+    print(table(["weights", "decoder's PSNR to fp32"], [[r["weights"], f"{r['psnr']:.2f} dB"] for r in result]))
 
 
 if __name__ == "__main__":

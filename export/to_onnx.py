@@ -28,6 +28,7 @@ from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
 from export.parity import check_engine, heads, random_rows
 from export.quantize import BITS, CALIBRATION, UNCALIBRATED, own_rows, quantise
+from export.quantize_decoder import quantise_decoder
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from export.tune import tune
 from runtimes.errors import ExportError
@@ -60,10 +61,11 @@ def export_onnx(
         slots: number of slots that a generator uses by default; the graphs take any.
         target: ``cpu`` uses ONNX Runtime's fused attention; ``cuda`` standard operators only.
         weights: ``fp32``; ``fp16`` stores all weights as float16 (half the size; computation stays float32); ``int8``
-            and ``int4`` quantise the transformer (``export.quantize``). Weights are rounded before anything is
-            compared, so that the golden values are those of the rounded model.
+            and ``int4`` quantise the transformer (``export.quantize``) and the image decoder
+            (``export.quantize_decoder``). Weights are rounded before anything is compared, so that the golden values
+            are those of the rounded model.
         calibrate: images that the model draws for itself to calibrate ``int8`` and ``int4``; 0 rounds to nearest and
-            takes the ranges of keys and values from random codes.
+            takes the ranges of keys, values and the decoder's maps from random codes.
         tuning: optimisation steps of ``export.tune`` on those images.
         overwrite: replace an existing engine folder.
 
@@ -90,6 +92,8 @@ def export_onnx(
             raise ExportError(f"tuning is {tuning}, which needs images to tune on; set calibrate above 0")
         layout = model.transformer.layout
         rows = own_rows(model.transformer, calibrate) if calibrate else random_rows(layout, [0] * UNCALIBRATED)
+        maps = [torch.from_numpy(layout.to_map(*row)[0]) for row in rows]
+        model.tokenizer = quantise_decoder(model.tokenizer, maps)
         quantised = quantise(model.transformer, weights, rows, feed_back=calibrate > 0)
         model.transformer = tune(model.transformer, quantised, rows, tuning) if tuning else quantised
 

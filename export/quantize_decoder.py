@@ -1,0 +1,123 @@
+"""Integer convolutions of the image decoder, for ONNX Runtime's ``QLinearConv``.
+
+The 3x3 convolutions of residual blocks and after upsampling, which are nearly all of the decoder's work, read and write
+uint8 maps with a scale and a zero point that are fixed at export, so that no image depends on another, and have int8
+weights with one scale for each output channel. The first and the last convolution, attention and norms stay float32.
+The encoder stays float32 as a whole: rounding would change codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.models.tokenizer import Tokenizer
+
+Ranges = tuple[float, float]
+WEIGHT_LEVELS = 63
+"""Largest weight. 7 bits, because processors without VNNI add two products of 8 bits in 16 bits."""
+
+
+class QuantConv(nn.Module):
+    """A convolution of integers: x float [B, C, H, W] -> float [B, N, H, W].
+
+    Args:
+        conv: the float convolution.
+        taken, given: least and largest value of its input and of its output.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, taken: Ranges, given: Ranges) -> None:
+        super().__init__()
+        self.padding = int(conv.padding[0])
+        (self.scale_in, self.zero_in), (self.scale_out, self.zero_out) = affine(*taken), affine(*given)
+        largest = conv.weight.detach().abs().amax((1, 2, 3)).clamp_min(1e-12)
+        self.register_buffer("scales", largest / WEIGHT_LEVELS)
+        self.register_buffer("levels", (conv.weight.detach() / self.scales[:, None, None, None]).round().to(torch.int8))
+        bias = torch.zeros_like(largest) if conv.bias is None else conv.bias.detach()
+        self.register_buffer("bias", (bias / (self.scales * self.scale_in)).round().to(torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return self.traced(x)
+        zero = self.zero_in
+        taken = ((x / self.scale_in).round() + zero).clamp(0, 255) - zero
+        sums = F.conv2d(taken, self.levels.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        given = (sums * (self.scales * (self.scale_in / self.scale_out))[:, None, None]).round() + self.zero_out
+        return (given.clamp(0, 255) - self.zero_out) * self.scale_out
+
+    def traced(self, x: Tensor) -> Tensor:
+        """The runtime's operators. For tracing only; it computes nothing in PyTorch."""
+
+        def operator(name: str, inputs: Sequence[Tensor], dtype: torch.dtype, channels: int, **attrs: Any) -> Tensor:
+            shape = [x.shape[0], channels, *x.shape[2:]]
+            out: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape, version=10)
+            return out
+
+        def constants(scale: float, zero: int) -> tuple[Tensor, Tensor]:
+            return torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8)
+
+        taken, given = constants(self.scale_in, self.zero_in), constants(self.scale_out, self.zero_out)
+        weight = self.levels, self.scales, torch.zeros_like(self.scales, dtype=torch.int8)
+        y = operator("QuantizeLinear", [x, *taken], torch.uint8, x.shape[1])
+        inputs = [y, *taken, *weight, *given, self.bias]
+        y = operator("QLinearConv", inputs, torch.uint8, len(self.levels), pads=[self.padding] * 4)
+        return operator("DequantizeLinear", [y, *given], torch.float32, len(self.levels))
+
+
+def affine(least: float, largest: float) -> tuple[float, int]:
+    """Scale and zero point of uint8 levels for values from ``least`` to ``largest``; 0 is always one of them."""
+    least, largest = min(least, 0.0), max(largest, 1e-6)
+    scale = (largest - least) / 255
+    return scale, round(-least / scale)
+
+
+def quantise_decoder(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> Tokenizer:
+    """A copy of a tokenizer with QuantConv layers in its decoder.
+
+    Args:
+        maps: int64 [h, w] code maps of typical images, which the ranges of activations come from.
+    """
+    made = copy.deepcopy(tokenizer)
+    ranges = activation_ranges(made, maps)
+    for name, conv in list(convolutions(made)):
+        parent, _, last = name.rpartition(".")
+        setattr(made.get_submodule(parent), last, QuantConv(conv, *ranges[name]))
+    return made.eval().requires_grad_(False)
+
+
+def convolutions(tokenizer: Tokenizer) -> Iterator[tuple[str, nn.Conv2d]]:
+    """The layers that become integers, by name."""
+    for name, layer in tokenizer.named_modules():
+        inside = name.startswith("decoder.") and not name.endswith(("conv_in", "conv_out"))
+        if inside and isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            yield name, layer
+
+
+@torch.no_grad()
+def activation_ranges(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> dict[str, tuple[Ranges, Ranges]]:
+    """Least and largest input and output of each of those layers over all maps."""
+    seen: dict[str, list[Ranges]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found = [(float(x.min()), float(x.max())) for x in (inputs[0], output)]
+            old = seen.get(name, found)
+            seen[name] = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(old, found, strict=True)]
+
+        return hook
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in convolutions(tokenizer)]
+    for codes in maps:
+        tokenizer.decode_maps(codes[None])
+    for hook in hooks:
+        hook.remove()
+    return {name: (taken, given) for name, (taken, given) in seen.items()}
