@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Job
@@ -23,6 +24,7 @@ from dvq_rt.images import to_uint8
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
+from export.steps import draw
 from export.torch_step import teacher_forced
 from runtimes.errors import ConfigError, ExportError
 from training.checkpoint import Model, load_checkpoint
@@ -107,38 +109,52 @@ def engine_logits(generator: Generator, rows: list[Tokens]) -> list[Logits]:
 
 def compare(model: Model, rows: list[Tokens], found: list[Logits]) -> dict[str, dict[str, float]]:
     """Per head and for both: ``choices``, ``logit_error`` (largest, relative to the row's largest logit), ``top1``
-    (share of choices with the same most probable token), ``nll`` and ``nll_fp32`` (nats per choice, before the
-    grammar's mask) and ``nll_change``, their relative difference."""
+    (share of choices with the same most probable token), ``draw`` (share with the same token drawn by the same random
+    number from the whole vocabulary), ``nll`` and ``nll_fp32`` (nats per choice) and ``nll_change``, their relative
+    difference; all before the grammar's mask."""
     assert model.transformer is not None
-    sums = {head: np.zeros(4) for head in HEADS}
+    sums = {head: np.zeros(5) for head in HEADS}
     errors = dict.fromkeys(HEADS, 0.0)
-    for row, got in zip(rows, found, strict=True):
+    for i, (row, got) in enumerate(zip(rows, found, strict=True)):
+        random = torch.from_numpy(uniforms(0, i, model.layout.max_length))
         want = dict(
             zip(HEADS, teacher_forced(model.transformer, row.content.tolist(), row.position.tolist()), strict=True)
         )
         for head, (steps, target) in choices(model, row).items():
             reached = steps < len(got[head])
             steps, wanted = steps[reached], torch.from_numpy(target[reached])
+            uniform = random[steps, HEADS.index(head)]
             mine, exact = torch.from_numpy(got[head][steps]), want[head][steps]
             errors[head] = max(errors[head], float((mine - exact).abs().max() / exact.abs().max()))
             sums[head] += [
                 len(steps),
                 float((mine.argmax(-1) == exact.argmax(-1)).sum()),
+                float((plain_draw(mine, uniform) == plain_draw(exact, uniform)).sum()),
                 float(torch.nn.functional.cross_entropy(mine, wanted, reduction="sum")),
                 float(torch.nn.functional.cross_entropy(exact, wanted, reduction="sum")),
             ]
-    parts = {**sums, "both": sum(sums.values(), np.zeros(4))}
+    parts = {**sums, "both": sum(sums.values(), np.zeros(5))}
     return {
         name: {
             "choices": float(count),
             "logit_error": errors.get(name, max(errors.values())),
             "top1": same / count,
+            "draw": drawn / count,
             "nll": mine / count,
             "nll_fp32": exact / count,
             "nll_change": mine / exact - 1,
         }
-        for name, (count, same, mine, exact) in parts.items()
+        for name, (count, same, drawn, mine, exact) in parts.items()
     }
+
+
+def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The step's draw for logits [N, V] and random numbers [N], without mask and filters; int64 [N]."""
+    count, width = logits.shape
+    one, none = torch.ones(count), torch.zeros(count, dtype=torch.bool)
+    everything = torch.full((count,), width)
+    allowed = torch.ones(1, width, dtype=torch.bool)
+    return draw(logits, allowed, uniform, one, everything, one, everything, none)[0]
 
 
 @torch.no_grad()
@@ -187,12 +203,13 @@ def main(argv: list[str] | None = None) -> None:
     shown = [
         [
             *(entry["weights"], head, f"{r['choices']:.0f}", f"{r['logit_error']:.4f}", f"{r['top1']:.4f}"),
+            f"{r['draw']:.4f}",
             *(f"{r['nll_fp32']:.4f}", f"{r['nll']:.4f}", f"{r['nll_change']:+.3%}"),
         ]
         for entry in result
         for head, r in entry["heads"].items()
     ]
-    print(table(["weights", "head", "choices", "logit error", "top-1", "nats fp32", "nats", "change"], shown))
+    print(table(["weights", "head", "choices", "logit error", "top-1", "draw", "nats fp32", "nats", "change"], shown))
     print(table(["weights", "decoder's PSNR to fp32"], [[r["weights"], f"{r['psnr']:.2f} dB"] for r in result]))
 
 
