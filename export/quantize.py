@@ -1,7 +1,7 @@
 """Quantisation of the stacked transformer: integer weights for ONNX Runtime's ``MatMulNBits`` and int8 caches for its
 ``GroupQueryAttention``.
 
-Every linear layer keeps its weights as integers of 4 or 8 bits (``layer_format``) with one float scale for each block of
+Every linear layer keeps its weights as integers of 4 or 8 bits (``layer_bits``) with one float scale for each block of
 inputs of each output. Embedding tables stay float32: a token reads one row of each, so they cost nothing. Keys and
 values are cached as int8 with one scale for each channel, fixed at export.
 
@@ -28,9 +28,8 @@ from training.models.transformer import StackedTransformer
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
-"""Inputs that share a scale, of weights and of activations. Smaller blocks are nearer, larger ones faster."""
-LEAST_BLOCK = 16
-"""Fewest that the kernel takes."""
+"""Inputs that share a scale. In larger blocks the kernel is faster, but adds up the last of an odd number of rows in
+another order than the others, so that an image's bits would depend on its slot."""
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
 SHRINK = tuple(1 - step / 50 for step in range(-5, 21))
@@ -55,20 +54,20 @@ class QuantLinear(nn.Module):
 
     def __init__(self, levels: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> None:
         super().__init__()
-        self.bits, self.block = bits, levels.shape[1] // scales.shape[1]
-        self.register_buffer("packed", pack(levels, bits, self.block))
+        self.bits = bits
+        self.register_buffer("packed", pack(levels, bits))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("weight", dequantise(levels, scales, bits))
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
-            return F.linear(round_activations(x, self.block), self.weight, self.bias)
+            return F.linear(round_activations(x), self.weight, self.bias)
         n, k = self.weight.shape
         y: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             [x, self.packed, self.scales],
-            attrs={"K": k, "N": n, "bits": self.bits, "block_size": self.block, "accuracy_level": 4},
+            attrs={"K": k, "N": n, "bits": self.bits, "block_size": BLOCK, "accuracy_level": 4},
             dtype=x.dtype,
             shape=[*x.shape[:-1], n],
             version=1,
@@ -110,13 +109,21 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
         rows: (content, joint position) of typical images, which the caches' ranges come from.
         feed_back: feed rounding errors back along the inputs' second moments over ``rows``, as in GPTQ
             (arXiv 2210.17323); if not, weights are rounded to the nearest.
+
+    Raises:
+        ExportError: a layer's number of inputs is not a multiple of ``BLOCK``.
     """
     net = copy.deepcopy(model)
     moments = second_moments(net, rows) if feed_back else {}
     cached = cache_scales(net, rows)
     for name, layer in list(linear_layers(net)):
-        bits, block = layer_format(name, layer.in_features, weights, net.layout)
-        levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name), block)
+        if layer.in_features % BLOCK:
+            raise ExportError(
+                f"{name} has {layer.in_features} inputs; {weights} needs a multiple of {BLOCK}, so use --weights fp32 "
+                "or fp16"
+            )
+        bits = layer_bits(name, weights, net.layout)
+        levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name))
         made: nn.Module = QuantLinear(levels, scales, bits, layer.bias)
         if name in cached:
             made = CachedProjection(made, cached[name])
@@ -125,27 +132,12 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
     return net.eval().requires_grad_(False)
 
 
-def layer_format(name: str, inputs: int, weights: str, layout: TokenLayout) -> tuple[int, int]:
-    """Bits of a layer's weights and inputs that share a scale.
-
-    With ``int4`` those layers keep 8 bits whose rounding moves the distributions most: the heads, because a logit's
-    error is the draw's error; the first stack, whose error the second one carries on; and the first layer of each MLP.
-
-    Raises:
-        ExportError: the number of inputs has no power of two in it that the kernel takes.
-    """
-    if weights == "int8":
-        bits, block = 8, BLOCK
-    elif name.startswith(f"{layout.heads[0]}_blocks.") or name.endswith((".linear", ".mlp.0")):
-        bits, block = 8, 4 * BLOCK
-    else:
-        bits, block = 4, 2 * BLOCK
-    block = min(block, inputs & -inputs)
-    if block < LEAST_BLOCK:
-        raise ExportError(
-            f"{name} has {inputs} inputs; {weights} needs a multiple of {LEAST_BLOCK}, so use --weights fp32 or fp16"
-        )
-    return bits, block
+def layer_bits(name: str, weights: str, layout: TokenLayout) -> int:
+    """Bits of a layer's weights. With ``int4`` those layers keep 8 whose rounding moves the distributions most: the
+    heads, because a logit's error is the draw's error; the first block, whose error all others carry on; and the first
+    layer of each MLP."""
+    first = name.startswith(f"{layout.heads[0]}_blocks.0.")
+    return 8 if weights == "int8" or first or name.endswith((".linear", ".mlp.0")) else 4
 
 
 @torch.no_grad()
@@ -208,37 +200,35 @@ def second_moments(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-def quantise_weight(
-    weight: Tensor, bits: int, moments: Tensor | None = None, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
+def quantise_weight(weight: Tensor, bits: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integers and scales of a weight matrix.
 
     Args:
-        weight: float32 [N, K], K a multiple of ``block``.
+        weight: float32 [N, K], K a multiple of ``BLOCK``.
         moments: float32 [K, K], see ``second_moments``; None rounds to the nearest.
 
     Returns:
         levels uint8 [N, K] in 0 .. 2^bits - 1, standing for (level - 2^(bits - 1)) * scale; scales float32
-        [N, K / block].
+        [N, K / BLOCK].
     """
     rest = weight.clone()
     k = rest.shape[1]
     importance = torch.ones(k) if moments is None else moments.diagonal().clamp_min(1e-12)
     feedback = None if moments is None else error_feedback(moments)
-    levels, scales = torch.zeros_like(rest, dtype=torch.uint8), torch.zeros(rest.shape[0], k // block)
-    for start in range(0, k, block):
-        span = slice(start, start + block)
-        scale = scales[:, start // block] = best_scale(rest[:, span], importance[span], bits)
+    levels, scales = torch.zeros_like(rest, dtype=torch.uint8), torch.zeros(rest.shape[0], k // BLOCK)
+    for start in range(0, k, BLOCK):
+        span = slice(start, start + BLOCK)
+        scale = scales[:, start // BLOCK] = best_scale(rest[:, span], importance[span], bits)
         if feedback is None:
             levels[:, span] = to_levels(rest[:, span], scale[:, None], bits)
             continue
         errors = torch.zeros_like(rest[:, span])
-        for j in range(start, start + block):
+        for j in range(start, start + BLOCK):
             levels[:, j] = to_levels(rest[:, j], scale, bits)
             error = (rest[:, j] - (levels[:, j].float() - 2 ** (bits - 1)) * scale) / feedback[j, j]
-            rest[:, j + 1 : start + block] -= error[:, None] * feedback[j, j + 1 : start + block]
+            rest[:, j + 1 : start + BLOCK] -= error[:, None] * feedback[j, j + 1 : start + BLOCK]
             errors[:, j - start] = error
-        rest[:, start + block :] -= errors @ feedback[span, start + block :]
+        rest[:, start + BLOCK :] -= errors @ feedback[span, start + BLOCK :]
     return levels, scales
 
 
@@ -274,21 +264,21 @@ def to_levels(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def dequantise(levels: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """float32 [N, K] of levels [N, K] and scales [N, K / block]."""
-    return (levels.float() - 2 ** (bits - 1)) * scales.repeat_interleave(levels.shape[1] // scales.shape[1], 1)
+    """float32 [N, K] of levels [N, K] and scales [N, K / BLOCK]."""
+    return (levels.float() - 2 ** (bits - 1)) * scales.repeat_interleave(BLOCK, 1)
 
 
-def pack(levels: Tensor, bits: int, block: int) -> Tensor:
-    """Levels [N, K] as uint8 [N, K / block, block * bits / 8]; of two 4-bit levels the first is the low half."""
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Levels [N, K] as uint8 [N, K / BLOCK, BLOCK * bits / 8]; of two 4-bit levels the first is the low half."""
     n, k = levels.shape
     if bits == 4:
         levels = levels[:, ::2] | levels[:, 1::2] << 4
-    return levels.reshape(n, k // block, block * bits // 8).contiguous()
+    return levels.reshape(n, k // BLOCK, BLOCK * bits // 8).contiguous()
 
 
-def round_activations(x: Tensor, block: int = BLOCK) -> Tensor:
+def round_activations(x: Tensor) -> Tensor:
     """x float [.., K] with every block of every row rounded to 255 levels, as the kernel does."""
-    blocks = x.unflatten(-1, (-1, block))
+    blocks = x.unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return ((blocks / scale).round() * scale).flatten(-2)

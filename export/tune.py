@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dvq_rt.layout import TokenLayout
-from export.quantize import QuantLinear, Rows, round_activations
+from export.quantize import BLOCK, QuantLinear, Rows, round_activations
 from training.models.transformer import StackedTransformer
 
 BATCH = 8
@@ -29,8 +29,8 @@ class TunedLinear(nn.Module):
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        self.bits, self.block, self.scales = layer.bits, layer.block, layer.scales
-        self.levels = nn.Parameter(layer.weight / layer.scales.repeat_interleave(self.block, 1))
+        self.bits, self.scales = layer.bits, layer.scales
+        self.levels = nn.Parameter(layer.weight / layer.scales.repeat_interleave(BLOCK, 1))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
 
     def integers(self) -> Tensor:
@@ -40,8 +40,8 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         levels = self.levels + (self.integers() - self.levels).detach()
-        rounded = x + (round_activations(x, self.block) - x).detach()
-        return F.linear(rounded, levels * self.scales.repeat_interleave(self.block, 1), self.bias)
+        rounded = x + (round_activations(x) - x).detach()
+        return F.linear(rounded, levels * self.scales.repeat_interleave(BLOCK, 1), self.bias)
 
     def finished(self) -> QuantLinear:
         """The layer to export."""
