@@ -6,9 +6,10 @@ of buffers that swap roles every step, caches stay in place, controls are writte
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -226,62 +227,91 @@ class _Abandoned(Exception):
     """Nobody reads the events any more."""
 
 
-def in_background(loop: Loop, jobs: Iterable[Job], every: int = 0) -> Iterator[Event]:
+class _Drawing(threading.Thread):
+    """``Loop.run`` in a thread of its own, and its events that are not read yet."""
+
+    def __init__(self, loop: Loop, jobs: Iterable[Job], every: int) -> None:
+        super().__init__(name="dvq_rt loop", daemon=True)
+        self._loop, self._jobs, self._every = loop, jobs, every
+        self._changed = threading.Condition()
+        self._unread: dict[int, Event] = {}
+        self._ended = self._abandoned = False
+        self.failure: BaseException | None = None
+        atexit.register(self.end)  # no thread may be inside a graph when the interpreter ends
+
+    def run(self) -> None:
+        try:
+            for event in self._loop.run(self._jobs, self._every, self._go_on):
+                self._put(event)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self.failure = error
+        finally:
+            atexit.unregister(self.end)
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _go_on(self, _: dict[int, Job]) -> None:
+        if self._abandoned:
+            raise _Abandoned
+
+    def _room(self) -> bool:
+        return self._abandoned or sum(event.finished for event in self._unread.values()) < self._loop.slots
+
+    def _put(self, event: Event) -> None:
+        # a newer preview takes the older one's place; finished images queue in the order in which they end
+        with self._changed:
+            self._changed.wait_for(self._room)
+            if event.finished:
+                self._unread.pop(event.job.index, None)
+            self._unread[event.job.index] = event
+            self._changed.notify_all()
+
+    def next(self) -> Event | None:
+        """The next event; None after the last one."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._unread or self._ended, 0.5):
+                pass  # a wait without a limit cannot be interrupted on Windows
+            if not self._unread:
+                return None
+            event = self._unread.pop(next(iter(self._unread)))
+            self._changed.notify_all()
+            return event
+
+    def leave(self) -> None:
+        """Let the thread end after the step that it is in."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Leave, and wait for the thread."""
+        self.leave()
+        self.join()
+
+
+def in_background(loop: Loop, jobs: Iterable[Job], every: int = 0) -> Generator[Event, None, None]:
     """``Loop.run`` in a thread of its own, so that what is done with an event does not hold up the images that are
     still being drawn.
 
-    An unfinished image's event is left out if a newer one of the same image overtakes it. The loop waits while as many
-    finished images are unread as it has slots.
+    An unfinished image's event is left out if a newer one of the same image (``job.index``) overtakes it. The loop
+    waits while as many finished images are unread as it has slots. Who stops reading must not use the loop again.
 
     Raises:
         what ``Loop.run`` raises, after the events before it.
     """
-    changed = threading.Condition()
-    unread: dict[int, Event] = {}
-    ended = abandoned = False
-    failure: Exception | None = None
-
-    def room() -> bool:
-        return abandoned or sum(event.finished for event in unread.values()) < loop.slots
-
-    def go_on(_: dict[int, Job]) -> None:
-        if abandoned:
-            raise _Abandoned
-
-    def draw() -> None:
-        nonlocal ended, failure
-        try:
-            for event in loop.run(jobs, every, go_on):
-                with changed:
-                    changed.wait_for(room)
-                    if event.finished:  # in the order in which they finish; a newer preview takes the older one's place
-                        unread.pop(event.job.index, None)
-                    unread[event.job.index] = event
-                    changed.notify_all()
-        except Exception as error:
-            failure = error
-        with changed:
-            ended = True
-            changed.notify_all()
-
-    thread = threading.Thread(target=draw, name="dvq_rt loop", daemon=True)
-    thread.start()
+    drawing = _Drawing(loop, jobs, every)
     try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: unread or ended)
-                if not unread:
-                    break
-                event = unread.pop(next(iter(unread)))
-                changed.notify_all()
+        drawing.start()
+        while (event := drawing.next()) is not None:
             yield event
-        if failure:
+        if drawing.failure:
+            failure, drawing.failure = drawing.failure, None  # its traceback holds the thread, and that the loop
             raise failure
     finally:
-        with changed:
-            abandoned = True
-            changed.notify_all()
-        thread.join()
+        drawing.leave()
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ class Generator:
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the call can use,
             up to the manifest's number. Pin it where last-bit equality between calls matters. TensorRT plans have
             their own fixed number.
-        threads: CPU threads of each operator; None for one per core.
+        threads: CPU threads of each graph; None for one per core. Images are decoded while others are drawn, so two
+            graphs may run at once.
 
     Raises:
         EngineError: the folder is missing, incomplete, corrupted or of another version (dvq_rt.manifest).
@@ -177,8 +178,12 @@ class Generator:
         """
         jobs, chosen, params = self._jobs(n, labels, seed, params)
         found: dict[int, tuple[Image.Image, Codes]] = {}
-        with self._loop(len(jobs), params) as loop, _bar(progress, len(jobs)) as tell:
-            for event in in_background(loop, jobs):
+        with (
+            self._loop(len(jobs), params) as loop,
+            closing(in_background(loop, jobs)) as events,
+            _bar(progress, len(jobs)) as tell,
+        ):
+            for event in events:
                 codes = self._codes(event)
                 found[event.job.index] = (Image.fromarray(self.decode([codes])[0]), codes)
                 tell(len(found))
@@ -207,8 +212,8 @@ class Generator:
         jobs, _, params = self._jobs(n, labels, seed, params)
 
         def previews() -> Iterator[Preview]:
-            with self._loop(len(jobs), params) as loop:
-                for event in in_background(loop, jobs, every):
+            with self._loop(len(jobs), params) as loop, closing(in_background(loop, jobs, every)) as events:
+                for event in events:
                     image = Image.fromarray(self._decode(preview_map(self.layout, event.cells)[None])[0])
                     codes = self._codes(event) if event.finished else None
                     progress = float((event.cells >= 0).sum() / self.layout.filled_cells)

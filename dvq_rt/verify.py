@@ -29,13 +29,16 @@ TOP_BOUND = 0.05
 """Share of most probable tokens that may differ for integer weights, for the same reason."""
 QUANTISED_IMAGE_BOUND = 0.15
 """Largest root mean square of pixel errors over that of the pixels, for integer convolutions, also for that reason. It
-grows to the size of the rounding itself: 1 % of the pixels for trained weights, up to 10 % for random ones."""
+grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 % for a preset's random weights."""
 IMAGE_BOUND = 1e-3
 """Largest error of a decoded pixel on the [-1, 1] scale, an eighth of an 8-bit level."""
 CODE_BOUND = 0.005
 """Share of codes that may differ: only near-ties between two codes can."""
 
 
+SLOTS = 7
+"""That are compared with one another: 4 + 2 + 1, because kernels take rows in groups, and those that are left over in
+another way."""
 FEW = 4
 """Candidates of each draw in free runs that are compared token by token."""
 
@@ -120,7 +123,7 @@ def verify(generator: Generator, limit: int | None = None) -> list[Check]:
         differing = 1 - np.concatenate(agree).mean()
         results.append(check("step: share of most probable tokens that differ", differing, TOP_BOUND))
 
-    count = generator.manifest.slots if generator.manifest.fixed_slots else 3  # kernels take rows in twos
+    count = generator.manifest.slots if generator.manifest.fixed_slots else SLOTS
     twins = replay(generator, [(position[0], content[0])] * count, limit)
     same = np.max([np.abs(twins[0][h] - twin[h]).max() for twin in twins[1:] for h in errors])
     results.append(check("step: difference between identical slots", same, 0.0))

@@ -21,7 +21,7 @@ from dvq_rt.codes import Codes
 from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
-from dvq_rt.layout import Tokens
+from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.steps import draw
@@ -35,7 +35,6 @@ from training.report import table
 from training.train_transformer import StageTwoConfig, tokenise
 
 Logits = dict[str, NDArray[np.float32]]
-HEADS = ("position", "content")
 
 
 def held_out(model: Model, data: str | Path, config: str, images: int | None) -> list[Tokens]:
@@ -158,18 +157,17 @@ def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decoder_psnr(model: Model, generator: Generator, rows: list[Tokens]) -> float:
-    """Mean PSNR in dB of an engine's images of held-out codes against the checkpoint's, on bytes; infinite if none
-    differs."""
-    found = []
+def decoder_psnr(model: Model, generator: Generator, rows: list[Tokens]) -> float | None:
+    """PSNR in dB of an engine's images of held-out codes against the checkpoint's, on bytes; None if they are equal."""
+    assert model.tokenizer is not None
+    errors = []
     for row in rows:
         codes, grain = model.layout.to_map(row.content.tolist(), row.position.tolist())
         mine = generator.decode(Codes(codes, grain.astype(np.int8), model.layout))[0]
-        assert model.tokenizer is not None
         exact = to_uint8(model.tokenizer.decode_maps(torch.from_numpy(codes)[None]).numpy())[0]
-        error = np.square(mine.astype(float) - exact).mean()
-        found.append(10 * np.log10(255**2 / error) if error else np.inf)
-    return float(np.mean(found))
+        errors.append(np.square(mine.astype(float) - exact).mean())
+    error = float(np.mean(errors))
+    return 10 * float(np.log10(255**2 / error)) if error else None
 
 
 @guarded
@@ -210,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         for head, r in entry["heads"].items()
     ]
     print(table(["weights", "head", "choices", "logit error", "top-1", "draw", "nats fp32", "nats", "change"], shown))
-    print(table(["weights", "decoder's PSNR to fp32"], [[r["weights"], f"{r['psnr']:.2f} dB"] for r in result]))
+    decoders = [[r["weights"], "equal" if r["psnr"] is None else f"{r['psnr']:.1f} dB"] for r in result]
+    print(table(["weights", "decoder's PSNR to fp32"], decoders))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SHRINK = tuple(1 - step / 50 for step in range(-5, 21))
 CALIBRATION, TOGETHER = 64, 16
 """Images that a model draws to be calibrated with, and how many of them at once."""
 UNCALIBRATED = 4
-"""Images of random codes that stand for them where none are drawn."""
+"""Images that ranges come from where weights are not calibrated; of random codes where any codes have a sequence."""
 
 
 class QuantLinear(nn.Module):
@@ -111,17 +111,15 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
             (arXiv 2210.17323); if not, weights are rounded to the nearest.
 
     Raises:
-        ExportError: a layer's number of inputs is not a multiple of ``BLOCK``.
+        ExportError: there are no rows, or see ``check_widths``.
     """
+    check_widths(model, weights)
+    if not rows:
+        raise ExportError("there are no images to quantise with; give at least one")
     net = copy.deepcopy(model)
     moments = second_moments(net, rows) if feed_back else {}
     cached = cache_scales(net, rows)
     for name, layer in list(linear_layers(net)):
-        if layer.in_features % BLOCK:
-            raise ExportError(
-                f"{name} has {layer.in_features} inputs; {weights} needs a multiple of {BLOCK}, so use --weights fp32 "
-                "or fp16"
-            )
         bits = layer_bits(name, weights, net.layout)
         levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name))
         made: nn.Module = QuantLinear(levels, scales, bits, layer.bias)
@@ -132,12 +130,25 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
     return net.eval().requires_grad_(False)
 
 
+def check_widths(model: StackedTransformer, weights: str) -> None:
+    """
+    Raises:
+        ExportError: a layer's number of inputs is not a multiple of ``BLOCK``.
+    """
+    for name, layer in linear_layers(model):
+        if layer.in_features % BLOCK:
+            raise ExportError(
+                f"{name} has {layer.in_features} inputs; {weights} needs a multiple of {BLOCK}, so use --weights fp32 "
+                "or fp16"
+            )
+
+
 def layer_bits(name: str, weights: str, layout: TokenLayout) -> int:
     """Bits of a layer's weights. With ``int4`` those layers keep 8 whose rounding moves the distributions most: the
     heads, because a logit's error is the draw's error; the first block, whose error all others carry on; and the first
     layer of each MLP."""
     first = name.startswith(f"{layout.heads[0]}_blocks.0.")
-    return 8 if weights == "int8" or first or name.endswith((".linear", ".mlp.0")) else 4
+    return 8 if weights == "int8" or first or name.endswith(("head.linear", ".mlp.0")) else 4
 
 
 @torch.no_grad()
@@ -165,12 +176,19 @@ def cache_scales(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
 
 
 def own_rows(model: StackedTransformer, images: int, seed: int = 2**32) -> Rows:
-    """(content, joint position) of images that the model draws for itself, the labels in turn."""
+    """(content, joint position) of images that the model draws for itself, with labels from the first to the last."""
     layout, rows = model.layout, []
+    spread = spread_labels(layout, images)
     for first in range(0, images, TOGETHER):
-        labels = [i % layout.starts for i in range(first, min(first + TOGETHER, images))]
+        labels = spread[first : first + TOGETHER]
         rows += draw_tokens(model, labels, SamplingParams(), seed=seed, first_image=first)
     return rows
+
+
+def spread_labels(layout: TokenLayout, images: int) -> list[int]:
+    """Start labels for so many images: the first, the last, which is the null label if there is one, and others
+    evenly between them."""
+    return [round(i * (layout.starts - 1) / max(1, images - 1)) for i in range(images)]
 
 
 def linear_layers(model: StackedTransformer) -> Iterator[tuple[str, nn.Linear]]:

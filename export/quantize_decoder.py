@@ -2,8 +2,8 @@
 
 The 3x3 convolutions of residual blocks and after upsampling, which are nearly all of the decoder's work, read and write
 uint8 maps with a scale and a zero point that are fixed at export, so that no image depends on another, and have int8
-weights with one scale for each output channel. The first and the last convolution, attention and norms stay float32.
-The encoder stays float32 as a whole: rounding would change codes.
+weights with one scale for each output channel. The first and the last convolution, those of 1x1, attention, norms and
+the de-masker of MQ stay float32. The encoder stays float32 as a whole: rounding would change codes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from training.models.tokenizer import Tokenizer
 
 Ranges = tuple[float, float]
 WEIGHT_LEVELS = 63
-"""Largest weight. 7 bits, because processors without VNNI add two products of 8 bits in 16 bits."""
+"""Largest weight. 7 bits, because processors without VNNI add two products in 16 bits: 2 * 255 * 63 < 2**15."""
+LARGEST_BIAS = 2**22
+"""In steps of the sums of products, so that float32 holds it."""
 
 
 class QuantConv(nn.Module):
@@ -37,12 +39,13 @@ class QuantConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, taken: Ranges, given: Ranges) -> None:
         super().__init__()
-        self.padding = int(conv.padding[0])
+        assert (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         (self.scale_in, self.zero_in), (self.scale_out, self.zero_out) = affine(*taken), affine(*given)
         largest = conv.weight.detach().abs().amax((1, 2, 3)).clamp_min(1e-12)
-        self.register_buffer("scales", largest / WEIGHT_LEVELS)
-        self.register_buffer("levels", (conv.weight.detach() / self.scales[:, None, None, None]).round().to(torch.int8))
         bias = torch.zeros_like(largest) if conv.bias is None else conv.bias.detach()
+        least = bias.abs() / (self.scale_in * LARGEST_BIAS)
+        self.register_buffer("scales", torch.maximum(largest / WEIGHT_LEVELS, least))
+        self.register_buffer("levels", (conv.weight.detach() / self.scales[:, None, None, None]).round().to(torch.int8))
         self.register_buffer("bias", (bias / (self.scales * self.scale_in)).round().to(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ class QuantConv(nn.Module):
             return self.traced(x)
         zero = self.zero_in
         taken = ((x / self.scale_in).round() + zero).clamp(0, 255) - zero
-        sums = F.conv2d(taken, self.levels.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        sums = F.conv2d(taken, self.levels.to(x.dtype), self.bias.to(x.dtype), padding=1)
         given = (sums * (self.scales * (self.scale_in / self.scale_out))[:, None, None]).round() + self.zero_out
         return (given.clamp(0, 255) - self.zero_out) * self.scale_out
 
@@ -69,7 +72,7 @@ class QuantConv(nn.Module):
         weight = self.levels, self.scales, torch.zeros_like(self.scales, dtype=torch.int8)
         y = operator("QuantizeLinear", [x, *taken], torch.uint8, x.shape[1])
         inputs = [y, *taken, *weight, *given, self.bias]
-        y = operator("QLinearConv", inputs, torch.uint8, len(self.levels), pads=[self.padding] * 4)
+        y = operator("QLinearConv", inputs, torch.uint8, len(self.levels), pads=[1] * 4)
         return operator("DequantizeLinear", [y, *given], torch.float32, len(self.levels))
 
 

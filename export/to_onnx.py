@@ -22,12 +22,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from dvq_rt.layout import UNORDERED
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
 from export.parity import check_engine, heads, random_rows
-from export.quantize import BITS, CALIBRATION, UNCALIBRATED, own_rows, quantise
+from export.quantize import BITS, CALIBRATION, UNCALIBRATED, check_widths, own_rows, quantise, spread_labels
 from export.quantize_decoder import quantise_decoder
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
 from export.tune import tune
@@ -74,7 +75,8 @@ def export_onnx(
 
     Raises:
         ExportError: a part of the model or its threshold table is missing, the weights' format is unknown or not made
-            for the target, or the graphs do not agree with PyTorch.
+            for the target, a layer is too narrow for integers, a number is negative, or the graphs do not agree with
+            PyTorch.
         EngineError: the folder exists.
     """
     check_whole(model)
@@ -88,10 +90,16 @@ def export_onnx(
     if weights == "fp16":
         round_to_half(model)
     elif weights in BITS:
-        if tuning and not calibrate:
-            raise ExportError(f"tuning is {tuning}, which needs images to tune on; set calibrate above 0")
+        if calibrate < 0 or tuning < 0 or (tuning and not calibrate):
+            raise ExportError(
+                f"calibrate is {calibrate} and tuning {tuning}; neither can be negative, and tuning needs images"
+            )
+        check_widths(model.transformer, weights)
         layout = model.transformer.layout
-        rows = own_rows(model.transformer, calibrate) if calibrate else random_rows(layout, [0] * UNCALIBRATED)
+        if calibrate or layout.order == UNORDERED:
+            rows = own_rows(model.transformer, calibrate or UNCALIBRATED)
+        else:
+            rows = random_rows(layout, spread_labels(layout, UNCALIBRATED))
         maps = [torch.from_numpy(layout.to_map(*row)[0]) for row in rows]
         model.tokenizer = quantise_decoder(model.tokenizer, maps)
         quantised = quantise(model.transformer, weights, rows, feed_back=calibrate > 0)
@@ -281,7 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=sorted(LOWERINGS), default="cpu")
     parser.add_argument("--weights", choices=WEIGHTS, default="fp32", help="fp16 is computed in float32 too")
     parser.add_argument(
-        "--calibrate", type=int, default=CALIBRATION, metavar="N", help="images drawn to calibrate int8 and int4"
+        "--calibrate",
+        type=int,
+        default=CALIBRATION,
+        metavar="N",
+        help="images drawn to calibrate integers; 0: none",
     )
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="tune int8 and int4 on those images")
     parser.add_argument("--labels", help="offer only these labels, separated by commas")
