@@ -181,7 +181,8 @@ class Split:
 
 
 def draw_images(generator: Generator, loop: Loop, jobs: list[Job], decode: bool = True) -> Split:
-    """Draw jobs and decode each as it ends, with a split of the time."""
+    """Draw jobs and decode each as it ends, between two steps and not beside them as ``Generator.sample`` does, so
+    that the time can be split."""
     split, step = Split(), loop.step
 
     def timed() -> None:
