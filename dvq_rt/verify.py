@@ -29,7 +29,7 @@ TOP_BOUND = 0.05
 """Share of most probable tokens that may differ for integer weights, for the same reason."""
 QUANTISED_IMAGE_BOUND = 0.15
 """Largest root mean square of pixel errors over that of the pixels, for integer convolutions, also for that reason. It
-grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 % for a preset's random weights."""
+grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 and 11 % for the presets' random weights."""
 IMAGE_BOUND = 1e-3
 """Largest error of a decoded pixel on the [-1, 1] scale, an eighth of an 8-bit level."""
 CODE_BOUND = 0.005
@@ -37,7 +37,7 @@ CODE_BOUND = 0.005
 
 
 SLOTS = 7
-"""That are compared with one another: 4 + 2 + 1, because kernels take rows in groups, and those that are left over in
+"""Slots that are compared with one another: 4 + 2 + 1, because kernels take rows in groups, and what is left over in
 another way."""
 FEW = 4
 """Candidates of each draw in free runs that are compared token by token."""
