@@ -29,7 +29,7 @@ TOP_BOUND = 0.05
 """Share of most probable tokens that may differ for integer weights, for the same reason."""
 QUANTISED_IMAGE_BOUND = 0.15
 """Largest root mean square of pixel errors over that of the pixels, for integer convolutions, also for that reason. It
-grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 and 11 % for presets with random weights."""
+grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 and 11 % for presets' random weights."""
 IMAGE_BOUND = 1e-3
 """Largest error of a decoded pixel on the [-1, 1] scale, an eighth of an 8-bit level."""
 CODE_BOUND = 0.005
