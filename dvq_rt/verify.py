@@ -34,8 +34,6 @@ IMAGE_BOUND = 1e-3
 """Largest error of a decoded pixel on the [-1, 1] scale, an eighth of an 8-bit level."""
 CODE_BOUND = 0.005
 """Share of codes that may differ: only near-ties between two codes can."""
-
-
 SLOTS = 7
 """Slots that are compared with one another: 4 + 2 + 1, because kernels take rows in groups, and what is left over in
 another way."""

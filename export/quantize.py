@@ -13,7 +13,8 @@ itself costs is measured by ``export.accuracy``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ SHRINK = tuple(1 - step / 50 for step in range(-5, 21))
 CALIBRATION, TOGETHER = 64, 16
 """Images that a model draws to be calibrated with, and how many of them at once."""
 UNCALIBRATED = 4
-"""Images that ranges come from where weights are not calibrated; of random codes where any codes have a sequence."""
+"""Images that ranges come from if none are to be drawn: of random codes, or drawn where codes have no sequence."""
 
 
 class QuantLinear(nn.Module):
@@ -109,22 +110,15 @@ def quantise(model: StackedTransformer, weights: str, rows: Rows, *, feed_back: 
         rows: (content, joint position) of typical images, which the caches' ranges come from.
         feed_back: feed rounding errors back along the inputs' second moments over ``rows``, as in GPTQ
             (arXiv 2210.17323); if not, weights are rounded to the nearest.
-
-    Raises:
-        ExportError: there are no rows, or see ``check_widths``.
     """
-    check_widths(model, weights)
-    if not rows:
-        raise ExportError("there are no images to quantise with; give at least one")
     net = copy.deepcopy(model)
-    moments = second_moments(net, rows) if feed_back else {}
-    cached = cache_scales(net, rows)
+    moments, scales_of_caches = observe(net, rows, moments=feed_back)
     for name, layer in list(linear_layers(net)):
         bits = layer_bits(name, weights, net.layout)
         levels, scales = quantise_weight(layer.weight.detach(), bits, moments.get(name))
         made: nn.Module = QuantLinear(levels, scales, bits, layer.bias)
-        if name in cached:
-            made = CachedProjection(made, cached[name])
+        if name.endswith("attn.qkv"):
+            made = CachedProjection(made, scales_of_caches[name])
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, made)
     return net.eval().requires_grad_(False)
@@ -151,30 +145,6 @@ def layer_bits(name: str, weights: str, layout: TokenLayout) -> int:
     return 8 if weights == "int8" or first or name.endswith(("head.linear", ".mlp.0")) else 4
 
 
-@torch.no_grad()
-def cache_scales(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
-    """Scales of the caches' channels, float32 [2, H, 1, D] by name of the projection: the largest key or value that
-    occurs in ``rows`` becomes 127."""
-    largest: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
-            found = qkv[..., qkv.shape[-1] // 3 :].abs().flatten(0, -2).amax(0)
-            largest[name] = torch.maximum(largest.get(name, found), found)
-
-        return hook
-
-    hooks = [
-        layer.register_forward_hook(watch(name)) for name, layer in linear_layers(model) if name.endswith("attn.qkv")
-    ]
-    for content, position in rows:
-        teacher_forced(model, content, position)
-    for hook in hooks:
-        hook.remove()
-    heads = model.config.heads
-    return {name: (top.clamp_min(1e-6) / 127).view(2, heads, 1, -1) for name, top in largest.items()}
-
-
 def own_rows(model: StackedTransformer, images: int, seed: int = 2**32) -> Rows:
     """(content, joint position) of images that the model draws for itself, with labels from the first to the last."""
     layout, rows = model.layout, []
@@ -196,26 +166,50 @@ def linear_layers(model: StackedTransformer) -> Iterator[tuple[str, nn.Linear]]:
     yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
 
 
+@contextmanager
+def watching(layers: Iterable[tuple[str, nn.Module]], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``look`` with the name, the input and the output of every layer that runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, inputs, output: look(name, inputs[0], output)
+
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 @torch.no_grad()
-def second_moments(model: StackedTransformer, rows: Rows) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of every linear layer, float32 [K, K], by name."""
+def observe(model: StackedTransformer, rows: Rows, *, moments: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What ``rows`` do to a model, by names of linear layers.
+
+    Args:
+        moments: whether to measure second moments, which takes long for large models; there are none if not.
+
+    Returns:
+        second moments, the mean of x x^T over the inputs x of every layer, float32 [K, K]; and the scales of the
+        caches' channels, float32 [2, H, 1, D] by projection to query, key and value: the largest key or value that
+        occurs becomes 127.
+    """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    largest: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+    def look(name: str, x: Tensor, y: Tensor) -> None:
+        if moments:
+            x = x.flatten(0, -2)
             sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])) + x.T @ x
-            counts[name] = counts.get(name, 0) + len(x)
+        if name.endswith("attn.qkv"):
+            found = y[..., y.shape[-1] // 3 :].abs().flatten(0, -2).amax(0)
+            largest[name] = torch.maximum(largest.get(name, found), found)
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(model)]
-    for content, position in rows:
-        teacher_forced(model, content, position)
-    for hook in hooks:
-        hook.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    with watching(linear_layers(model), look):
+        for content, position in rows:
+            teacher_forced(model, content, position)
+    tokens, heads = sum(len(content) - 1 for content, _ in rows), model.config.heads
+    scales = {name: (top.clamp_min(1e-6) / 127).view(2, heads, 1, -1) for name, top in largest.items()}
+    return {name: total / tokens for name, total in sums.items()}, scales
 
 
 def quantise_weight(weight: Tensor, bits: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -223,7 +217,7 @@ def quantise_weight(weight: Tensor, bits: int, moments: Tensor | None = None) ->
 
     Args:
         weight: float32 [N, K], K a multiple of ``BLOCK``.
-        moments: float32 [K, K], see ``second_moments``; None rounds to the nearest.
+        moments: float32 [K, K], see ``observe``; None rounds to the nearest.
 
     Returns:
         levels uint8 [N, K] in 0 .. 2^bits - 1, standing for (level - 2^(bits - 1)) * scale; scales float32

@@ -9,13 +9,14 @@ the de-masker of MQ stay float32. The encoder stays float32 as a whole: rounding
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.quantize import watching
 from training.models.tokenizer import Tokenizer
 
 Ranges = tuple[float, float]
@@ -110,17 +111,12 @@ def activation_ranges(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> dict[str,
     """Least and largest input and output of each of those layers over all maps."""
     seen: dict[str, list[Ranges]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found = [(float(x.min()), float(x.max())) for x in (inputs[0], output)]
-            old = seen.get(name, found)
-            seen[name] = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(old, found, strict=True)]
+    def look(name: str, x: Tensor, y: Tensor) -> None:
+        found = [(float(values.min()), float(values.max())) for values in (x, y)]
+        old = seen.get(name, found)
+        seen[name] = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(old, found, strict=True)]
 
-        return hook
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in convolutions(tokenizer)]
-    for codes in maps:
-        tokenizer.decode_maps(codes[None])
-    for hook in hooks:
-        hook.remove()
+    with watching(convolutions(tokenizer), look):
+        for codes in maps:
+            tokenizer.decode_maps(codes[None])
     return {name: (taken, given) for name, (taken, given) in seen.items()}

@@ -127,7 +127,6 @@ def test_the_end_of_the_process(generator: Generator) -> None:
     """A program that ends with a stream half read ends well, and at once."""
     code = f"""
 from dvq_rt.generator import Generator
-from dvq_rt.sampling import SamplingParams
 stream = Generator({str(generator.path)!r}, threads=1).stream(400, labels="ant", every=2)
 print(next(stream).index)
 """

@@ -1,5 +1,6 @@
 """Integer weights: their arithmetic, what calibration buys, the kernel against PyTorch, and quantised engines."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +21,13 @@ from export.quantize import (
     BLOCK,
     CachedProjection,
     QuantLinear,
-    cache_scales,
     dequantise,
+    observe,
     own_rows,
     pack,
     quantise,
     quantise_weight,
     round_activations,
-    second_moments,
 )
 from export.to_onnx import export_onnx, trace
 from export.torch_step import teacher_forced
@@ -101,10 +101,10 @@ def test_moments_are_of_the_inputs(class_model: Model) -> None:
     assert net
     tokens = ragged_tokens(class_model.layout, 2)[1]
 
-    found = second_moments(net, [(tokens.content.tolist(), tokens.position.tolist())])
-    assert len(found) == 4 * 3 + 2
+    found, scales = observe(net, [(tokens.content.tolist(), tokens.position.tolist())], moments=True)
+    assert len(found) == 4 * 3 + 2 and len(scales) == 3
     assert all(m.shape[0] == m.shape[1] and torch.equal(m, m.T) for m in found.values())
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_hooks for m in net.modules())
 
 
 @pytest.fixture(scope="module", params=["int8", "int4", "int4 mq", "int8 uncalibrated", "int4 tuned"])
@@ -140,10 +140,13 @@ def test_quantised_engine(quantised: tuple[Generator, Model], generator: Generat
     assert not any(name.startswith("free run") for name in checks)
     rows = ragged_tokens(model.layout, 6)
     found = compare(model, rows, engine_logits(engine, rows))
-    low, high = {"int8": (0.97, 0.05), "int4": (0.7, 0.5)}[weights]
+    images = decoder_psnr(model, engine, rows)
+    print({name: f"{found['both'][name]:.3g}" for name in ("top1", "logit_error", "draw")}, f"{images:.1f} dB")
+    # measured: top-1 0.98 to 0.99 of both, logits 0.03 and 0.04, draws 0.82 and 0.70 at least, 43 dB at least
+    low, high, drawn = {"int8": (0.97, 0.05, 0.77), "int4": (0.95, 0.1, 0.6)}[weights]
     assert found["both"]["top1"] >= low and found["both"]["logit_error"] <= high
-    assert low - 0.2 < found["both"]["draw"] < 1
-    assert 25 < (decoder_psnr(model, engine, rows) or 0) < 80
+    assert drawn < found["both"]["draw"] < 1
+    assert 40 < images < 80
     assert len(engine.sample(3, labels=[0, 1, 2], seed=1)) == 3
 
 
@@ -152,7 +155,7 @@ def test_accuracy_of_the_float_engine(generator: Generator, class_model: Model) 
     rows = ragged_tokens(class_model.layout, 5)
     found = compare(class_model, rows, engine_logits(generator, rows))
     assert found["both"]["top1"] == found["both"]["draw"] == 1 and found["both"]["logit_error"] < 2e-4
-    assert abs(found["both"]["nll_change"]) < 1e-5 and (decoder_psnr(class_model, generator, rows) or 99) > 50
+    assert abs(found["both"]["nll_change"]) < 1e-5 and decoder_psnr(class_model, generator, rows) > 50
     for row in rows:
         parts = choices(class_model, row)
         assert len(parts["content"][0]) == int((row.content < class_model.layout.codebook_size).sum())
@@ -168,11 +171,10 @@ def test_refusals(class_model: Model, tmp_path: Path) -> None:
         export_onnx(class_model, tmp_path / "engine", weights="int8", target="cuda")
     net = class_model.transformer
     assert net
-    narrow = StackedTransformer(replace(net.config, width=40), net.layout)
+    narrow = copy.deepcopy(class_model)
+    narrow.transformer = StackedTransformer(replace(net.config, width=40), net.layout)
     with pytest.raises(ExportError, match=r"qkv has 40 inputs; int4 needs a multiple of 32, so use --weights fp32"):
-        quantise(narrow, "int4", own_rows(narrow, 1))
-    with pytest.raises(ExportError, match="there are no images to quantise with"):
-        quantise(net, "int8", [])
+        export_onnx(narrow, tmp_path / "engine", weights="int4")
     for calibrate, tuning in [(-1, 0), (4, -1), (0, 5)]:
         with pytest.raises(ExportError, match=f"calibrate is {calibrate} and tuning {tuning}; neither can be negative"):
             export_onnx(class_model, tmp_path / "engine", weights="int8", calibrate=calibrate, tuning=tuning)
@@ -242,7 +244,9 @@ def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
     assert net
     heads, width = 2, 128
     scales = torch.rand(2, heads, 1, width // heads) / 100 + 0.01
-    seen = cache_scales(net, own_rows(net, 2))["position_blocks.0.attn.qkv"]
+    nothing, ranges = observe(net, own_rows(net, 2), moments=False)
+    seen = ranges["position_blocks.0.attn.qkv"]
+    assert not nothing
     assert seen.shape == (2, net.config.heads, 1, net.config.width // net.config.heads) and 0 < seen.max() < 1
     project = CachedProjection(torch.nn.Identity(), scales)
 

@@ -71,4 +71,4 @@ def test_decoders(make: object, tmp_path: Path) -> None:
     for name, images in (("PyTorch", made.decode_maps(maps).numpy()), ("runtime", together)):
         error = float(np.sqrt(np.square(images - before.numpy()).mean())) / size
         print(f"{name}: root mean square of integer against float decoder {error:.2e}")
-        assert 1e-5 < error < 0.05
+        assert 1e-5 < error < 0.05  # measured 0.036: 8 bits of each map, over random weights
