@@ -25,14 +25,14 @@ from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.steps import draw
-from export.torch_step import teacher_forced
+from export.torch_program import teacher_forced
 from runtimes.errors import ConfigError, ExportError
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded, read_config
 from training.data import ImageFolder
+from training.judging.report import table
 from training.loop import TrainConfig
 from training.losses import psnr
-from training.report import table
 from training.train_transformer import StageTwoConfig, tokenise
 
 Logits = dict[str, NDArray[np.float32]]

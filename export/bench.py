@@ -34,12 +34,12 @@ from dvq_rt.bench import (
 from dvq_rt.decoding import Loop
 from dvq_rt.generator import Generator
 from dvq_rt.manifest import write_file
-from export.torch_step import TorchStep
+from export.torch_program import TorchStep
 from runtimes.errors import ConfigError, ExportError, InputError
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
+from training.judging.report import table
 from training.models.transformer import StackedTransformer
-from training.report import table
 
 BASELINES = ("uncached", "compiled")
 UNCACHED_AT = (0.1, 0.4, 0.7, 1.0)

@@ -14,7 +14,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest, write_tensors
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import free_params, verify
-from export.torch_step import draw_tokens, teacher_forced
+from export.torch_program import draw_tokens, teacher_forced
 from runtimes.errors import ExportError
 from training.checkpoint import Model
 from training.sampling import sample_tokens

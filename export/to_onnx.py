@@ -28,10 +28,10 @@ from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS, OPSET, TRANSLATIONS
 from export.parity import check_engine, heads, random_rows
-from export.quantize import BITS, CALIBRATION, UNCALIBRATED, check_widths, own_rows, quantise, spread_labels
-from export.quantize_decoder import quantise_decoder
+from export.quantization.calibration import tune
+from export.quantization.decoder import quantise_decoder
+from export.quantization.weights import BITS, CALIBRATION, UNCALIBRATED, check_widths, own_rows, quantise, spread_labels
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
-from export.tune import tune
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import import_onnxruntime
 from training.checkpoint import Model, load_checkpoint
@@ -62,12 +62,12 @@ def export_onnx(
         slots: number of slots that a generator uses by default; the graphs take any.
         target: ``cpu`` uses ONNX Runtime's fused attention; ``cuda`` standard operators only.
         weights: ``fp32``; ``fp16`` stores all weights as float16 (half the size; computation stays float32); ``int8``
-            and ``int4`` quantise the transformer (``export.quantize``) and the image decoder
-            (``export.quantize_decoder``). Weights are rounded before anything is compared, so that the golden values
-            are those of the rounded model.
+            and ``int4`` quantise the transformer (``export.quantization.weights``) and the image decoder
+            (``export.quantization.decoder``). Weights are rounded before anything is compared, so that the golden
+            values are those of the rounded model.
         calibrate: images that the model draws for itself to calibrate ``int8`` and ``int4``; 0 rounds to nearest and
             takes the ranges of keys, values and the decoder's maps from random codes.
-        tuning: optimisation steps of ``export.tune`` on those images.
+        tuning: optimisation steps of ``export.quantization.calibration`` on those images.
         overwrite: replace an existing engine folder.
 
     Returns:

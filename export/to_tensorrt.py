@@ -25,9 +25,9 @@ from dvq_rt.manifest import Manifest, read_tensors, write_engine, write_tensors
 from dvq_rt.verify import drawn, free_params
 from export.lowering import TENSORRT_OPSET, scatter_attention
 from export.parity import check_engine, golden_values, padded
-from export.precision import PRECISIONS, narrow
 from export.steps import REPORTS, STATE, DecoderGraph, EncoderGraph, Step, example_inputs
-from export.tensorrt_check import Census, check_graph, check_network, specs
+from export.tensorrt.check import Census, check_graph, check_network, specs
+from export.tensorrt.precision import PRECISIONS, narrow
 from export.to_onnx import check_whole, count_parameters, trace
 from runtimes.cuda import driver_version, find_gpu
 from runtimes.errors import ConfigError
@@ -84,7 +84,7 @@ def export_tensorrt(
         model: a whole model, tokenizer and transformer; it is put into eval mode.
         out: the folder's name.
         slots: rows of the step, at least 2 (guidance takes two an image); the plan takes exactly so many.
-        precision: ``fp32``, ``fp16`` or ``bf16``; see ``export.precision``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; see ``export.tensorrt.precision``.
         targets: such as ``sm86``, or ``current`` alone; empty takes the GPU of this machine or, without one, AHEAD.
         flavor: ``tensorrt``, ``tensorrt-rtx`` or ``auto``.
         overwrite: replace an existing engine folder.

@@ -13,7 +13,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from export import bench as export_bench
-from export.torch_step import TorchStep, draw_tokens, teacher_forced
+from export.torch_program import TorchStep, draw_tokens, teacher_forced
 from runtimes.errors import ExportError, InputError
 from training.checkpoint import Model, save_checkpoint
 from training.sampling import sample_tokens

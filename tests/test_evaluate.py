@@ -15,7 +15,6 @@ from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
 from training import compare
 from training.checkpoint import Model
-from training.classifier import Classifier, balanced, degrade, judge, train_classifier
 from training.cli import read_config
 from training.data import Augment, ImageFolder
 from training.evaluate import (
@@ -28,10 +27,11 @@ from training.evaluate import (
     open_data,
     spreads,
 )
+from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
+from training.judging.report import report, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.report import report, sheet
 from training.thresholds import to_float
 from training.train_transformer import StageTwoConfig
 

@@ -17,7 +17,8 @@ from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
 from export.accuracy import choices, compare, decoder_psnr, engine_logits
 from export.lowering import LOWERINGS, Attention, reference_attention
-from export.quantize import (
+from export.quantization.calibration import padded, tune
+from export.quantization.weights import (
     BLOCK,
     CachedProjection,
     QuantLinear,
@@ -30,8 +31,7 @@ from export.quantize import (
     round_activations,
 )
 from export.to_onnx import export_onnx, trace
-from export.torch_step import teacher_forced
-from export.tune import padded, tune
+from export.torch_program import teacher_forced
 from runtimes.errors import ExportError
 from training.checkpoint import Model
 from training.models.transformer import StackedTransformer

@@ -10,7 +10,7 @@ import torch
 from small_models import masked_model, small_model
 from torch import nn
 
-from export.quantize_decoder import QuantConv, affine, convolutions, quantise_decoder
+from export.quantization.decoder import QuantConv, affine, convolutions, quantise_decoder
 from export.steps import DecoderGraph
 from export.to_onnx import trace
 

@@ -28,9 +28,9 @@ from dvq_rt.manifest import Manifest, read_engine, write_tensors
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET, reference_attention
 from export.parity import golden_values
-from export.precision import narrow
 from export.steps import Step, example_inputs
-from export.tensorrt_check import check_graph, check_network, specs
+from export.tensorrt.check import check_graph, check_network, specs
+from export.tensorrt.precision import narrow
 from export.to_onnx import trace
 from runtimes.cuda import driver_version
 from runtimes.errors import BackendError, ConfigError, EngineError, ExportError

@@ -16,8 +16,8 @@ from runtimes.errors import ConfigError, InputError
 from training.cli import guarded, read_config
 from training.data import ImageFolder
 from training.evaluate import cost, fidelity, through
+from training.judging.report import enlarged, pick, sheet, table
 from training.loop import TrainConfig
-from training.report import enlarged, pick, sheet, table
 from training.train_tokenizer import StageOneConfig
 
 COLUMNS = 10

@@ -26,12 +26,10 @@ from tqdm import tqdm
 from dvq_rt import Codes, Generator, SamplingParams
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
-from training.classifier import Classifier, judge, train_classifier
 from training.cli import guarded, read_config
 from training.data import Augment, ImageFolder, Indices, Pixels
-from training.loop import TrainConfig
-from training.losses import psnr, ssim
-from training.report import (
+from training.judging.classifier import Classifier, judge, train_classifier
+from training.judging.report import (
     QUANTILES,
     Distances,
     pick,
@@ -43,6 +41,8 @@ from training.report import (
     save_json,
     table,
 )
+from training.loop import TrainConfig
+from training.losses import psnr, ssim
 from training.thresholds import to_float
 from training.train_tokenizer import StageOneConfig
 from training.train_transformer import StageTwoConfig

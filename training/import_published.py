@@ -26,7 +26,7 @@ from training.models.dqvae import DQVAE
 from training.models.mqvae import MQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
-from training.released_config import (
+from training.published.configs import (
     TOKENIZER,
     TRANSFORMERS,
     agree,
@@ -34,7 +34,7 @@ from training.released_config import (
     released_tokenizer,
     released_transformer,
 )
-from training.released_mq import MQ_TOKENIZER, MQ_TRANSFORMERS, released_mq_tokenizer, released_mq_transformer
+from training.published.configs_mq import MQ_TOKENIZER, MQ_TRANSFORMERS, released_mq_tokenizer, released_mq_transformer
 
 
 def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:

@@ -2,7 +2,7 @@
 
 Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
 and sampling align positions alike, and every cell is covered exactly once. ``training.published`` and, for layouts
-that keep cells, ``training.published_kept`` have the released code's rules; ``sample`` chooses.
+that keep cells, ``training.published.kept_sampler`` have the released code's rules; ``sample`` chooses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
-from training.published import multinomial, sample_published
-from training.published_kept import sample_published_kept
+from training.published.kept_sampler import sample_published_kept
+from training.published.sampler import multinomial, sample_published
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -194,8 +194,8 @@ def sample(
 
     Args:
         rules: ``corrected`` (``sample_tokens``) or ``published`` (``training.published.sample_published``, whose
-            images depend on their neighbours in the batch; ``training.published_kept.sample_published_kept`` for
-            layouts that keep cells).
+            images depend on their neighbours in the batch; for layouts that keep cells
+            ``training.published.kept_sampler.sample_published_kept``).
 
     Returns:
         see ``sample_tokens``.

@@ -28,7 +28,7 @@ from training.losses import stacked_losses
 from training.models.mqvae import MQVAE
 from training.models.transformer import StackedTransformer
 from training.presets import mq_class_v12p12
-from training.released_mq import (
+from training.published.configs_mq import (
     MQ_CLASS,
     MQ_UNCONDITIONAL,
     released_mq_tokenizer,

@@ -12,7 +12,7 @@ from training.losses import stacked_losses
 from training.models.dqvae import to_vectors
 from training.models.quantizer import EMAQuantizer
 from training.models.transformer import StackedTransformer
-from training.released_config import transformer_config
+from training.published.configs import transformer_config
 
 STATE = {"codebook": "weight", "cluster_size": "cluster_size_ema", "embed_sum": "embed_ema"}
 

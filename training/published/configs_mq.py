@@ -1,6 +1,6 @@
 """The released MQ code's configurations, read as ours (spec/mq.md sections 1 to 5).
 
-As in ``training.released_config``, every parameter that changes what the model computes is read, checked and carried
+As in ``training.published.configs``, every parameter that changes what the model computes is read, checked and carried
 over; whatever cannot be reproduced exactly is refused by name. The kept ratio is not stored in the weights: that of a
 stage-2 configuration's first stage holds, even where stage 1 was trained with another one (Q24). Dropout rates are
 those of the encoder and of the residual branches, as for DQ.
@@ -15,7 +15,7 @@ from dvq_rt.layout import UNORDERED, TokenLayout
 from runtimes.errors import ConfigError
 from training.models.mqvae import MQVAEConfig
 from training.models.transformer import TransformerConfig
-from training.released_config import DECODER_OPTIONS, Option, ReleasedTransformer, agree, optional, section
+from training.published.configs import DECODER_OPTIONS, Option, ReleasedTransformer, agree, optional, section
 
 MQ_TOKENIZER = "models.stage1_masked.mqvae.MaskedVectorQuantizationModel"
 MQ_CLASS = "models.stage2_masked.stackformer_class.ClassTransformer"

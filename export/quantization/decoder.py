@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.quantize import watching
+from export.quantization.weights import watching
 from training.models.tokenizer import Tokenizer
 
 Ranges = tuple[float, float]

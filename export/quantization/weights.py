@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
-from export.torch_step import draw_tokens, teacher_forced
+from export.torch_program import draw_tokens, teacher_forced
 from runtimes.errors import ExportError
 from training.models.transformer import StackedTransformer
 

@@ -16,7 +16,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
-from training.published import Choose, Draw, filter_probabilities, most_probable
+from training.published.sampler import Choose, Draw, filter_probabilities, most_probable
 
 
 class PublishedKept(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dvq_rt.layout import TokenLayout
-from export.quantize import BLOCK, QuantLinear, Rows, round_activations
+from export.quantization.weights import BLOCK, QuantLinear, Rows, round_activations
 from training.models.transformer import StackedTransformer
 
 BATCH = 8

@@ -1,5 +1,5 @@
 """The released DQ code's configurations, read as ours (spec/dq.md sections 0, 9, 10, 11), and what the reading of
-the released MQ code's (``training.released_mq``) shares with it.
+the released MQ code's (``training.published.configs_mq``) shares with it.
 
 A released configuration is a tree of ``{target, params}`` sections. Every parameter that changes what the model
 computes is read, checked and carried over; whatever cannot be reproduced exactly is refused by name. Dropout rates are
