@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dvq_rt.decoding import Job, Loop
+from dvq_rt.files import read_tensors
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import read_tensors
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.protocol import Array, Program
 
