@@ -21,10 +21,10 @@ from dvq_rt.images import ImageLike, grid, to_array, to_uint8
 from dvq_rt.layout import UNORDERED
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.sampling import SamplingParams, uniforms
-from runtimes.errors import BackendError, InputError
+from runtimes.errors import InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Backend, Program
-from runtimes.tensorrt import TensorRTBackend
+from runtimes.registry import open_backend
 
 Label = int | str | None
 Progress = bool | Callable[[int, int], None] | None
@@ -125,7 +125,16 @@ class Generator:
             raise InputError(f"slots is {slots!r}; it must be a positive integer or None")
         path = engine_folder(engine_dir)
         manifest = read_engine(path)
-        self._open(path, manifest, _backend(path, manifest, device, threads), slots)
+        backend = open_backend(
+            manifest.backend,
+            engine=path,
+            target=manifest.target,
+            weights=manifest.weights,
+            tools=manifest.tools,
+            device=device,
+            threads=threads,
+        )
+        self._open(path, manifest, backend, slots)
 
     @classmethod
     def of_folder(cls, path: Path, manifest: Manifest) -> Generator:
@@ -374,7 +383,7 @@ class Generator:
         with self._lock:
             if name not in self._programs:
                 path = self.path / f"{name}{self._backend.suffix}"
-                self._programs[name] = self._backend.load(path, main=name == "step")
+                self._programs[name] = self._backend.load(path, self.manifest.files or None, main=name == "step")
             return self._programs[name]
 
     def _new_loop(self, slots: int) -> Loop:
@@ -395,20 +404,6 @@ class Generator:
         yield loop
         with self._lock:
             self._spare = [*self._spare, loop][-KEPT_LOOPS:]
-
-
-def _backend(path: Path, manifest: Manifest, device: str | None, threads: int | None) -> Backend:
-    """What runs an engine on a device."""
-    if manifest.backend == "onnxruntime":
-        backend = OnnxRuntimeBackend(device or "cpu", threads)
-        if device == "cuda" and manifest.target != "cuda":
-            raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")
-        return backend
-    if device not in (None, "cuda"):
-        raise BackendError(f"engine {path} holds TensorRT plans, which run on cuda only; device is {device!r}")
-    digests = {name: entry["sha256"] for name, entry in manifest.files.items()}
-    version = manifest.tools.get(manifest.backend, "unknown")
-    return TensorRTBackend(manifest.backend, version, manifest.target, digests)
 
 
 @contextmanager
