@@ -23,6 +23,7 @@ from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 2
+STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
 """Tokenizer class and its configuration, by family."""
 
@@ -74,8 +75,23 @@ class Model(nn.Module):
     @property
     def layout(self) -> TokenLayout:
         if self.transformer is None:
-            raise CheckpointError("this checkpoint holds stage 1 only; train stage 2 with training.train_transformer")
+            raise CheckpointError(STAGE_1_ONLY)
         return self.transformer.layout
+
+    def both(self) -> tuple[Tokenizer, StackedTransformer]:
+        """Tokenizer and transformer of a whole model.
+
+        Raises:
+            CheckpointError: it holds one stage only.
+        """
+        if self.transformer is None:
+            raise CheckpointError(STAGE_1_ONLY)
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "this checkpoint holds stage 2 only; import it again with its first stage where the released "
+                "configuration's ckpt_path says"
+            )
+        return self.tokenizer, self.transformer
 
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""

@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{args.out} already exists; choose another --out")
     model = preset(args.name, args.seed)
     save_checkpoint(model, args.out)
-    for name, part in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
-        assert part is not None
+    for name, part in zip(("tokenizer", "transformer"), model.both(), strict=True):
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
     print(args.out)
 

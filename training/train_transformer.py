@@ -181,9 +181,8 @@ def train_transformer(
         model = load_checkpoint(path / "checkpoint")
     else:
         model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
-    net = model.transformer
-    assert net is not None and model.tokenizer is not None
-    model.tokenizer.requires_grad_(False)
+    vae, net = model.both()
+    vae.requires_grad_(False)
 
     augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
     source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
@@ -236,9 +235,9 @@ def train_transformer(
 
 def decode_tokens(model: Model, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
     """Images uint8 [N, S, S, 3] of sampled (content, joint position) sequences."""
-    assert model.tokenizer is not None
-    codes = np.stack([model.layout.to_map(content, position)[0] for content, position in tokens])
-    images = model.tokenizer.decode_maps(torch.from_numpy(codes))
+    tokenizer, transformer = model.both()
+    codes = np.stack([transformer.layout.to_map(content, position)[0] for content, position in tokens])
+    images = tokenizer.decode_maps(torch.from_numpy(codes))
     return to_uint8(images.numpy())
 
 
