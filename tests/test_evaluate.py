@@ -16,7 +16,9 @@ from runtimes.errors import ConfigError, DataError, InputError
 from training import compare
 from training.checkpoint import Model
 from training.cli import read_config
-from training.data import Augment, ImageFolder
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
+from training.data.stream import Augment
 from training.evaluate import (
     accuracy,
     diversity,
@@ -32,7 +34,6 @@ from training.judging.report import report, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.thresholds import to_float
 from training.train_transformer import StageTwoConfig
 
 NAMES = ("squares", "bars", "dots")  # not sorted, so that an order taken from elsewhere would show

@@ -29,13 +29,13 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.cli import read_config
-from training.data import ImageFolder
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
 from training.loop import TrainConfig
 from training.losses import psnr
 from training.models.dqvae import DQVAE, patch_entropy
 from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig
-from training.thresholds import to_float
 
 STEPS, QUANTISE = 80, 0.25
 STAGE_1 = {

@@ -27,7 +27,9 @@ from dvq_rt import Codes, Generator, SamplingParams
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
 from training.cli import guarded, read_config
-from training.data import Augment, ImageFolder, Indices, Pixels
+from training.data.folder import ImageFolder, Indices
+from training.data.pixels import Pixels, to_float
+from training.data.stream import Augment
 from training.judging.classifier import Classifier, judge, train_classifier
 from training.judging.report import (
     QUANTILES,
@@ -43,7 +45,6 @@ from training.judging.report import (
 )
 from training.loop import TrainConfig
 from training.losses import psnr, ssim
-from training.thresholds import to_float
 from training.train_tokenizer import StageOneConfig
 from training.train_transformer import StageTwoConfig
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from runtimes.errors import CheckpointError, DataError
 from training.checkpoint import existing, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
-from training.data import ImageFolder
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
 from training.models.dqvae import DQVAE, patch_entropy
 
 
@@ -44,11 +45,6 @@ def percentiles(values: Tensor) -> Tensor:
     """Percentiles 1 to 99: float [N] -> [99], entry p - 1 is element floor(N * p / 100) of the sorted values."""
     ordered = values.sort().values
     return torch.stack([ordered[len(ordered) * p // 100] for p in range(1, 100)])
-
-
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:

@@ -17,14 +17,16 @@ from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_checkpoint, new_tokenizer
 from training.cli import build, guarded, open_run, read_config
-from training.data import Augment, ImageFolder, batches
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
+from training.data.stream import Augment, batches
 from training.loop import Critic, Stage, TrainConfig, fit
 from training.losses import adaptive_weight, hinge_loss, psnr, reconstruction_loss, ssim
 from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
-from training.thresholds import folder_thresholds, to_float
+from training.thresholds import folder_thresholds
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from runtimes.errors import ConfigError
-from training.data import Augment, ImageFolder, Indices, Pixels, batches
-from training.thresholds import to_float
+from training.data.folder import ImageFolder, Indices
+from training.data.pixels import Pixels, to_float
+from training.data.stream import Augment, batches
 
 WIDTHS = (24, 48, 80, 112)
 FEATURES = 4 * WIDTHS[2]

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dvq_rt import Codes, Samples
 from dvq_rt.images import grain_overlay
 from dvq_rt.manifest import write_file
-from training.data import Indices, Pixels
+from training.data.folder import Indices
+from training.data.pixels import Pixels
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 GAP, TEXT = 6, 15  # pixels in the pictures
