@@ -31,9 +31,9 @@ from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded, read_config
 from training.data.folder import ImageFolder
 from training.data.tokens import tokenize
+from training.judging.metrics import psnr
 from training.judging.report import table
 from training.loop import TrainConfig
-from training.losses import psnr
 from training.train_transformer import StageTwoConfig
 
 Logits = dict[str, NDArray[np.float32]]

@@ -19,17 +19,16 @@ from training.cli import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment
-from training.evaluate import (
+from training.evaluate import main, open_data
+from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
+from training.judging.metrics import (
     accuracy,
     diversity,
-    main,
     memorisation,
     nearest_features,
     nearest_pixels,
-    open_data,
     spreads,
 )
-from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
 from training.judging.report import report, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig

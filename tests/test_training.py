@@ -31,8 +31,8 @@ from training.checkpoint import (
 from training.cli import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
+from training.judging.metrics import psnr
 from training.loop import TrainConfig
-from training.losses import psnr
 from training.models.dqvae import DQVAE, patch_entropy
 from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig

@@ -15,7 +15,7 @@ from dvq_rt.images import grain_overlay
 from runtimes.errors import ConfigError, InputError
 from training.cli import guarded, read_config
 from training.data.folder import ImageFolder
-from training.evaluate import cost, fidelity, through
+from training.judging.metrics import cost, fidelity, through
 from training.judging.report import enlarged, pick, sheet, table
 from training.loop import TrainConfig
 from training.train_tokenizer import StageOneConfig

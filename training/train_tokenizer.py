@@ -20,8 +20,9 @@ from training.cli import build, guarded, open_run, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
+from training.judging.metrics import psnr, ssim
 from training.loop import Critic, Stage, TrainConfig, fit
-from training.losses import adaptive_weight, hinge_loss, psnr, reconstruction_loss, ssim
+from training.losses import adaptive_weight, hinge_loss, reconstruction_loss
 from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig

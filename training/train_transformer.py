@@ -24,8 +24,9 @@ from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
 from training.data.tokens import collate, tokenize
+from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
-from training.losses import psnr, stacked_losses
+from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.sampling import sample_tokens

@@ -16,11 +16,9 @@ from dvq_rt.images import grain_overlay
 from dvq_rt.manifest import write_file
 from training.data.folder import Indices
 from training.data.pixels import Pixels
+from training.judging.metrics import QUANTILES, Distances
 
-QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 GAP, TEXT = 6, 15  # pixels in the pictures
-
-Distances = NDArray[np.float32]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
