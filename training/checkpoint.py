@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -258,10 +257,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:
-    """A checkpoint of the released code as our model; see ``training.import_published``, which also is the command."""
-    from training.import_published import import_published as read  # it builds on this module
-
-    return read(config, ckpt, base)

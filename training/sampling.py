@@ -1,8 +1,8 @@
 """The uncached sampler: the oracle of the parity tests, the baseline of the benchmark, the pictures during training.
 
 Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
-and sampling align positions alike, and every cell is covered exactly once. ``training.published`` and, for layouts
-that keep cells, ``training.published.kept_sampler`` have the released code's rules; ``sample`` chooses.
+and sampling align positions alike, and every cell is covered exactly once. ``training.published.samplers`` has the
+released code's rules; ``sample`` chooses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
-from training.published.kept_sampler import sample_published_kept
-from training.published.sampler import multinomial, sample_published
+from training.published.samplers import multinomial, sample_published, sample_published_kept
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -193,9 +192,8 @@ def sample(
     """Draw token sequences by either set of rules.
 
     Args:
-        rules: ``corrected`` (``sample_tokens``) or ``published`` (``training.published.sample_published``, whose
-            images depend on their neighbours in the batch; for layouts that keep cells
-            ``training.published.kept_sampler.sample_published_kept``).
+        rules: ``corrected`` (``sample_tokens``) or ``published`` (``sample_published``, whose images depend on their
+            neighbours in the batch; ``sample_published_kept`` for layouts that keep cells).
 
     Returns:
         see ``sample_tokens``.

@@ -10,8 +10,7 @@ import torch
 from dq_golden import GOLDEN
 
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import import_published
-from training.import_published import main
+from training.import_published import import_published, main
 
 A, E, E2 = "a_dual_entropy", "e_class2_entropy", "e2_class_content_only"
 

@@ -8,7 +8,7 @@ from dq_golden import GOLDEN as DQ
 from mq_golden import GOLDEN, extra, load, model
 
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import import_published
+from training.import_published import import_published
 
 A, C, U = "mqvae_refine", "stackformer_class", "stackformer_uncond"
 RANDOM_MASKER = {"target": "modules.masked_quantization.masker_random.RandomTokenizer", "params": {}}

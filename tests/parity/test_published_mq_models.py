@@ -22,13 +22,12 @@ from mq_golden import (
 )
 
 from dvq_rt.layout import TokenLayout
-from training.checkpoint import import_published, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.data.tokens import Tokenized, collate
-from training.import_published import Source, load_transformer, main, transformer_sources
+from training.import_published import import_published, main
 from training.losses import stacked_losses
 from training.models.mqvae import MQVAE
 from training.models.transformer import StackedTransformer
-from training.presets import mq_class_v12p12
 from training.published.configs_mq import (
     MQ_CLASS,
     MQ_UNCONDITIONAL,
@@ -36,6 +35,8 @@ from training.published.configs_mq import (
     released_mq_transformer,
     stack_config,
 )
+from training.published.presets import mq_class_v12p12
+from training.published.weights import Source, load_transformer, transformer_sources
 from training.train_transformer import batch_losses
 
 

@@ -8,8 +8,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.published.kept_sampler import sample_published_kept
-from training.published.sampler import filter_probabilities, keep_top_p, multinomial
+from training.published.samplers import filter_probabilities, keep_top_p, multinomial, sample_published_kept
 from training.sampling import filter_logits, sample, sample_tokens
 
 GREEDY = SamplingParams(top_k=1, top_k_position=1, positions="drawn")

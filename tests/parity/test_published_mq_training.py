@@ -21,11 +21,11 @@ from mq_golden import (
     to_released,
 )
 
-from training.import_published import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 from training.loop import TrainConfig, make_optimizer, schedule
 from training.losses import adaptive_weight, hinge_loss, stacked_losses
 from training.models.discriminator import PatchDiscriminator
 from training.models.quantizer import EMAQuantizer
+from training.published.weights import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 
 RATES = {"stage1_linear_warmup": math.inf, "stage1_and_2_warmup_cosine": None}
 

@@ -7,12 +7,12 @@ import torch
 from dq_golden import GOLDEN, load, teacher_forcing
 
 from dvq_rt.layout import TokenLayout
-from training.import_published import load_transformer, transformer_sources
 from training.losses import stacked_losses
 from training.models.dqvae import to_vectors
 from training.models.quantizer import EMAQuantizer
 from training.models.transformer import StackedTransformer
 from training.published.configs import transformer_config
+from training.published.weights import load_transformer, transformer_sources
 
 STATE = {"codebook": "weight", "cluster_size": "cluster_size_ema", "embed_sum": "embed_ema"}
 
