@@ -22,14 +22,8 @@ from training.models.dqvae import DQVAE
 from training.models.mqvae import MQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
-from training.published.configs import (
-    TOKENIZER,
-    TRANSFORMERS,
-    agree,
-    read_released_config,
-    released_tokenizer,
-    released_transformer,
-)
+from training.published.configs import agree, read_released_config
+from training.published.configs_dq import TOKENIZER, TRANSFORMERS, released_tokenizer, released_transformer
 from training.published.configs_mq import MQ_TOKENIZER, MQ_TRANSFORMERS, released_mq_tokenizer, released_mq_transformer
 from training.published.weights import (
     find_file,

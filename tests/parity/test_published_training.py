@@ -11,7 +11,7 @@ from training.losses import stacked_losses
 from training.models.dqvae import to_vectors
 from training.models.quantizer import EMAQuantizer
 from training.models.transformer import StackedTransformer
-from training.published.configs import transformer_config
+from training.published.configs_dq import transformer_config
 from training.published.weights import load_transformer, transformer_sources
 
 STATE = {"codebook": "weight", "cluster_size": "cluster_size_ema", "embed_sum": "embed_ema"}
