@@ -28,7 +28,8 @@ from export.steps import draw
 from export.torch_program import teacher_forced
 from runtimes.errors import ConfigError, ExportError
 from training.checkpoint import Model, load_checkpoint
-from training.cli import guarded, read_config
+from training.cli import guarded
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.tokens import tokenize
 from training.judging.metrics import psnr

@@ -15,7 +15,7 @@ from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
 from training import compare
 from training.checkpoint import Model
-from training.cli import read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment

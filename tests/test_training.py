@@ -28,7 +28,7 @@ from training.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
-from training.cli import read_config
+from training.config import CONFIGS, build, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.judging.metrics import psnr
@@ -637,18 +637,18 @@ def test_unusable_folders(data: Path, configs: Path, tmp_path: Path, capsys: pyt
     assert [p.name for p in tmp_path.iterdir()] == ["few"]
 
 
-@pytest.mark.parametrize("path", sorted(cli.CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_configs_of_the_package(path: Path) -> None:
     """The configuration files in the package fit the code that reads them."""
     if "tokenizer" in path.stem:
         sections = {"tokenizer": dict, "training": TrainConfig, "stage": train_tokenizer.StageOneConfig}
         sizes = read_config(path.stem, sections, [])["tokenizer"]
-        assert cli.build(family_config(sizes.pop("family", "dq")), sizes, path.stem) != TOKENIZER
+        assert build(family_config(sizes.pop("family", "dq")), sizes, path.stem) != TOKENIZER
         return
     sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig}
     config = read_config(path.stem, sections, ["training.steps=7"])
     assert config["training"].steps == 7 and config["stage"].defaults["guidance"] > 1
-    cli.build(TransformerConfig, config["transformer"], path.stem)
+    build(TransformerConfig, config["transformer"], path.stem)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])

@@ -13,7 +13,8 @@ from typing import Any
 from dvq_rt import Generator
 from dvq_rt.images import grain_overlay
 from runtimes.errors import ConfigError, InputError
-from training.cli import guarded, read_config
+from training.cli import guarded
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.judging.metrics import cost, fidelity, through
 from training.judging.report import enlarged, pick, sheet, table

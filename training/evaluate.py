@@ -23,7 +23,8 @@ from tqdm import tqdm
 from dvq_rt import Generator, SamplingParams
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
-from training.cli import guarded, read_config
+from training.cli import guarded
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.stream import Augment
 from training.judging.classifier import Classifier, judge, train_classifier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dvq_rt.manifest import write_file
 from runtimes.errors import ConfigError
 from training.checkpoint import (
     Model,
@@ -30,6 +28,7 @@ from training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from training.run import log
 
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 """What the names of a critic's tensors in a training state start with."""
@@ -162,7 +161,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
         if critic and critic_optimizer:
             load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
             restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
-        _cut_log(run, state.step)
+        cut_log(run, state.step)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)
 
     def save(folder: Path) -> None:
@@ -204,14 +203,14 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
             if state.step % 10 == 0 or last:
                 for name, value in {**values, "lr": config.rate(state.step - 1), "images_per_s": speed}.items():
                     writer.add_scalar(f"train/{name}", value, state.step)
-                _log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
+                log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
             if state.step % config.validate_every == 0 or last:
                 stage.model.eval()
                 with torch.no_grad():
                     checked = stage.validate()
                 for name, value in checked.items():
                     writer.add_scalar(f"val/{name}", value, state.step)
-                _log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
+                log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
                 bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
                 if checked.get("loss", math.inf) < state.values["best"]:
                     state.values["best"] = checked["loss"]
@@ -261,18 +260,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cut_log(run: Path, step: int) -> None:
-    """Drop the log's rows beyond a step, which a resumed run writes again, and a row that a crash left half."""
-    path = run / "log.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _log(run: Path, row: dict[str, Any]) -> None:
-    with (run / "log.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")

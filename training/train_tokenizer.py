@@ -16,7 +16,8 @@ from torch import Tensor
 from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_checkpoint, new_tokenizer
-from training.cli import build, guarded, open_run, read_config
+from training.cli import guarded
+from training.config import build, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -27,6 +28,7 @@ from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
+from training.run import open_run
 from training.thresholds import folder_thresholds
 
 

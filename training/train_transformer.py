@@ -19,7 +19,8 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import Model, load_checkpoint
-from training.cli import build, guarded, open_run, read_config
+from training.cli import guarded
+from training.config import build, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -29,6 +30,7 @@ from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.run import open_run
 from training.sampling import sample_tokens
 
 BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
