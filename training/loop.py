@@ -28,7 +28,7 @@ from training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from training.run import log
+from training.run import cut_log, log
 
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 """What the names of a critic's tensors in a training state start with."""
