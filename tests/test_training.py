@@ -37,7 +37,7 @@ from training.models.dqvae import DQVAE, patch_entropy
 from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig
 
-STEPS, QUANTISE = 80, 0.25
+STEPS, QUANTIZE = 80, 0.25
 STAGE_1 = {
     "tokenizer": {
         "image_size": 16,
@@ -61,7 +61,7 @@ STAGE_1 = {
         "picture_every": 40,
         "checkpoint_every": 15,
     },
-    "stage": {"warmup_fraction": QUANTISE, "val_fraction": 0.1},
+    "stage": {"warmup_fraction": QUANTIZE, "val_fraction": 0.1},
 }
 MASKED = {
     **STAGE_1,
@@ -190,11 +190,11 @@ def test_tokenizer_learns(first: Path, data: Path) -> None:
     assert len(encoding.codes.unique()) > 4 and set(encoding.grain.flatten().tolist()) == {0, 1}
 
 
-def test_best_tokenizer_is_quantised(first: Path) -> None:
+def test_best_tokenizer_is_quantized(first: Path) -> None:
     """No checkpoint from before the codebook existed can be the best one, however well it passed images through; the
     best one is the one with the lowest validation loss after that."""
     checked = validation(first)
-    start = int(STEPS * QUANTISE)
+    start = int(STEPS * QUANTIZE)
     assert {step for step, values in checked.items() if "loss" not in values} == set(range(10, start + 1, 10))
     best = min((values["loss"], step) for step, values in checked.items() if "loss" in values)
     state = load_training_state(first / "best")
@@ -335,8 +335,8 @@ def test_interrupted_run_equals_a_whole_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed before the first checkpoint, stopped by a signal, then by a crash beyond the last checkpoint, and resumed
-    each time: the same log and events, the same weights and optimiser state to the bit, through the start of the
-    codebook, augmentation, dropout and the first steps of a discriminator (its weights and its optimiser's too)."""
+    each time: the same log and events, the same weights and optimizer state to the bit, through the start of the
+    codebook, augmentation, dropout and the first steps of a discriminator (its weights and its optimizer's too)."""
     run = tmp_path / "run"
     whole: Path = request.getfixturevalue(stage)
     config = {"first": "one", "adversarial": "adversarial"}.get(stage)
@@ -563,7 +563,7 @@ def test_truncated_images_and_no_labels(
     first: Path, data: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files cut short, in training and held out, are left out with a warning; and one label "" of every sub-folder
-    trains an unconditional model. Before quantisation the pictures are what the network makes without a codebook."""
+    trains an unconditional model. Before quantization the pictures are what the network makes without a codebook."""
     images = tmp_path / "images"
     shutil.copytree(data, images)
     folder = ImageFolder(images, 16, val_fraction=0.1)
@@ -571,17 +571,17 @@ def test_truncated_images_and_no_labels(
         path.write_bytes(path.read_bytes()[:60])
     short = ["--set", "training.steps=3", "--set", "training.picture_every=1"]
     base = [str(images), "--out", str(tmp_path / "one"), "--config", str(configs / "one.json"), *short]
-    quantised: list[bool] = []
+    quantized: list[bool] = []
     forward = DQVAE.forward
 
     def watched(vae: DQVAE, x: torch.Tensor, *, quantize: bool = True) -> Reconstruction:
-        quantised.extend([] if vae.training else [quantize])
+        quantized.extend([] if vae.training else [quantize])
         return forward(vae, x, quantize=quantize)
 
     monkeypatch.setattr(DQVAE, "forward", watched)
     with pytest.warns(UserWarning, match="unreadable image"):
         train_tokenizer.main([*base, "--set", "stage.warmup_fraction=0.67"])
-    assert quantised[0] is False and quantised[-1] is True
+    assert quantized[0] is False and quantized[-1] is True
     options = ["--set", 'stage.labels={"": ["*"]}', "--set", "stage.min_psnr=0"]
     with pytest.warns(UserWarning, match="unreadable image"):
         train_transformer.main([*stage_2(images, configs, first, tmp_path / "two"), *short, *options])

@@ -39,7 +39,7 @@ def family_config(family: str) -> Any:
 
 
 def new_tokenizer(config: Any) -> Tokenizer:
-    """A freshly initialised tokenizer of its configuration."""
+    """A freshly initialized tokenizer of its configuration."""
     return next(model for model, kind in FAMILIES.values() if kind is type(config))(config)
 
 
@@ -106,7 +106,7 @@ class Model(nn.Module):
 
 @dataclass(slots=True)
 class TrainingState:
-    """What a resumed run needs beside the weights: the step, scalars such as the best loss, optimiser tensors."""
+    """What a resumed run needs beside the weights: the step, scalars such as the best loss, optimizer tensors."""
 
     step: int = 0
     values: dict[str, Any] = field(default_factory=dict)
@@ -190,8 +190,20 @@ def load_checkpoint(folder: str | Path) -> Model:
     return model.eval()
 
 
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, in eval mode.
+
+    Raises:
+        CheckpointError: see ``load_checkpoint``; or it holds none.
+    """
+    tokenizer = load_checkpoint(folder).tokenizer
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} holds no tokenizer; give a checkpoint of training.train_tokenizer")
+    return tokenizer
+
+
 def build_model(config: dict[str, Any]) -> Model:
-    """A freshly initialised model of a ``config.json`` dict.
+    """A freshly initialized model of a ``config.json`` dict.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is out of range.
@@ -245,7 +257,7 @@ def load_training_state(folder: str | Path) -> TrainingState:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as named tensors."""
+    """The optimizer's per-parameter state as named tensors."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value).clone() for i, s in state.items() for name, value in s.items()}
 

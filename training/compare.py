@@ -19,7 +19,7 @@ from training.data.folder import ImageFolder
 from training.judging.metrics import cost, fidelity, through
 from training.judging.report import enlarged, pick, sheet, table
 from training.loop import TrainConfig
-from training.train_tokenizer import StageOneConfig
+from training.objective import StageOneConfig
 
 COLUMNS = 10
 

@@ -50,7 +50,7 @@ from training.judging.report import (
     table,
 )
 from training.loop import TrainConfig
-from training.train_tokenizer import StageOneConfig
+from training.objective import StageOneConfig
 from training.train_transformer import StageTwoConfig
 
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be

@@ -48,12 +48,12 @@ class TrainConfig:
     """How to train, for either stage.
 
     Args:
-        steps: optimiser steps in all.
+        steps: optimizer steps in all.
         batch_size: images per step.
         lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
-        seed: of the data order, augmentation, dropout and initialisation, in 0..2^63 - 1.
+        seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
         shift: largest random translation of the images, pixels; flip: mirror half of them.
         validate_every, picture_every, checkpoint_every: steps between these.
 
@@ -99,11 +99,11 @@ class TrainConfig:
 
 @dataclass(slots=True)
 class Critic:
-    """A network that the loss uses and that is trained beside, by an optimiser of its own (a discriminator).
+    """A network that the loss uses and that is trained beside, by an optimizer of its own (a discriminator).
 
     Attributes:
-        module: its weights are training state, kept with the optimisers' and not in the model.
-        loss: () -> what it minimises, on what the step just taken made; None where it does not learn yet.
+        module: its weights are training state, kept with the optimizers' and not in the model.
+        loss: () -> what it minimizes, on what the step just taken made; None where it does not learn yet.
     """
 
     module: nn.Module
@@ -115,9 +115,9 @@ class Stage:
     """What a training script supplies to ``fit``.
 
     Attributes:
-        model: holds all parameters; ``trained`` is the part that is optimised.
+        model: holds all parameters; ``trained`` is the part that is optimized.
         batches: from a step number, an endless iterator of that step's batch and the next ones'.
-        loss: (batch, step) -> scalars, of which ``loss`` is minimised.
+        loss: (batch, step) -> scalars, of which ``loss`` is minimized.
         validate: () -> scalars, of which ``loss`` picks the best checkpoint; without it the checkpoint is no candidate.
         pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
         count: batch -> number of images.
@@ -231,7 +231,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
 def _descend(
     module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainConfig, step: int
 ) -> Tensor:
-    """One step of an optimiser, none where the gradient is not finite; the gradient's norm."""
+    """One step of an optimizer, none where the gradient is not finite; the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.zero_grad(set_to_none=True)

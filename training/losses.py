@@ -29,8 +29,8 @@ def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What a discriminator minimises, a scalar, from its logits of real and of made images, of any shapes
-    (spec/mq.md section 3.1). The generator minimises ``-fake.mean()``."""
+    """What a discriminator minimizes, a scalar, from its logits of real and of made images, of any shapes
+    (spec/mq.md section 3.1). The generator minimizes ``-fake.mean()``."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 

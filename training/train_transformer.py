@@ -18,7 +18,7 @@ from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import Model, load_checkpoint
+from training.checkpoint import Model, load_checkpoint, load_tokenizer
 from training.cli import guarded
 from training.config import build, read_config
 from training.data.folder import ImageFolder
@@ -98,11 +98,7 @@ def train_transformer(
     Raises:
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
-    first = load_checkpoint(tokenizer)
-    vae = first.tokenizer
-    if vae is None:
-        raise CheckpointError(f"{tokenizer} holds no tokenizer; give a checkpoint of training.train_tokenizer")
-    vae.requires_grad_(False)
+    vae = load_tokenizer(tokenizer).requires_grad_(False)
     labels = stage.labels or None
     folder = ImageFolder(
         data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels

@@ -66,7 +66,7 @@ def test_tokenizer(check, case, tmp_path):
     check.close("prequant", vectors.transpose(1, 2), g["prequant"], **MAPS)
     quantized = tokenizer.quantizer(vectors.flatten(0, 1))
     check.same("codes", quantized.codes.view(positions.shape), g["codes"])
-    check.close("quantised", quantized.values.view_as(vectors).transpose(1, 2), g["quantised"], **MAPS)
+    check.close("quantized", quantized.values.view_as(vectors).transpose(1, 2), g["quantised"], **MAPS)
     check.close("quant_loss", quantized.loss[None], g["quant_loss"], **LOSS)
     encoding = tokenizer.encode(image)
     check.same("encode: codes", encoding.codes, g["codes"])

@@ -32,7 +32,7 @@ RATES = {"stage1_linear_warmup": math.inf, "stage1_and_2_warmup_cosine": None}
 
 @pytest.mark.parametrize("case", ["quantizer_ema", "quantizer_restart_inactive"])
 def test_quantizer_updates(check, case):
-    """Protects the moving averages over two steps: each quantises with the codebook before it, and passes the gradient
+    """Protects the moving averages over two steps: each quantizes with the codebook before it, and passes the gradient
     straight through; with restarts on, codes in use stay where they are."""
     options = extra(case, "config")["model"]["params"]
     size, dim = options["codebook_size"], options["codebook_dim"]
@@ -63,7 +63,7 @@ def test_quantizer_updates(check, case):
 def test_tokenizer_step(check):
     """Protects the objective of stage 1 in training mode: picture loss, adversarial loss with its adaptive weight,
     commitment loss, the gradient of every parameter; then the discriminator's loss; and what both passes leave behind
-    in the codebook and in the batch statistics. The released code runs the tokenizer once per optimiser, so twice."""
+    in the codebook and in the batch statistics. The released code runs the tokenizer once per optimizer, so twice."""
     case, options = "mqvae_train", extra("mqvae_train", "config")["model"]["params"]["lossconfig"]["params"]
     g, x, logs = load(case), load(case, "inputs")["image"], extra(case)["logs"]
     vae = copy.deepcopy(model("mqvae_refine").tokenizer).train()
@@ -190,7 +190,7 @@ def test_transformer_gradients(check):
 
 @pytest.mark.parametrize("case", ["stackformer_class", "stackformer_uncond"])
 def test_decayed_weights(case):
-    """Protects the two groups of the optimiser: the same tensors decay as in the released code."""
+    """Protects the two groups of the optimizer: the same tensors decay as in the released code."""
     transformer = model(case).transformer
     names = {id(parameter): name for name, parameter in transformer.named_parameters()}
     sources, released = transformer_sources(transformer), extra(case)["optimizer"]

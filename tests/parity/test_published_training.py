@@ -39,7 +39,7 @@ def start_of(g, setting, decay):
 
 @pytest.mark.parametrize(("setting", "restart_below"), [("restart_off", 0.0), ("restart_on_not_triggered", 1.0)])
 def test_quantizer_updates(check, setting, restart_below):
-    """Protects the moving averages over two steps: each step quantises with the codebook before it, counts every copy
+    """Protects the moving averages over two steps: each step quantizes with the codebook before it, counts every copy
     of a coarse vector as released (``mask_weighted=False``), and passes the gradient straight through."""
     g = load("g_training", "vq")
     beta, decay = (round(value, 6) for value in g["beta_decay"].tolist())

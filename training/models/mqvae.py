@@ -132,7 +132,7 @@ class JointNorm(nn.Module):
 
 
 class Kept(NamedTuple):
-    """``vectors`` [B, K, d] to quantise, most important first, and their row-major ``positions`` int64 [B, K];
+    """``vectors`` [B, K, d] to quantize, most important first, and their row-major ``positions`` int64 [B, K];
     ``scores`` [B, h, w] of all cells."""
 
     vectors: Tensor
@@ -204,7 +204,7 @@ class Demasker(nn.Module):
         self.last_resblock = ResBlock(width, width, config.norm_groups)
 
     def forward(self, values: Tensor, kept: Tensor) -> Tensor:
-        """Quantised vectors [B, d, h, w], of any value where ``kept`` bool [B, h, w] is false -> [B, C, h, w]."""
+        """Quantized vectors [B, d, h, w], of any value where ``kept`` bool [B, h, w] is false -> [B, C, h, w]."""
         kept = kept[:, None]
         x = self.conv_in(self.post_projection(torch.where(kept, values, self.mask_token[:, None, None])))
         weight = torch.where(kept, 1.0, self.damping).flatten(1)
