@@ -24,7 +24,7 @@ from training.config import build, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
-from training.data.tokens import collate, tokenize
+from training.data.tokens import code_counts, collate, tokenize
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses
@@ -138,7 +138,7 @@ def train_transformer(
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
-    lengths = (train.grain != 0).sum((1, 2))
+    lengths = code_counts(layout, train.grain)
 
     def stream(step: int) -> Iterator[dict[str, Tensor]]:
         size = training.batch_size

@@ -44,6 +44,12 @@ def tokenize(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], co
     return Tokenized(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
 
 
+def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Number of codes of each image, int64 [N], of grain maps [N, hc, wc]."""
+    codes_of_a_cell = np.array([*((side // layout.sides[0]) ** 2 for side in layout.sides), 0])  # -1 has none
+    return codes_of_a_cell[grain].sum((1, 2))
+
+
 def collate(
     layout: TokenLayout, data: Tokenized, images: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> dict[str, Tensor]:
