@@ -138,7 +138,7 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
     if state is not None:
         text = json.dumps({"step": state.step, "values": state.values})
         save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
-    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n")
+    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n", encoding="utf-8")
     for path in (*fresh.iterdir(), fresh):
         sync(path)
     if folder.exists():
@@ -164,7 +164,7 @@ def load_checkpoint(folder: str | Path) -> Model:
     """
     folder = existing(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is no checkpoint folder: it has no config.json (a run writes RUN/checkpoint and RUN/best)"

@@ -26,7 +26,7 @@ def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]
     """
     file = Path(path) if Path(path).suffix == ".json" else CONFIGS / f"{path}.json"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         names = sorted(p.stem for p in CONFIGS.glob("*.json"))
         raise ConfigError(f"{file} cannot be read: {error}; give a JSON file or one of {names}") from None

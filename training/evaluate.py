@@ -172,14 +172,14 @@ def sweep(generator: Generator, folder: ImageFolder, model: Classifier, n: int, 
     guidance = SWEEP["guidance"] if generator.layout.null_label else (1.0,)
     rows = []
     for values in tqdm(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep", dynamic_ncols=True):
-        chosen = dict(zip(SWEEP, values, strict=True))
-        samples = generator.sample(len(labels), labels, seed, replace(base, **chosen))
+        varied = dict(zip(SWEEP, values, strict=True))
+        samples = generator.sample(len(labels), labels, seed, replace(base, **varied))
         verdict = judge(model, samples.to_numpy())
         shares = {name: row["share"] for name, row in accuracy(verdict.labels, wanted, names)["labels"].items()}
         worst = min(shares, key=shares.__getitem__)
         rows.append(
             {
-                **chosen,
+                **varied,
                 "min": shares[worst],
                 "mean": float(np.mean(list(shares.values()))),
                 "worst_label": worst,

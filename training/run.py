@@ -36,7 +36,7 @@ def open_run(
         raise ConfigError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
     if resume and (begun or file.exists()):
         try:
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
             read = dict(before["inputs"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file} is missing or damaged, so the run cannot go on; choose another --out") from None
@@ -61,12 +61,12 @@ def cut_log(run: Path, step: int) -> None:
     """Drop the log's rows beyond a step, which a resumed run writes again, and a row that a crash left half."""
     path = run / "log.jsonl"
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(ValueError):
             kept += [line] if json.loads(line)["step"] <= step else []
     write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def log(run: Path, row: dict[str, Any]) -> None:
-    with (run / "log.jsonl").open("a") as file:
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -157,12 +157,12 @@ def sample_tokens(
                 for i, g in enumerate(grammars):
                     banned[i, g.allowed() or [0]] = False
                 logits = logits.masked_fill(banned, -torch.inf)
-                found = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
+                ids = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
             else:
                 logits[:, layout.codebook_size :] = -torch.inf
-                found = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
+                ids = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
             for row, label in enumerate(starts):
-                g, value = grammars[row % count], int(found[row % count])
+                g, value = grammars[row % count], int(ids[row % count])
                 start_content, start_position = layout.start(g.segment, label)
                 if head == "position":
                     places[row] = start_position if g.starting else value

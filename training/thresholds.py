@@ -35,10 +35,10 @@ def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
     Raises:
         DataError: there is no image.
     """
-    found = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
-    if not found:
+    entropies = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
+    if not entropies:
         raise DataError("no image can be decoded, so there are no entropy thresholds; replace the files")
-    return percentiles(torch.cat(found))
+    return percentiles(torch.cat(entropies))
 
 
 def percentiles(values: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def percentiles(values: Tensor) -> Tensor:
 
 def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:
     """``threshold_table`` of a folder's training images; of an even subset when there are more than ``limit``."""
-    chosen = folder.train[:: max(1, len(folder.train) // limit)]
-    images = (image for batch, _ in folder.chunks(chosen, 64) for image in batch)
-    return threshold_table(tqdm(images, total=len(chosen), desc="patch entropies"), patch)
+    subset = folder.train[:: max(1, len(folder.train) // limit)]
+    images = (image for batch, _ in folder.chunks(subset, 64) for image in batch)
+    return threshold_table(tqdm(images, total=len(subset), desc="patch entropies"), patch)
 
 
 @guarded

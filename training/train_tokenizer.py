@@ -114,13 +114,13 @@ def heat(scores: Tensor, size: int) -> np.ndarray:
 def initialize_codebook(vae: Tokenizer, folder: ImageFolder, batch_size: int, seed: int) -> None:
     """Start the codebook from k-means of the features of a few hundred training images, one vector per code place."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
+    some_images = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
     vectors, count = [], 0
-    for images, _ in folder.chunks(chosen, 16):
+    for images, _ in folder.chunks(some_images, 16):
         count += len(images)
         vectors.append(vae.code_vectors(to_float(images)))
-    found = torch.cat(vectors)
-    vae.quantizer.initialize(found, len(found) * batch_size / count, noise=generator)
+    features = torch.cat(vectors)
+    vae.quantizer.initialize(features, len(features) * batch_size / count, noise=generator)
 
 
 @guarded

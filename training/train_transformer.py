@@ -158,9 +158,9 @@ def train_transformer(
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
         for start in range(0, len(val.labels), 16):
-            chosen = np.arange(start, min(start + 16, len(val.labels)))
-            for name, value in batch_losses(net, collate(layout, val, chosen, val.labels[chosen])).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(chosen) / len(val.labels)
+            rows = np.arange(start, min(start + 16, len(val.labels)))
+            for name, value in batch_losses(net, collate(layout, val, rows, val.labels[rows])).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(val.labels)
         return sums
 
     def pictures() -> dict[str, np.ndarray]:

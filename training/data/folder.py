@@ -80,11 +80,11 @@ class ImageFolder:
 
         groups = _groups(self.root, labels)
         self.classes = list(groups)
-        found = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
+        candidates = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
         kept: list[tuple[Path, int]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large: counted below like the others
-            for path, label in tqdm(found, desc="checking images", unit="image", delay=3, leave=False):
+            for path, label in tqdm(candidates, desc="checking images", unit="image", delay=3, leave=False):
                 if header_is_good(path):
                     kept.append((path, label))
                 else:
@@ -93,7 +93,7 @@ class ImageFolder:
         self.paths = [path for path, _ in kept]
         self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        _check_counts(self.root, groups, counts, len(found))
+        _check_counts(self.root, groups, counts, len(candidates))
         self.train, self.val = self._split(val_fraction, seed)
         self.captions = _captions(self.root)
 
@@ -241,11 +241,11 @@ def _files(root: Path, names: Sequence[str]) -> list[Path]:
     return sorted(files)
 
 
-def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], found: int) -> None:
+def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], files: int) -> None:
     """DataError unless every label has an image."""
     kinds = " ".join(sorted(SUFFIXES))
     if counts.sum() == 0:
-        raise DataError(f"{root}: no readable image among {found} candidates; its sub-folders need images ({kinds})")
+        raise DataError(f"{root}: no readable image among {files} candidates; its sub-folders need images ({kinds})")
     empty = [name for name, count in zip(groups, counts, strict=True) if count == 0]
     if empty:
         raise DataError(f"{root}: no readable image for {some(empty)}; add images ({kinds}) or leave the class out")

@@ -126,7 +126,7 @@ def judge(model: Classifier, images: Pixels) -> Verdict:
     """What the classifier makes of images uint8 [N, S, S, 3]."""
     labels, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
     for start in range(0, len(images), 64):
-        logits, found = model(to_float(images[start : start + 64]))
+        logits, raw_features = model(to_float(images[start : start + 64]))
         labels.append(logits.argmax(1).numpy())
-        features.append(F.normalize(found).numpy())
+        features.append(F.normalize(raw_features).numpy())
     return Verdict(np.concatenate(labels), np.concatenate(features))

@@ -51,11 +51,11 @@ def ssim(target: Tensor, output: Tensor) -> Tensor:
     return score.flatten(1).mean(1)
 
 
-def accuracy(found: NDArray[np.int64], wanted: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
-    """Share (None of a count of 0) of ``found`` [N] that equals ``wanted`` [N], and count, overall and per label."""
+def accuracy(predicted: NDArray[np.int64], wanted: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Share of ``predicted`` [N] that equals ``wanted`` [N] (None of no image) and count, overall and per label."""
 
     def share(use: NDArray[np.bool_]) -> dict[str, Any]:
-        return {"share": float((found == wanted)[use].mean()) if use.any() else None, "count": int(use.sum())}
+        return {"share": float((predicted == wanted)[use].mean()) if use.any() else None, "count": int(use.sum())}
 
     labels = {name: share(wanted == i) for i, name in enumerate(names)}
     return {**share(np.ones(len(wanted), dtype=bool)), "labels": labels}
@@ -103,9 +103,9 @@ def nearest_pixels(queries: Pixels, training: Pixels, shift: int = SHIFT) -> tup
         for down, right, mirrored in product(range(2 * shift + 1), range(2 * shift + 1), (False, True)):
             moved = padded[..., down : down + side, right : right + side]
             moved = (moved.flip(-1) if mirrored else moved).flatten(1)
-            found, where = (norms[:, None] + moved.square().sum(1) - 2 * flat @ moved.T).min(1)
-            index = torch.where(found < best, where + start, index)
-            best = torch.minimum(found, best)
+            distance, where = (norms[:, None] + moved.square().sum(1) - 2 * flat @ moved.T).min(1)
+            index = torch.where(distance < best, where + start, index)
+            best = torch.minimum(distance, best)
     rms = (best.clamp_min(0) / flat.shape[1]).sqrt() * 127.5
     return rms.numpy(), index.numpy()
 

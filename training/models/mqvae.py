@@ -173,10 +173,10 @@ class Masker(nn.Module):
         scores = self.score(h)
         positions = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, : self.kept]
         tokens = F.layer_norm(h.flatten(2).transpose(1, 2), h.shape[1:2])  # [B, h * w, C]
-        chosen = tokens.gather(1, positions[..., None].expand(-1, -1, h.shape[1]))
+        kept = tokens.gather(1, positions[..., None].expand(-1, -1, h.shape[1]))
         if self.score_pred_net is not None:  # the only gradient that the scores get
-            chosen = chosen * scores.gather(1, positions)[..., None]
-        return Kept(self.pre_projection(chosen), positions, scores.view(h.shape[0], *h.shape[2:]))
+            kept = kept * scores.gather(1, positions)[..., None]
+        return Kept(self.pre_projection(kept), positions, scores.view(h.shape[0], *h.shape[2:]))
 
 
 class DemaskBlock(nn.Module):

@@ -91,7 +91,7 @@ def read_released_config(source: Mapping[str, Any] | str | Path) -> Mapping[str,
     if isinstance(source, str | Path):
         path = Path(source)
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; give the released JSON or YAML configuration") from None

@@ -289,11 +289,11 @@ def sample_published_kept(
             logits = logits / params.temperature
             if head == "content":
                 logits[:, layout.codebook_size :] = -torch.inf
-                found = draw(head, logits, params.top_k, params.top_p)
-                content = torch.cat([content, found[:, None]], 1)
+                drawn = draw(head, logits, params.top_k, params.top_p)
+                content = torch.cat([content, drawn[:, None]], 1)
             else:
                 logits = logits.scatter(1, position, -torch.inf)
                 logits[:, layout.cells :] = -torch.inf
-                found = draw(head, logits, params.top_k_position, params.top_p_position)
-                position = torch.cat([position, found[:, None]], 1)
+                drawn = draw(head, logits, params.top_k_position, params.top_p_position)
+                position = torch.cat([position, drawn[:, None]], 1)
     return PublishedKept(content[:, 1:], position[:, 1:])

@@ -59,7 +59,7 @@ def read_thresholds(path: str, folders: Sequence[Path]) -> Tensor:
             "put it there, or run from the folder that the path starts in"
         )
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; give the released threshold table") from None
     table = [values.get(str(p)) if isinstance(values, dict) else None for p in range(1, 100)]
