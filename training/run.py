@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dvq_rt.manifest import write_file
+from dvq_rt.files import write_file
 from runtimes.errors import ConfigError
 
 
