@@ -15,7 +15,7 @@ from PIL import Image
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
-from dvq_rt.images import ImageLike, to_array
+from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
 from dvq_rt.layout import UNORDERED, TokenLayout
 from dvq_rt.manifest import Manifest
@@ -192,9 +192,8 @@ class Generator:
         Raises:
             InputError: an image cannot be read, is too large, or is no image.
         """
-        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         codes = []
-        for image in several:
+        for image in image_list(images):
             maps, grains = self.engine.encode(to_array(image, self.manifest.image_size)[None])
             codes.append(Codes(maps[0], grains[0], self.layout))
         return codes
