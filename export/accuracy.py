@@ -1,4 +1,4 @@
-"""What quantisation costs: ``python -m export.accuracy CKPT DATA ENGINE...``.
+"""What quantization costs: ``python -m export.accuracy CKPT DATA ENGINE...``.
 
 Engines are forced along the codes of held-out images and compared with the checkpoint in PyTorch at float32, in the
 kernels that they run in, at every choice that the model has: positions of all segments but the last, whose order is
@@ -26,7 +26,7 @@ from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.steps import draw
 from export.torch_program import teacher_forced
-from runtimes.errors import ConfigError, ExportError
+from runtimes.errors import ConfigError
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded, read_config
 from training.data import ImageFolder
@@ -46,9 +46,7 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     """
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
     settings = read_config(config, sections, [])
-    stage, names, vae = settings["stage"], model.class_names, model.tokenizer
-    if vae is None or model.transformer is None:
-        raise ExportError("the checkpoint lacks a stage; give one of training.train_transformer")
+    stage, names, (vae, _) = settings["stage"], model.class_names, model.both()
     if not set(names) <= set(stage.labels):
         raise ConfigError(
             f"the checkpoint's labels {list(names)} are not in {config}; give the --config of its training"
@@ -112,14 +110,12 @@ def compare(model: Model, rows: list[Tokens], found: list[Logits]) -> dict[str, 
     (share of choices with the same most probable token), ``draw`` (share with the same token drawn by the same random
     number from the whole vocabulary), ``nll`` and ``nll_fp32`` (nats per choice) and ``nll_change``, their relative
     difference; all before the grammar's mask."""
-    assert model.transformer is not None
+    _, net = model.both()
     sums = {head: np.zeros(5) for head in HEADS}
     errors = dict.fromkeys(HEADS, 0.0)
     for i, (row, got) in enumerate(zip(rows, found, strict=True)):
         random = torch.from_numpy(uniforms(0, i, model.layout.max_length))
-        want = dict(
-            zip(HEADS, teacher_forced(model.transformer, row.content.tolist(), row.position.tolist()), strict=True)
-        )
+        want = dict(zip(HEADS, teacher_forced(net, row.content.tolist(), row.position.tolist()), strict=True))
         for head, (steps, target) in choices(model, row).items():
             reached = steps < len(got[head])
             steps, wanted = steps[reached], torch.from_numpy(target[reached])
@@ -160,12 +156,12 @@ def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
 @torch.no_grad()
 def decoder_psnr(model: Model, generator: Generator, rows: list[Tokens]) -> float:
     """Mean PSNR in dB of an engine's images of held-out codes against the checkpoint's, both of 8 bits."""
-    assert model.tokenizer is not None
+    vae, _ = model.both()
     found = []
     for row in rows:
         codes, grain = model.layout.to_map(row.content.tolist(), row.position.tolist())
         mine = generator.decode(Codes(codes, grain.astype(np.int8), model.layout))
-        exact = to_uint8(model.tokenizer.decode_maps(torch.from_numpy(codes)[None]).numpy())
+        exact = to_uint8(vae.decode_maps(torch.from_numpy(codes)[None]).numpy())
         found.append(psnr(*(torch.from_numpy(pixels) / 127.5 - 1 for pixels in (exact, mine))))
     return float(torch.cat(found).mean())
 

@@ -35,7 +35,7 @@ from dvq_rt.decoding import Loop
 from dvq_rt.generator import Generator
 from dvq_rt.manifest import write_file
 from export.torch_program import TorchStep
-from runtimes.errors import ConfigError, ExportError, InputError
+from runtimes.errors import ConfigError, InputError
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.judging.report import table
@@ -81,8 +81,7 @@ def tokens_bench(
 ) -> dict[str, Any]:
     """One token of ``slots`` slots: the baselines asked for, ``eager`` and every engine in turns, with DRAM read
     bandwidth."""
-    net = model.transformer
-    assert net is not None
+    _, net = model.both()
     reader = Reader()
     runs: dict[str, Callable[[], None]] = {"dram": reader.run}
     if "uncached" in baselines:
@@ -110,8 +109,7 @@ def tokens_bench(
 
 def torch_image(model: Model, slots: int, steps: int) -> Callable[[], None]:
     """Whole images in PyTorch with caches: ``steps`` tokens of every slot, and the decoder."""
-    net, vae = model.transformer, model.tokenizer
-    assert net is not None and vae is not None
+    vae, net = model.both()
     step, side = TorchStep(net, slots), model.layout.sides[-1]
     codes = torch.zeros(slots, side, side, dtype=torch.long)
 
@@ -127,8 +125,7 @@ def torch_image(model: Model, slots: int, steps: int) -> Callable[[], None]:
 
 def uncached_image(model: Model, slots: int, steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of whole images without caches: tokens timed at several lengths and integrated, the decoder added."""
-    net, vae = model.transformer, model.tokenizer
-    assert net is not None and vae is not None
+    vae, net = model.both()
     lengths = sorted({max(1, round(share * steps)) for share in UNCACHED_AT})
     found = []
     for length in lengths:
@@ -239,8 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="write all numbers to this JSON file")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint).eval().requires_grad_(False)
-    if model.tokenizer is None or model.transformer is None:
-        raise ExportError("the checkpoint lacks a stage; the benchmark needs both")
+    model.both()
     if args.threads:
         torch.set_num_threads(args.threads)
     engines = open_engines(model, args.engine, args.threads or torch.get_num_threads())

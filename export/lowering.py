@@ -10,7 +10,7 @@ Every form of attention appends one token to a cache and attends over what the c
 Rows beyond ``length`` never count. Caches start at zero. With ``scales`` float32 [2, H, 1, D], of keys and of values,
 ``GroupQueryAttention`` caches int8, value / scale to the nearest. In PyTorch floats are cached, which
 ``export.quantization.weights.CachedProjection`` rounds to such multiples; the other exported forms are not for
-quantised models.
+quantized models.
 """
 
 from __future__ import annotations

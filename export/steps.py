@@ -1,4 +1,4 @@
-"""The functions that get traced: encoder, decoder and the decode step, as wrappers around the models.
+"""The decode step.
 
 The step does one whole token for B slots. Every slot has its own state, label, sampling parameters and random numbers;
 nothing of one slot reaches another but the logits of its named partner (classifier-free guidance).
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dvq_rt.layout import HEADS
 from export.lowering import Attention, reference_attention
 from runtimes.errors import ConfigError
-from training.models.tokenizer import Tokenizer
 from training.models.transformer import Block, StackedTransformer
 
 STATE = ("content", "position", "length", "done", "cells")
@@ -155,7 +154,7 @@ class Step(nn.Module):
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""
         attn = block.attn
-        scales = getattr(attn.qkv, "cache_scales", None)  # a quantised model's
+        scales = getattr(attn.qkv, "cache_scales", None)  # a quantized model's
         y, keys, values = self.attention(attn.qkv(block.ln1(x)), keys, values, length, attn.heads, scales)
         x = x + attn.proj(y)
         return x + block.mlp(block.ln2(x)), keys, values
@@ -261,28 +260,6 @@ def draw(
     last = (probabilities > 0).long().sum(-1, keepdim=True) - 1
     token = torch.where(use_forced, forced, ids.gather(1, torch.minimum(rank, last)).squeeze(1))
     return token, torch.log_softmax(masked, dim=-1).gather(1, token[:, None]).squeeze(1)
-
-
-class EncoderGraph(nn.Module):
-    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, h, w], grain int64 [B, hc, wc] (``Tokenizer``)."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.vae = tokenizer
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vae.encode_maps(images)
-
-
-class DecoderGraph(nn.Module):
-    """codes int64 [B, h, w], -1 for cells without one -> images float32 [B, 3, S, S], about [-1, 1], not clamped."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.vae = tokenizer
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.vae.decode_maps(codes)
 
 
 def example_inputs(model: StackedTransformer, slots: int) -> dict[str, Tensor | list[Tensor]]:
