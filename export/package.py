@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dvq_rt.manifest import Manifest
+from dvq_rt.step import StepTable
 from export.graphs import DecoderGraph, EncoderGraph, PixelDecoder
-from export.lowering import OPSET, Attention
-from export.steps import REPORTS, STATE, Step, example_inputs
-from export.tracing import flat_names, trace
-from runtimes.errors import ConfigError, ExportError
+from export.lowering import OPSET
+from export.tracing import trace
+from runtimes.errors import ExportError
 from training.checkpoint import Model
 from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
-
-GRAPHS = ("encoder", "decoder", "step")
-FORMATS = {torch.bfloat16: "uint16"}
-"""Names in a manifest of number formats that numpy lacks."""
+from training.step import Attention, Step, example_inputs
 
 
 def check_whole(model: Model) -> tuple[Tokenizer, StackedTransformer]:
@@ -38,94 +35,51 @@ def check_whole(model: Model) -> tuple[Tokenizer, StackedTransformer]:
     return vae, net
 
 
-def check_number(name: str, value: Any, least: int, most: int, reason: str = "") -> None:
-    """
-    Raises:
-        ConfigError: an option is not an integer from ``least`` to ``most``.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
-        raise ConfigError(f"{name} is {repr(value)[:100]}; it must be an integer from {least} to {most}{reason}")
-
-
 def write_graphs(
     model: Model,
     folder: Path,
+    table: StepTable,
     attention: Attention,
     *,
     slots: int | None = None,
-    cache: torch.dtype | None = None,
     half_weights: bool = False,
     pixels: bool = False,
     opset: int = OPSET,
-) -> dict[str, Any]:
+) -> None:
     """Trace encoder, decoder and step into a folder.
 
     Args:
+        table: the step's interface.
         attention: the step's, one of ``export.lowering``.
         slots: fixes the step's batch to so many, and the other graphs' to 1; None leaves all three symbolic.
-        cache: number format of the caches; None takes that of the transformer's weights.
         half_weights: store weights as float16.
         pixels: whether the decoder also gives bytes.
-
-    Returns:
-        the step's interface for the manifest.
     """
     vae, net = model.both()
     size, side, rows = vae.config.image_size, vae.config.sides[-1], 1 if slots else 2
-    inputs = example_inputs(net, slots or 2)
-    cache = cache or next(net.parameters()).dtype
-    inputs["caches"] = [values.to(cache) for values in inputs["caches"]]
-    interface = describe_step(net, inputs, fixed=slots is not None)
-    outputs = [spec["name"] for spec in interface["outputs"]]
-    parts: dict[str, tuple[nn.Module, dict[str, Any], list[str]]] = {
-        "encoder": (EncoderGraph(vae), {"images": torch.zeros(rows, 3, size, size)}, ["codes", "grain"]),
-        "decoder": (
-            PixelDecoder(vae) if pixels else DecoderGraph(vae),
-            {"codes": torch.zeros(rows, side, side, dtype=torch.long)},
-            ["images", "pixels"] if pixels else ["images"],
+    images, codes = torch.zeros(rows, 3, size, size), torch.zeros(rows, side, side, dtype=torch.long)
+    decoder = PixelDecoder(vae) if pixels else DecoderGraph(vae)
+    parts: dict[str, tuple[nn.Module, dict[str, Any], list[str], list[str]]] = {
+        "encoder": (EncoderGraph(vae), {"images": images}, ["images"], ["codes", "grain"]),
+        "decoder": (decoder, {"codes": codes}, ["codes"], ["images", "pixels"] if pixels else ["images"]),
+        "step": (
+            Step(net, attention),
+            example_inputs(table, slots or 2),
+            [port.name for port in table.inputs],
+            [port.output for port in table.outputs],
         ),
-        "step": (Step(net, attention), inputs, outputs),
     }
-    for name, (module, examples, produced) in parts.items():
+    for name, (module, examples, inputs, outputs) in parts.items():
         trace(
             module.eval(),
             examples,
-            produced,
+            outputs,
             folder / f"{name}.onnx",
+            names=inputs,
             half_weights=half_weights,
             fixed=slots is not None,
             opset=opset,
         )
-    return interface
-
-
-def describe_step(net: StackedTransformer, inputs: dict[str, Any], *, fixed: bool) -> dict[str, Any]:
-    """The step's interface for the manifest, from example inputs of any batch; ``fixed`` keeps their batch."""
-    batch: int | str = len(inputs["label"]) if fixed else "B"
-    names = flat_names(inputs)
-    tensors = dict(zip(names, [*(t for name, t in inputs.items() if name != "caches"), *inputs["caches"]], strict=True))
-    caches = [name for name in names if name not in inputs]
-    widths = {"position": net.layout.position_head, "content": net.layout.content_vocabulary}
-
-    def spec(name: str, tensor: Tensor) -> dict[str, Any]:
-        dtype = FORMATS.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
-        return {"name": name, "dtype": dtype, "shape": [batch, *tensor.shape[1:]]}
-
-    reports = [
-        {"name": name, "dtype": "float32", "shape": [batch, widths[head]] if kind == "logits" else [batch]}
-        for name in REPORTS
-        for head, kind in [name.split("_")]
-    ]
-    return {
-        "inputs": [spec(name, tensor) for name, tensor in tensors.items()],
-        "outputs": [
-            *(spec(f"{name}_out", tensors[name]) for name in STATE),
-            *reports,
-            *(spec(f"{name}_out", tensors[name]) for name in caches),
-        ],
-        "caches": [[name, f"{name}_out"] for name in caches],
-    }
 
 
 def describe(
@@ -142,7 +96,7 @@ def describe(
 
     Args:
         model: as it was trained, whose parameters are counted.
-        step: see ``write_graphs``.
+        step: its interface, see ``StepTable.to_dict``.
         backend: name and version of what the engine is made for.
     """
     vae, net = model.both()

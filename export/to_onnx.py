@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dvq_rt.labels import whole
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS
-from export.package import check_number, check_whole, describe, summary, write_graphs
+from export.package import check_whole, describe, summary, write_graphs
 from export.parity import check_engine
 from export.quantization.calibration import CALIBRATION
 from export.quantization.model import BITS, quantize_model
@@ -27,6 +28,7 @@ from runtimes.errors import ConfigError, ExportError
 from runtimes.onnxruntime import import_onnxruntime
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
+from training.step import step_table
 
 WEIGHTS = ("fp32", "fp16", *BITS)
 MOST_IMAGES, MOST_STEPS = 100_000, 1_000_000
@@ -64,40 +66,34 @@ def export_onnx(
 
     Raises:
         CheckpointError: a part of the model is missing.
-        ConfigError: a number is out of range.
+        InputError, ConfigError: a number or a recommended sampling parameter is out of range.
         ExportError: its threshold table is missing, the weights' format is unknown or not made for the target, a layer
             is too narrow for integers, or the graphs do not agree with PyTorch.
         EngineError: the folder exists.
     """
-    check_whole(model)
-    check_number("slots", slots, 1, MOST_ROWS)
+    _, net = check_whole(model)
+    slots = whole("slots", slots, 1, MOST_ROWS)
     for name, value, choices in (("weights", weights, WEIGHTS), ("target", target, tuple(sorted(LOWERINGS)))):
         if value not in choices:
             raise ExportError(f"{name} is {value!r}; it must be one of {choices}")
     integers = weights in BITS
     if integers:
-        check_number("calibrate", calibrate, 0, MOST_IMAGES)
-        check_number("tuning", tuning, 0, MOST_STEPS)
+        calibrate, tuning = whole("calibrate", calibrate, 0, MOST_IMAGES), whole("tuning", tuning, 0, MOST_STEPS)
         if tuning and not calibrate:
             raise ConfigError(f"tuning is {tuning} and calibrate 0; tuning needs images")
         if target != "cpu":
             raise ExportError(f"weights {weights} are made for target 'cpu', not {target!r}; use fp32 or fp16 there")
-    rounded = copy.deepcopy(model).eval().requires_grad_(False)
-    if weights == "fp16":
-        round_to_half(rounded)
-    elif integers:
-        rounded = quantize_model(rounded, weights, calibrate, tuning)
+    table = step_table(net, torch.int8 if integers else None)
+    backend = "onnxruntime", import_onnxruntime().__version__
+    manifest = describe(model, table.to_dict(), slots=slots, backend=backend, target=target, weights=weights)
 
     def build(folder: Path) -> Manifest:
-        step = write_graphs(
-            rounded,
-            folder,
-            LOWERINGS[target],
-            cache=torch.int8 if integers else torch.float32,
-            half_weights=weights == "fp16",
-        )
-        backend = "onnxruntime", import_onnxruntime().__version__
-        manifest = describe(model, step, slots=slots, backend=backend, target=target, weights=weights)
+        rounded = copy.deepcopy(model).eval().requires_grad_(False)
+        if weights == "fp16":
+            round_to_half(rounded)
+        elif integers:
+            rounded = quantize_model(rounded, weights, calibrate, tuning)
+        write_graphs(rounded, folder, table, LOWERINGS[target], half_weights=weights == "fp16")
         return check_engine(rounded, folder, manifest)
 
     return write_engine(out, build, overwrite=overwrite)

@@ -14,27 +14,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
+import numpy as np
 
-from dvq_rt.generator import Generator
+from dvq_rt.decoding import Request
+from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.labels import whole
+from dvq_rt.layout import padded
 from dvq_rt.manifest import Manifest, read_tensors, write_engine, write_tensors
-from dvq_rt.verify import drawn, free_params
+from dvq_rt.step import StepTable
+from dvq_rt.verify import draw_tokens, free_params
 from export.lowering import TENSORRT_OPSET, scatter_attention
-from export.package import GRAPHS, check_number, check_whole, describe, summary, write_graphs
-from export.parity import check_engine, golden_values, padded
+from export.package import check_whole, describe, summary, write_graphs
+from export.parity import check_engine, golden_values
 from export.tensorrt.check import check_graph
 from export.tensorrt.plans import AHEAD, Plan, build_plan, choose_targets, plans_table
 from export.tensorrt.precision import PRECISIONS, narrow
-from export.tracing import MOST_ROWS
+from export.tracing import MOST_ROWS, load_graph
 from runtimes.cuda import driver_version
 from runtimes.errors import ConfigError
+from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.tensorrt_api import CURRENT, FLAVORS, TensorRT, choose_flavor
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.import_published import import_published
+from training.step import step_table
 
 LARGE, FEW_TOKENS = 50_000_000, 24
 """Transformers of more parameters are compared on so few tokens, because this takes long on a CPU."""
+MOST_TOKENS = 2**31 - 1
 
 
 def export_tensorrt(
@@ -67,24 +74,29 @@ def export_tensorrt(
         the manifest and the plans that were built.
 
     Raises:
-        ExportError: a part of the model is missing, the graphs do not agree with PyTorch, TensorRT would misread them,
-            or cannot build them.
-        ConfigError: an option is out of its range.
+        CheckpointError: a part of the model is missing.
+        ExportError: the graphs do not agree with PyTorch, TensorRT would misread them, or cannot build them.
+        InputError, ConfigError: an option is out of its range.
         BackendError: the package is missing, or ``current`` was asked for without a GPU.
         EngineError: the folder exists.
     """
     _, net = check_whole(model)
-    check_number("slots", slots, 2, MOST_ROWS, ", since guidance takes two slots an image")
+    slots = whole("slots", slots, 1, MOST_ROWS)
+    if slots < 2:
+        raise ConfigError(f"slots is {slots}; a plan needs at least 2, since guidance takes two slots an image")
+    longest = net.layout.max_length
     if check_tokens is not None:
-        check_number("check_tokens", check_tokens, 1, 2**31)
+        limit = min(whole("check_tokens", check_tokens, 1, MOST_TOKENS), longest)
+    else:
+        large = sum(p.numel() for p in net.parameters()) > LARGE
+        limit = min(FEW_TOKENS, longest) if large else longest
     traced = narrow(model, precision)
     api = choose_flavor(flavor, driver_version() is not None)
     targets = choose_targets(api, targets)
-    large = sum(p.numel() for p in net.parameters()) > LARGE
-    limit = min(check_tokens or (FEW_TOKENS if large else net.layout.max_length), net.layout.max_length)
-    blocks = net.config.position_blocks + net.config.content_blocks
+    table = step_table(traced.both()[1])
+    manifest = describe_plans(model, table, slots, precision, api, targets)
     model = model.eval().requires_grad_(False)
-    say(f"{api.flavor} {api.version}, {precision}, {slots} slots, for {','.join(targets)}")
+    say(f"{api.flavor} {api.version}, {precision}, {slots} slots, for {manifest.target}")
 
     built: list[Plan] = []
 
@@ -92,55 +104,55 @@ def export_tensorrt(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.onnx.") as name:
             graphs = Path(name)
             say("tracing")
-            interface = trace_graphs(traced, graphs, slots)
-            manifest = describe_plans(model, interface, slots, precision, api, targets)
+            trace_graphs(traced, graphs, table, slots)
             for part in GRAPHS:
-                caches = interface["caches"] if part == "step" else []
-                check_graph(onnx.load(graphs / f"{part}.onnx", load_external_data=False), caches)
+                caches = manifest.step["caches"] if part == "step" else []
+                check_graph(load_graph(graphs / f"{part}.onnx"), caches)
+            measured = manifest
             if precision == "bf16":
                 write_tensors(graphs / "golden.safetensors", golden_values(model, limit))
                 say("not compared with PyTorch: ONNX Runtime cannot run bf16 on a CPU")
             else:
                 say(f"comparing with PyTorch in ONNX Runtime on the CPU, at most {limit} tokens a sequence")
-                manifest = check_engine(model, graphs, manifest, limit)
+                measured = check_engine(model, graphs, manifest, limit)
                 if precision != "fp32":
-                    keep_drawn(graphs, manifest)
+                    keep_drawn(Engine(graphs, manifest, OnnxRuntimeBackend()))
             for part in GRAPHS:
                 say(f"building {part}")
-                built.append(build_plan(api, graphs / f"{part}.onnx", folder, interface, blocks, targets))
+                built.append(build_plan(api, graphs / f"{part}.onnx", folder, manifest.step, targets))
             shutil.move(graphs / "golden.safetensors", folder)
-        return manifest
+        return measured
 
     return write_engine(out, build, overwrite=overwrite), built
 
 
-def trace_graphs(model: Model, folder: Path, slots: int) -> dict[str, Any]:
+def trace_graphs(model: Model, folder: Path, table: StepTable, slots: int) -> None:
     """The graphs that TensorRT gets; see ``export.package.write_graphs``."""
-    return write_graphs(model, folder, scatter_attention, slots=slots, pixels=True, opset=TENSORRT_OPSET)
+    write_graphs(model, folder, table, scatter_attention, slots=slots, pixels=True, opset=TENSORRT_OPSET)
 
 
 def describe_plans(
-    model: Model, interface: dict[str, Any], slots: int, precision: str, api: TensorRT, targets: Sequence[str]
+    model: Model, table: StepTable, slots: int, precision: str, api: TensorRT, targets: Sequence[str]
 ) -> Manifest:
     """The manifest, but for files and measured errors."""
-    backend, target = (api.flavor, api.version), ",".join(targets)
+    backend, step = (api.flavor, api.version), table.to_dict(slots)
     return describe(
-        model, interface, slots=slots, backend=backend, target=target, precision=precision, weights=precision
+        model, step, slots=slots, backend=backend, target=",".join(targets), precision=precision, weights=precision
     )
 
 
-def keep_drawn(folder: Path, manifest: Manifest) -> None:
+def keep_drawn(engine: Engine) -> None:
     """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the plan."""
-    golden = read_tensors(folder / "golden.safetensors")
-    generator = Generator.of_folder(folder, manifest)
-    found: dict[str, list[Any]] = {"free_position": [], "free_content": []}
+    golden = read_tensors(engine.path / "golden.safetensors")
+    rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
     for i, label in enumerate(golden["free_labels"].tolist()):
         count = int((golden["free_position"][i] >= 0).sum()) - 1
-        params = free_params(manifest.layout, manifest.defaults, label, few=True)
-        tokens = drawn(generator, label, i, params, count)
-        for rows, start, values in zip(found.values(), (golden[name][i, :1] for name in found), tokens, strict=True):
-            rows.append([*start, *values[values >= 0]])
-    write_tensors(folder / "golden.safetensors", {**golden, **{name: padded(rows) for name, rows in found.items()}})
+        params = free_params(engine.layout, engine.manifest.defaults, label, few=True)
+        tokens = draw_tokens(engine, Request(label, params, image=i), count)
+        for (name, runs), values in zip(rows.items(), tokens, strict=True):
+            runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
+    free = {name: padded(runs) for name, runs in rows.items()}
+    write_tensors(engine.path / "golden.safetensors", {**golden, **free})
 
 
 @guarded

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ EXTERNAL_ABOVE = 1_900_000_000
 def trace(
     module: nn.Module,
     inputs: dict[str, Any],
-    outputs: list[str],
+    outputs: Sequence[str],
     path: Path,
     *,
+    names: Sequence[str] = (),
     half_weights: bool = False,
     fixed: bool = False,
     opset: int = OPSET,
@@ -37,8 +38,9 @@ def trace(
     """Export a module as an ONNX file.
 
     Args:
-        inputs: of ``forward`` by name, as examples; those of a list ``caches`` become ``cache_0``, ``cache_1``, ...
+        inputs: of ``forward`` by name, as examples; tensors, or dicts or lists of them.
         outputs: names of what it returns.
+        names: of the graph's inputs, one per tensor; those of ``forward`` if there are none.
         half_weights: see ``store_half``.
         fixed: keep the examples' batch size; otherwise all inputs have a symbolic batch ``B``.
 
@@ -46,13 +48,18 @@ def trace(
         ExportError: PyTorch or onnx cannot trace or write it; names the file.
     """
     batch = torch.export.Dim("B", min=1, max=MOST_ROWS)
-    shapes = {k: [{0: batch}] * len(v) if isinstance(v, list) else {0: batch} for k, v in inputs.items()}
+
+    def symbolic(values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: symbolic(value) for key, value in values.items()}
+        return [symbolic(value) for value in values] if isinstance(values, list) else {0: batch}
+
     with boundary(f"{path.name} cannot be traced"), quiet():
-        program = torch.export.export(module, (), inputs, dynamic_shapes=None if fixed else shapes)
+        program = torch.export.export(module, (), inputs, dynamic_shapes=None if fixed else symbolic(inputs))
         graph = torch.onnx.export(
             program,
-            input_names=flat_names(inputs),
-            output_names=outputs,
+            input_names=list(names or inputs),
+            output_names=list(outputs),
             opset_version=opset,
             custom_translation_table=TRANSLATIONS,
             verbose=False,
@@ -65,15 +72,6 @@ def trace(
     if half_weights:
         store_half(proto)
     save(proto, path)
-
-
-def flat_names(inputs: dict[str, Any]) -> list[str]:
-    """A graph's names of a module's inputs."""
-    return [
-        name
-        for key, value in inputs.items()
-        for name in ([f"cache_{i}" for i in range(len(value))] if isinstance(value, list) else [key])
-    ]
 
 
 def store_half(proto: onnx.ModelProto) -> None:
@@ -101,6 +99,16 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
             onnx.save_model(proto, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
         else:
             onnx.save_model(proto, path)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file, without weights that lie beside it.
+
+    Raises:
+        ExportError: onnx cannot read it.
+    """
+    with boundary(f"{path.name} cannot be read"):
+        return onnx.load(path, load_external_data=False)
 
 
 @contextlib.contextmanager

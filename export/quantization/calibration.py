@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq_rt.layout import UNORDERED, TokenLayout
+from dvq_rt.decoding import cells_to_maps
+from dvq_rt.layout import UNORDERED, TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams
 from export.parity import random_rows
 from export.quantization.layers import linear_layers, watching
-from export.torch_program import draw_tokens, teacher_forced
 from training.models.transformer import StackedTransformer
+from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
-Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-"""Sequences, (content, joint position) each, start tokens included."""
-CALIBRATION, TOGETHER = 64, 16
-"""Images that a model draws to be calibrated with, and how many of them at once."""
+CALIBRATION = 64
+"""Images that a model draws to be calibrated with."""
 UNCALIBRATED = 4
 """Images that ranges come from if none are to be drawn: of random codes, or drawn where codes have no sequence."""
 
 
-def calibration_sequences(model: StackedTransformer, images: int, seed: int = 2**32) -> Rows:
-    """Sequences of images that the model draws for itself, with labels from the first to the last. With 0 images a few
-    of random codes, or drawn where codes have no sequence."""
+def calibration_sequences(
+    model: StackedTransformer, images: int, seed: int = 2**32
+) -> tuple[list[Tokens], list[NDArray[np.int64]]]:
+    """Sequences and code maps [side, side] of images that the model draws for itself, with labels from the first to the
+    last. With 0 images a few of random codes, or drawn where codes have no sequence."""
     layout = model.layout
     if not images and layout.order != UNORDERED:
-        return random_rows(layout, spread_labels(layout, UNCALIBRATED))
-    labels, rows = spread_labels(layout, images or UNCALIBRATED), []
-    for first in range(0, len(labels), TOGETHER):
-        batch = labels[first : first + TOGETHER]
-        rows += draw_tokens(model, batch, SamplingParams(), seed=seed, first_image=first)
-    return rows
+        rows = random_rows(layout, spread_labels(layout, UNCALIBRATED))
+        return rows, [layout.to_map(row.content.tolist(), row.position.tolist())[0] for row in rows]
+    labels = spread_labels(layout, images or UNCALIBRATED)
+    events = sample_events(model, labels, SamplingParams(), seed=seed)
+    return [drawn_tokens(layout, e) for e in events], [cells_to_maps(layout, e.cells)[0] for e in events]
 
 
 def spread_labels(layout: TokenLayout, images: int) -> list[int]:
@@ -42,7 +44,9 @@ def spread_labels(layout: TokenLayout, images: int) -> list[int]:
 
 
 @torch.no_grad()
-def observe(model: StackedTransformer, rows: Rows, *, moments: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def observe(
+    model: StackedTransformer, rows: Sequence[Tokens], *, moments: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What ``rows`` do to a model, by names of linear layers.
 
     Args:
@@ -65,8 +69,8 @@ def observe(model: StackedTransformer, rows: Rows, *, moments: bool) -> tuple[di
             largest[name] = torch.maximum(largest.get(name, keys_and_values), keys_and_values)
 
     with watching(linear_layers(model), look):
-        for content, position in rows:
-            teacher_forced(model, content, position)
-    tokens, heads = sum(len(content) - 1 for content, _ in rows), model.config.heads
+        for row in rows:
+            teacher_forced(model, row)
+    tokens, heads = sum(len(row.content) - 1 for row in rows), model.config.heads
     scales = {name: (top.clamp_min(1e-6) / 127).view(2, heads, 1, -1) for name, top in largest.items()}
     return {name: total / tokens for name, total in sums.items()}, scales

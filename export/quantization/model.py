@@ -7,12 +7,13 @@ with one scale for each channel, fixed at export, for ONNX Runtime's ``GroupQuer
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from dvq_rt.layout import TokenLayout
-from export.quantization.calibration import Rows, calibration_sequences, observe
+from dvq_rt.layout import TokenLayout, Tokens
+from export.quantization.calibration import calibration_sequences, observe
 from export.quantization.decoder import quantize_decoder
 from export.quantization.layers import linear_layers, replace_layer
 from export.quantization.tuning import tune
@@ -38,16 +39,17 @@ def quantize_model(model: Model, weights: str, calibrate: int, tuning: int) -> M
     """
     vae, net = model.both()
     check_widths(net, weights)
-    rows = calibration_sequences(net, calibrate)
-    maps = [torch.from_numpy(net.layout.to_map(*row)[0]) for row in rows]
+    rows, maps = calibration_sequences(net, calibrate)
     quantized = quantize_transformer(net, weights, rows, feed_back=calibrate > 0)
     if tuning:
         quantized = tune(net, quantized, rows, tuning)
-    return Model(quantize_decoder(vae, maps), quantized, model.class_names, model.defaults)
+    return Model(
+        quantize_decoder(vae, [torch.from_numpy(codes) for codes in maps]), quantized, model.class_names, model.defaults
+    )
 
 
 def quantize_transformer(
-    model: StackedTransformer, weights: str, rows: Rows, *, feed_back: bool = True
+    model: StackedTransformer, weights: str, rows: Sequence[Tokens], *, feed_back: bool = True
 ) -> StackedTransformer:
     """A copy of a transformer with QuantLinear layers and int8 caches.
 

@@ -8,7 +8,7 @@ estimator). Scales are fixed. Norms, biases and embedding tables, which stay flo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dvq_rt.layout import TokenLayout
-from export.quantization.calibration import Rows
+from dvq_rt.layout import Tokens
 from export.quantization.layers import replace_layer
 from export.quantization.weights import BLOCK, QuantLinear, round_activations
 from training.models.transformer import StackedTransformer
+from training.torch_program import stacked
 
 BATCH = 8
 LEVEL_RATE, FLOAT_RATE = 0.02, 5e-5
@@ -53,12 +53,14 @@ class TunedLinear(nn.Module):
         return QuantLinear(levels, self.scales, self.bits, self.bias)
 
 
-def tune(teacher: StackedTransformer, student: StackedTransformer, rows: Rows, steps: int) -> StackedTransformer:
+def tune(
+    teacher: StackedTransformer, student: StackedTransformer, rows: Sequence[Tokens], steps: int
+) -> StackedTransformer:
     """A copy of a quantized model, tuned to the float model's distributions of both heads.
 
     Args:
         teacher: the float model; student: with QuantLinear layers.
-        rows: (content, joint position) sequences to tune on.
+        rows: sequences to tune on.
         steps: optimization steps of ``BATCH`` sequences.
     """
     net = copy.deepcopy(student).requires_grad_(True)
@@ -71,10 +73,10 @@ def tune(teacher: StackedTransformer, student: StackedTransformer, rows: Rows, s
         optimizer, lambda i: min(1.0, (i + 1) / 10) * (0.5 + 0.5 * float(np.cos(np.pi * i / steps)))
     )
     rng = np.random.default_rng(0)
-    by_length = sorted(rows, key=lambda row: len(row[0]))
+    by_length = sorted(rows, key=lambda row: len(row.content))
     for _ in tqdm(range(steps), desc="tuning integers", dynamic_ncols=True):
         start = int(rng.integers(0, max(1, len(rows) - BATCH + 1)))
-        inputs, used = padded(teacher.layout, by_length[start : start + BATCH])
+        inputs, used = stacked(teacher.layout, by_length[start : start + BATCH])
         with torch.no_grad():
             targets = teacher(*inputs)
         loss = torch.zeros(())
@@ -93,18 +95,3 @@ def swap(model: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> None
     """Replace every layer of a kind by what ``make`` makes of it."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]:
         replace_layer(model, name, make(layer))
-
-
-def padded(layout: TokenLayout, rows: Rows) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``StackedTransformer.forward``'s inputs, int64 [B, T] each, of sequences padded on the right, and which of their
-    places are used, bool [B, T]."""
-    length = max(len(content) for content, _ in rows)
-    content, joint = torch.zeros(2, len(rows), length, dtype=torch.long)
-    used = torch.zeros(len(rows), length - 1, dtype=torch.bool)
-    for i, (values, positions) in enumerate(rows):
-        content[i, : len(values)], joint[i, : len(values)] = torch.tensor(values), torch.tensor(positions)
-        used[i, : len(values) - 1] = True
-    offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-    segment = (joint[..., None] >= offsets[1:]).sum(-1)
-    following = joint if layout.first == "position" else content
-    return (content[:, :-1], joint[:, :-1], segment[:, :-1], following[:, 1:]), used

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
-
 from export.tensorrt.check import Census, check_network, specs
-from export.tracing import boundary
+from export.tracing import boundary, load_graph
 from runtimes.cuda import driver_version, find_gpu
 from runtimes.tensorrt_api import CURRENT, TensorRT
 
@@ -43,15 +41,12 @@ def choose_targets(api: TensorRT, targets: Sequence[str]) -> list[str]:
     return resolved
 
 
-def build_plan(
-    api: TensorRT, graph: Path, folder: Path, interface: dict[str, Any], blocks: int, targets: Sequence[str]
-) -> Plan:
+def build_plan(api: TensorRT, graph: Path, folder: Path, interface: dict[str, Any], targets: Sequence[str]) -> Plan:
     """Parse a graph, check the network, write the plan.
 
     Args:
         graph: ONNX file; the plan gets its name, into ``folder``.
         interface: of the step, as in the manifest; of the other graphs their own is taken.
-        blocks: transformer blocks in the step.
 
     Raises:
         ExportError: TensorRT refuses or would misread the graph, or cannot build the plan.
@@ -59,11 +54,9 @@ def build_plan(
     with boundary(f"TensorRT cannot build {graph.name}"):
         network = api.parse(graph)
         if graph.stem == "step":
-            census = check_network(network, interface, blocks)
+            census = check_network(network, interface, len(interface["caches"]) // 2)
         else:
-            census = check_network(
-                network, {**specs(onnx.load(graph, load_external_data=False).graph), "caches": []}, 0
-            )
+            census = check_network(network, {**specs(load_graph(graph).graph), "caches": []}, 0)
         start = time.monotonic()
         plan = api.build(network, targets)
     (folder / f"{graph.stem}.plan").write_bytes(plan)
