@@ -24,6 +24,7 @@ from small_models import (
 )
 
 import export.to_onnx as to_onnx
+import export.tracing as tracing
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Job
 from dvq_rt.generator import Generator
@@ -31,7 +32,7 @@ from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.labels import keep_labels
-from runtimes.errors import EngineError, ExportError, InputError
+from runtimes.errors import CheckpointError, EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
 from training.checkpoint import Model, save_checkpoint
@@ -253,7 +254,7 @@ def test_kept_labels_draw_the_same(class_model: Model) -> None:
 def graphs_of(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``export_onnx`` take the graphs of an engine instead of tracing."""
 
-    def copy(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+    def copy(model: Model, folder: Path, *_: Any, **options: Any) -> dict[str, Any]:
         for name in ("encoder.onnx", "decoder.onnx", "step.onnx"):
             shutil.copy(engine / name, folder)
         return read_engine(engine).step
@@ -288,9 +289,9 @@ def test_right_graphs_get_a_name_once(
 
 def test_half_a_model_is_refused(class_model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stage-1 checkpoint, a wrong target and a missing folder each get their own error, and no engine."""
-    with pytest.raises(ExportError, match="has no transformer"):
+    with pytest.raises(CheckpointError, match="holds stage 1 only; train stage 2"):
         to_onnx.export_onnx(Model(class_model.tokenizer), tmp_path / "engine")
-    with pytest.raises(ExportError, match="has no tokenizer"):
+    with pytest.raises(CheckpointError, match="holds stage 2 only"):
         to_onnx.export_onnx(Model(None, class_model.transformer), tmp_path / "engine")
     with pytest.raises(ExportError, match="target is 'tpu'; it must be one of"):
         to_onnx.export_onnx(class_model, tmp_path / "engine", target="tpu")
@@ -308,7 +309,7 @@ def retouched(source: Path, target: Path, change: Any, external: int | None = No
             shutil.copy(source / name, folder)
         proto = onnx.load(source / "step.onnx")
         change(proto)
-        to_onnx.save(proto, folder / "step.onnx")
+        tracing.save(proto, folder / "step.onnx")
         return read_engine(source)
 
     write_engine(target, build)
@@ -332,7 +333,7 @@ def test_verify_notices_changed_weights(factor: float, class_engine: Path, tmp_p
 
 def test_external_weights(class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph too large for one file keeps its weights beside it: listed, hashed, and the images are the same."""
-    monkeypatch.setattr(to_onnx, "EXTERNAL_ABOVE", 10_000)
+    monkeypatch.setattr(tracing, "EXTERNAL_ABOVE", 10_000)
     folder = retouched(class_engine, tmp_path / "external", lambda proto: None)
     assert read_engine(folder).files["step.onnx.data"]["bytes"] > 10_000
     samples = [Generator(path, threads=1).sample(3, seed=2) for path in (class_engine, folder)]

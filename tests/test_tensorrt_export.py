@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from export.steps import Step, example_inputs
 from onnx import TensorProto, helper
 from small_models import BOUND, HEADS, engine_logits, full_logits, ragged_tokens, relative_error, small_model
 from test_export import GOLDEN, MODES, check_tokens, largest_error
 
+import export.tensorrt.plans as plans
 import export.to_tensorrt as to_tensorrt
 import runtimes.tensorrt_api as tensorrt_api
 from dvq_rt.__main__ import main
@@ -29,12 +31,11 @@ from dvq_rt.manifest import Manifest, read_engine
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET, reference_attention
 from export.parity import golden_values
-from export.steps import Step, example_inputs
 from export.tensorrt.check import check_graph, check_network, specs
 from export.tensorrt.precision import narrow
-from export.to_onnx import trace
+from export.tracing import trace
 from runtimes.cuda import driver_version
-from runtimes.errors import BackendError, ConfigError, EngineError, ExportError
+from runtimes.errors import BackendError, CheckpointError, ConfigError, EngineError, ExportError
 from runtimes.tensorrt_api import TensorRT, choose_flavor
 from training.checkpoint import Model, save_checkpoint
 from training.models.mqvae import MQVAE, MQVAEConfig
@@ -89,8 +90,8 @@ class Traced:
         if (family, precision) not in self.done:
             folder, model = self.folder / f"{family}-{precision}", self.models[family]
             folder.mkdir()
-            interface = to_tensorrt.write_graphs(narrow(model, precision), folder, SLOTS)
-            manifest = to_tensorrt.describe(model, interface, SLOTS, precision, Api, TARGETS)  # type: ignore[arg-type]
+            interface = to_tensorrt.trace_graphs(narrow(model, precision), folder, SLOTS)
+            manifest = to_tensorrt.describe_plans(model, interface, SLOTS, precision, Api, TARGETS)  # type: ignore[arg-type]
             write_tensors(folder / "golden.safetensors", golden_values(model, model.layout.max_length))
             self.done[family, precision] = (folder, manifest)
         return self.done[family, precision]
@@ -279,7 +280,7 @@ def test_misreadable_graphs_are_refused(fault: str, traced: Traced) -> None:
 
 def test_an_export_runs_the_check(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lowering that loses the mask stops the whole export, before anything is built, and nothing is left."""
-    real = to_tensorrt.write_graphs
+    real = to_tensorrt.trace_graphs
 
     def spoilt(model: Model, folder: Path, slots: int) -> dict[str, Any]:
         interface = real(model, folder, slots)
@@ -294,7 +295,7 @@ def test_an_export_runs_the_check(traced: Traced, tmp_path: Path, monkeypatch: p
         def check_targets(self, targets: list[str]) -> None:
             pass
 
-    monkeypatch.setattr(to_tensorrt, "write_graphs", spoilt)
+    monkeypatch.setattr(to_tensorrt, "trace_graphs", spoilt)
     monkeypatch.setattr(to_tensorrt, "choose_flavor", lambda *_: Stub())
     with pytest.raises(ExportError, match=r"would misread this graph.*nonpad_kv_seqlen"):
         to_tensorrt.export_tensorrt(traced.models["dq"], tmp_path / "engine", slots=SLOTS, targets=["sm86"])
@@ -329,7 +330,7 @@ def test_a_decomposed_step_is_noticed(traced: Traced, tmp_path: Path) -> None:
     assert model.transformer is not None
     names = [[spec["name"] for spec in manifest.step[side]] for side in ("inputs", "outputs")]
     step, inputs = Step(model.transformer, reference_attention), example_inputs(model.transformer, SLOTS)
-    trace(step, inputs, names[1], tmp_path / "plain.onnx", False, fixed=True, opset=TENSORRT_OPSET)
+    trace(step, inputs, names[1], tmp_path / "plain.onnx", fixed=True, opset=TENSORRT_OPSET)
     network = TensorRT("tensorrt-rtx").parse(tmp_path / "plain.onnx")
     with pytest.raises(ExportError, match=r"0 native cache updates and 0 native attentions, not 6 and 3.*decomposed"):
         check_network(network, manifest.step, 3)
@@ -368,7 +369,8 @@ def test_whole_exports(
 ) -> None:
     """The command, from a checkpoint to plans for three kinds of GPU, without any GPU: its summary, an engine folder
     that ``inspect`` reads, and what opening it says here."""
-    monkeypatch.setattr(to_tensorrt, "driver_version", lambda: None)
+    for module in (to_tensorrt, plans):
+        monkeypatch.setattr(module, "driver_version", lambda: None)
     monkeypatch.setattr("runtimes.cuda.driver_version", lambda: None)
     save_checkpoint(traced.models[family], tmp_path / "checkpoint")
     to_tensorrt.main([str(tmp_path / "checkpoint"), "--precision", precision, "--slots", "4", "--check-tokens", "12"])
@@ -412,14 +414,15 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = traced.models["dq"]
     out = tmp_path / "engine"
     for words, error, options in (
-        ("slots is 1; a plan needs at least 2", ConfigError, {"slots": 1}),
+        ("slots is 1; it must be an integer from 2 to 4096, since guidance takes two", ConfigError, {"slots": 1}),
+        ("slots is 2.5; it must be an integer", ConfigError, {"slots": 2.5}),
         ("precision is 'int8'; it must be one of", ConfigError, {"precision": "int8"}),
         ("check_tokens is 0", ConfigError, {"check_tokens": 0}),
         ("flavor is 'rt'; it must be one of", BackendError, {"flavor": "rt"}),
     ):
         with pytest.raises(error, match=words):
             to_tensorrt.export_tensorrt(model, out, **options)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="has no transformer"):
+    with pytest.raises(CheckpointError, match="holds stage 1 only; train stage 2"):
         to_tensorrt.export_tensorrt(Model(model.tokenizer), out)
     monkeypatch.setattr("runtimes.cuda.driver_version", lambda: None)
 
@@ -431,14 +434,14 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
             return ["sm86", "sm89"]
 
     with pytest.raises(BackendError, match="no NVIDIA driver"):
-        to_tensorrt.choose_targets(Stub(), ["current"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["current"])  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"target is 'sm90'; tensorrt-rtx 0 builds for \['sm86', 'sm89'\], one or sev"
     ):
-        to_tensorrt.choose_targets(Stub(), ["sm90"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["sm90"])  # type: ignore[arg-type]
     monkeypatch.setattr(Stub, "ahead_of_time", False)
     with pytest.raises(ConfigError, match="builds for the GPU of this machine only: use --target current"):
-        to_tensorrt.choose_targets(Stub(), ["sm86"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["sm86"])  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
