@@ -1,4 +1,5 @@
-"""Draw from several threads with one generator, as a web server does; every image is that of its seed and label.
+"""Draw from several threads with one generator, as a web server does. The threads share a batch, and every image is
+the one that its seed and label give alone.
 
 python examples/threads.py --n 8 --out threads.png
 """
