@@ -83,11 +83,12 @@ def test_engine_runs_without_this_package(demo: str, tmp_path: Path, monkeypatch
 def test_engine_format_is_complete() -> None:
     """Protects the tables of the format: every key of the manifest, every tensor of the step with dtype and role."""
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", PAGES["docs/engine-format.md"], re.M | re.S))
-    keys = " ".join(row.partition(" | ")[0] for row in sections["Manifest"].splitlines() if row.startswith("| `"))
-    assert {field.name for field in fields(Manifest)} | {"sha256"} == set(re.findall(r"`(\w+)`", keys))
+    rows = {title: re.findall(r"^\| (`.+?) \| (.+) \|$", text, re.M) for title, text in sections.items()}
+    keys = {key for first, _ in rows["Manifest"] for key in re.findall(r"`(\w+)`", first)}
+    assert keys == {field.name for field in fields(Manifest)} | {"sha256"}
     for port in PORTS:
-        (row,) = [row for row in sections["Step"].splitlines() if f"`{port.name}`" in row.partition(" | ")[0]]
-        assert [cell.strip() for cell in row.split("|")[2:5:2]] == [port.dtype, port.role], port.name
+        (row,) = [rest.split(" | ") for first, rest in rows["Step"] if f"`{port.name}`" in first]
+        assert [row[0], row[2]] == [port.dtype, port.role], port.name
 
 
 @pytest.mark.parametrize(("module", "line"), COMMANDS, ids=[module for module, _ in COMMANDS])
