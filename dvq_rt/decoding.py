@@ -155,7 +155,7 @@ class Handle:
 
     Attributes:
         request, owner: as submitted.
-        slots: those that it has; empty before and after.
+        slots: those that it has or had.
         steps: tokens taken so far. A device that is polled rarely may take a few more after the image is complete.
     """
 
@@ -270,7 +270,9 @@ class Scheduler:
             elif request.every and steps // request.every > (steps - self.loop.poll) // request.every:
                 due.append(handle)
             if steps > self.loop.layout.max_length + self.loop.poll:
-                raise EngineError(f"an image did not end after {steps} tokens; the engine is broken: verify it")
+                raise EngineError(
+                    f"image {request.image} did not end after {steps} tokens; the engine is broken: verify it"
+                )
         if not ended and not due:
             return []
         cells = self.loop.read("cells").copy()
@@ -323,7 +325,6 @@ class Scheduler:
     def _leave(self, handle: Handle) -> None:
         self._active.remove(handle)
         self._free += handle.slots
-        handle.slots = ()
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,14 @@ class Engine:
         self.backend, self.slots = backend, slots or manifest.slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}
-        self._batch = SharedBatch(self.loop, self.slots, slots is not None or manifest.fixed_slots)
+        own_loop = WeakMethod(self.loop)  # no circle, so that the last user's leaving frees everything
+
+        def open_loop(count: int) -> DecodeLoop:
+            loop = own_loop()
+            assert loop is not None, "who draws holds the engine"
+            return loop(count)
+
+        self._batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
 
     @classmethod
     def open(
@@ -108,7 +116,7 @@ class Engine:
 
     def draw(self, requests: Iterable[Request], watch: Watch | None = None) -> Events[Event, None, None]:
         """Events of requests that are drawn in the batch that all threads share; see ``SharedBatch.draw``."""
-        return self._batch.draw(requests, watch)
+        yield from self._batch.draw(requests, watch)  # a generator of the engine's, which so stays open
 
     def force(
         self,

@@ -58,8 +58,16 @@ class Generator:
         slots: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self._arguments = {"engine_dir": engine_dir, "device": device, "slots": slots, "threads": threads}
+        arguments = {"engine_dir": engine_dir, "device": device, "slots": slots, "threads": threads}
+        self._arguments: dict[str, Any] | None = arguments
         self._engine: Engine | None = Engine.open(engine_dir, device=device, slots=slots, threads=threads)
+
+    @classmethod
+    def over(cls, engine: Engine) -> Generator:
+        """A generator over an engine that is open already; it cannot be pickled."""
+        generator = cls.__new__(cls)
+        generator._engine, generator._arguments = engine, None
+        return generator
 
     @property
     def engine(self) -> Engine:
@@ -101,6 +109,8 @@ class Generator:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._arguments is None:
+            raise InputError("a generator made with Generator.over cannot be pickled; open the folder by its name")
         return _reopen, (self._arguments,)
 
     # --- drawing -----------------------------------------------------------------------------------------------

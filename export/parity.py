@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvq_rt.generator import Generator
+from dvq_rt.engine import Engine
 from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest, write_tensors
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import free_params, verify
 from export.torch_program import draw_tokens, teacher_forced
 from runtimes.errors import ExportError
+from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
 from training.sampling import sample_tokens
 
@@ -38,8 +39,7 @@ def check_engine(model: Model, folder: Path, manifest: Manifest, limit: int | No
         ExportError: an error is over its bound (``dvq_rt.verify``); names all that are.
     """
     write_tensors(folder / "golden.safetensors", golden_values(model, limit))
-    generator = Generator.of_folder(folder, manifest)
-    results = verify(generator, limit)
+    results = verify(Engine(folder, manifest, OnnxRuntimeBackend()), limit)
     if bad := [f"{r.name}: {r.measured:.3g} (at most {r.bound:.3g})" for r in results if not r.ok]:
         raise ExportError("the exported graphs do not agree with PyTorch: " + "; ".join(bad))
     return replace(manifest, tolerances={r.name: r.measured for r in results})
