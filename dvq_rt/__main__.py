@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dvq_rt.images import grain_overlay, grid, to_array, to_uint8
-from dvq_rt.manifest import Manifest, engine_folder, read_engine, write_file
+from dvq_rt.files import write_file
+from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
+from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
@@ -174,12 +175,6 @@ def describe(manifest: Manifest, folder: Path) -> str:
         if values:
             sections.append(f"{title}\n{_table([(f'  {name}', str(value)) for name, value in values.items()])}")
     return "\n\n".join(sections)
-
-
-def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape in dB; infinite if they are equal."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -70,6 +70,12 @@ def to_uint8(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape in dB; infinite if they are equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
 def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) -> Image.Image:
     """Pictures side by side on white, in reading order.
 

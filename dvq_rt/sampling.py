@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.files import read_dataclass
 from dvq_rt.layout import HEADS
 from runtimes.errors import InputError
 
@@ -81,12 +82,9 @@ class SamplingParams:
         """Parameters from named values; fields that are left out keep their defaults.
 
         Raises:
-            InputError: a name is unknown, or a value is out of its range.
+            InputError: a name is unknown, or a value is of the wrong type or out of its range.
         """
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise InputError(f"unknown sampling parameters {unknown}; known are {list(cls.__dataclass_fields__)}")
-        return cls(**values)
+        return read_dataclass(cls, values, "sampling parameters", defaults=True, error=InputError)
 
 
 def uniforms(seed: int, image: int, length: int) -> NDArray[np.float32]:

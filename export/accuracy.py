@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Job
+from dvq_rt.files import write_file
 from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, Tokens
-from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams, uniforms
 from export.steps import draw
 from export.torch_program import teacher_forced

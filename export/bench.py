@@ -32,8 +32,8 @@ from dvq_rt.bench import (
     step_bytes,
 )
 from dvq_rt.decoding import Loop
+from dvq_rt.files import write_file
 from dvq_rt.generator import Generator
-from dvq_rt.manifest import write_file
 from export.torch_program import TorchStep
 from runtimes.errors import ConfigError, ExportError, InputError
 from training.checkpoint import Model, load_checkpoint

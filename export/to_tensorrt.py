@@ -20,8 +20,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from dvq_rt.files import read_tensors, write_tensors
 from dvq_rt.generator import Generator
-from dvq_rt.manifest import Manifest, read_tensors, write_engine, write_tensors
+from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.verify import drawn, free_params
 from export.lowering import TENSORRT_OPSET, scatter_attention
 from export.parity import check_engine, golden_values, padded

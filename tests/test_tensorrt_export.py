@@ -21,10 +21,11 @@ from test_export import GOLDEN, MODES, check_tokens, largest_error
 import export.to_tensorrt as to_tensorrt
 import runtimes.tensorrt_api as tensorrt_api
 from dvq_rt.__main__ import main
+from dvq_rt.files import write_tensors
 from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import Manifest, read_engine, write_tensors
+from dvq_rt.manifest import Manifest, read_engine
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET, reference_attention
 from export.parity import golden_values

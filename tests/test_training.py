@@ -612,7 +612,7 @@ def test_what_stage_two_refuses(
             ["--set", 'stage.defaults={"guidance": 2}', "--set", 'stage.labels={"": ["*"]}'],
             "stage.defaults has guidance 2, but an unconditional model (stage.labels) has no null label",
         ),
-        (["--set", 'stage.defaults={"top_q": 1}'], "unknown sampling parameters ['top_q']"),
+        (["--set", 'stage.defaults={"top_q": 1}'], "sampling parameters: unknown fields ['top_q']"),
         (["--set", 'stage.labels={"round": ["disc"]}'], "labels names disc, which"),
     ):
         with pytest.raises(SystemExit):

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dvq_rt.files import sync
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import sync
 from runtimes.errors import CheckpointError, ConfigError
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dvq_rt.manifest import write_file
+from dvq_rt.files import write_file
 from runtimes.errors import ConfigError, DvqError
 
 CONFIGS = Path(__file__).parent / "configs"

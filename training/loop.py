@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dvq_rt.manifest import write_file
+from dvq_rt.files import write_file
 from runtimes.errors import ConfigError
 from training.checkpoint import (
     Model,

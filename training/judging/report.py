@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from dvq_rt import Codes, Samples
+from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay
-from dvq_rt.manifest import write_file
 from training.data import Indices, Pixels
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
