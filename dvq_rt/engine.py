@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator as Events
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from dvq_rt.decoding import DecodeLoop, Event, Request, Scheduler
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
-from dvq_rt.step import StepTable
+from dvq_rt.step import SLOTS, StepTable
 from runtimes.errors import InputError
-from runtimes.protocol import Backend, Program
+from runtimes.graph_files import check_interface
+from runtimes.onnxruntime import Providers
+from runtimes.protocol import Backend, Program, TensorSpec
 from runtimes.registry import open_backend
 
 GRAPHS = ("encoder", "decoder", "step")
@@ -72,6 +74,8 @@ class Engine:
         device: str | None = None,
         slots: int | None = None,
         threads: int | None = None,
+        providers: Providers | None = None,
+        session_options: Mapping[str, Any] | None = None,
     ) -> Engine:
         """An engine folder, its hashes checked; for the arguments see ``Generator``.
 
@@ -82,7 +86,18 @@ class Engine:
         """
         folder = engine_folder(path)
         manifest = read_engine(folder)
-        return cls(folder, manifest, open_backend(folder, manifest, device, threads), slots)
+        backend = open_backend(
+            manifest.backend,
+            engine=folder,
+            target=manifest.target,
+            weights=manifest.weights,
+            tools=manifest.tools,
+            device=device,
+            threads=threads,
+            providers=providers,
+            session_options=session_options,
+        )
+        return cls(folder, manifest, backend, slots)
 
     # --- graphs ------------------------------------------------------------------------------------------------
     def program(self, name: str) -> Program:
@@ -90,8 +105,28 @@ class Engine:
         with self._lock:
             if name not in self._programs:
                 path = self.path / f"{name}{self.backend.suffix}"
-                self._programs[name] = self.backend.load(path, main=name == "step")
+                # an engine whose files were replaced since it was opened is refused; before the manifest is written
+                # there is nothing to compare with
+                program = self.backend.load(path, self.manifest.files or None, main=name == "step")
+                check_interface(path, program, *self._interface(name, program))
+                self._programs[name] = program
             return self._programs[name]
+
+    def _interface(self, name: str, program: Program) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Inputs and outputs that a graph must have by the manifest."""
+        if name == "step":
+            slots = self.manifest.slots if self.manifest.fixed_slots else SLOTS
+            shape = {port: (slots, *port.shape[1:]) for port in self.table.ports}
+            return (
+                {port.name: TensorSpec(port.dtype, shape[port]) for port in self.table.inputs},
+                {port.output: TensorSpec(port.dtype, shape[port]) for port in self.table.outputs},
+            )
+        size, fine, coarse = self.manifest.image_size, self.layout.sides[-1], self.layout.sides[0]
+        images, codes = TensorSpec("float32", (None, 3, size, size)), TensorSpec("int64", (None, fine, fine))
+        if name == "encoder":
+            return {"images": images}, {"codes": codes, "grain": TensorSpec("int64", (None, coarse, coarse))}
+        pixels = {"pixels": TensorSpec("uint8", (None, size, size, 3))} if "pixels" in program.outputs else {}
+        return {"codes": codes}, {"images": images, **pixels}
 
     def encode(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Code maps [N, h, w] and grain maps [N, hc, wc] of images float32 [N, 3, S, S] in [-1, 1], each run alone."""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.files import read_dataclass
 from runtimes.errors import ConfigError
 
 ORDERS = ("row-first", "region-first")
@@ -369,13 +370,9 @@ class TokenLayout:
         """Strict inverse of ``to_dict``.
 
         Raises:
-            ConfigError: a key is unknown or missing, or a value is out of range.
+            ConfigError: a key is unknown or missing, or a value is of the wrong type or out of range.
         """
-        known = set(cls.__dataclass_fields__)
-        if set(values) != known:
-            odd, lacking = sorted(set(values) - known), sorted(known - set(values))
-            raise ConfigError(f"layout: unknown keys {odd}, missing keys {lacking}")
-        return cls(**values)
+        return read_dataclass(cls, values, "layout")
 
 
 def _is_int(value: Any, low: int) -> bool:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dvq_rt.codes import Codes
+from dvq_rt.files import write_file
 from dvq_rt.images import grid
-from dvq_rt.manifest import write_file
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from dvq_rt.decoding import Request
 from dvq_rt.engine import LOGITS, Engine, run_alone
+from dvq_rt.files import read_tensors
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, TokenLayout, Tokens
-from dvq_rt.manifest import read_tensors
 from dvq_rt.sampling import SamplingParams
 from runtimes.protocol import Array
 

@@ -24,14 +24,16 @@ from dvq_rt.manifest import write_file
 from dvq_rt.sampling import uniforms
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, load_checkpoint
-from training.cli import guarded, read_config
-from training.data import ImageFolder
+from training.cli import guarded
+from training.config import read_config
+from training.data.folder import ImageFolder
+from training.data.tokens import tokenize
+from training.judging.metrics import psnr
 from training.judging.report import table
 from training.loop import TrainConfig
-from training.losses import psnr
 from training.step import draw
 from training.torch_program import teacher_forced
-from training.train_transformer import StageTwoConfig, tokenise
+from training.train_transformer import StageTwoConfig
 
 
 def held_out(model: Model, data: str | Path, config: str, images: int | None) -> list[Tokens]:
@@ -56,7 +58,7 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     folder.check_held_out()
     chosen = folder.val[:images]
     chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(chosen, 16))
-    codes = tokenise(vae, chunks, len(chosen), "tokenising held-out images")
+    codes = tokenize(vae, chunks, len(chosen), "tokenizing held-out images")
     starts = codes.labels if names else np.zeros_like(codes.labels)
     return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
 

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from dvq_rt.engine import Engine
+from dvq_rt.files import write_tensors
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
-from dvq_rt.manifest import Manifest, write_tensors
+from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import free_params, verify
 from runtimes.errors import ExportError

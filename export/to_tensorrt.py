@@ -18,9 +18,10 @@ import numpy as np
 
 from dvq_rt.decoding import Request
 from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.files import read_tensors, write_tensors
 from dvq_rt.labels import whole
 from dvq_rt.layout import padded
-from dvq_rt.manifest import Manifest, read_tensors, write_engine, write_tensors
+from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.step import StepTable
 from dvq_rt.verify import draw_tokens, free_params
 from export.lowering import TENSORRT_OPSET, scatter_attention

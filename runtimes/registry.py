@@ -1,21 +1,60 @@
-"""placeholder until the backend registry lands"""
+"""Backends by the name that a manifest gives them. Their packages are imported when one is opened."""
+
 from __future__ import annotations
-from pathlib import Path
+
+import os
+from collections.abc import Mapping
 from typing import Any
+
 from runtimes.errors import BackendError
-from runtimes.onnxruntime import OnnxRuntimeBackend
+from runtimes.onnxruntime import OnnxRuntimeBackend, Providers, check_threads, check_weights
 from runtimes.protocol import Backend
 from runtimes.tensorrt import TensorRTBackend
 
 
-def open_backend(path: Path, manifest: Any, device: str | None, threads: int | None) -> Backend:
-    if manifest.backend == "onnxruntime":
-        backend = OnnxRuntimeBackend(device or "cpu", threads)
-        if device == "cuda" and manifest.target != "cuda":
-            raise BackendError(f"engine {path} was exported for the CPU; export it again with --target cuda")
+def open_backend(
+    kind: str,
+    *,
+    engine: str | os.PathLike[str],
+    target: str,
+    weights: str,
+    tools: Mapping[str, str],
+    device: str | None = None,
+    threads: int | None = None,
+    providers: Providers | None = None,
+    session_options: Mapping[str, Any] | None = None,
+) -> Backend:
+    """What runs an engine on a device.
+
+    Args:
+        kind: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+        engine: what errors call the engine.
+        target: what its graphs were made for: ``cpu``, ``cuda``, or GPUs such as ``sm86,sm89``.
+        weights: number format of its weights.
+        tools: versions of the programs that made it.
+        device: ``cpu`` or ``cuda``; None takes the CPU, or the GPU for TensorRT plans.
+        threads: of each operator on the CPU; None for one per core.
+        providers, session_options: see ``OnnxRuntimeBackend``; not for TensorRT plans.
+
+    Raises:
+        BackendError: the kind is unknown, its package is missing or too old, the device is not there or not the
+            engine's, or an option is out of range.
+    """
+    check_threads(threads)
+    if kind == "onnxruntime":
+        backend = OnnxRuntimeBackend(
+            "cpu" if device is None else device, threads, providers=providers, session_options=session_options
+        )
+        check_weights(weights, engine)
+        if device == "cuda" and target != "cuda":
+            raise BackendError(f"engine {engine} was exported for the CPU; export it again with --target cuda")
         return backend
+    if kind not in ("tensorrt", "tensorrt-rtx"):
+        raise BackendError(f"engine {engine} is for {kind!r}; there are onnxruntime, tensorrt and tensorrt-rtx")
     if device not in (None, "cuda"):
-        raise BackendError(f"engine {path} holds TensorRT plans, which run on cuda only; device is {device!r}")
-    digests = {name: entry["sha256"] for name, entry in manifest.files.items()}
-    version = manifest.tools.get(manifest.backend, "unknown")
-    return TensorRTBackend(manifest.backend, version, manifest.target, digests)
+        raise BackendError(f"engine {engine} holds TensorRT plans, which run on cuda only; device is {device!r}")
+    if providers is not None or session_options is not None:
+        raise BackendError(
+            f"engine {engine} holds TensorRT plans; providers and session_options are of onnxruntime: leave them out"
+        )
+    return TensorRTBackend(kind, tools.get(kind, "unknown"), target)

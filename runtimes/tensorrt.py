@@ -9,7 +9,6 @@ when, what an error means) is tested against a device and a context that compute
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import threading
@@ -24,7 +23,9 @@ from numpy.typing import DTypeLike
 
 from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, find_gpu, open_device
 from runtimes.errors import BackendError, EngineError
-from runtimes.protocol import Array, Buffer
+from runtimes.graph_files import read_file
+from runtimes.in_flight import IN_FLIGHT
+from runtimes.protocol import Array, Buffer, Files, TensorSpec
 from runtimes.tensorrt_api import CURRENT, TensorRT, cuda_major
 
 Specs = Mapping[str, Mapping[str, Any]]
@@ -48,12 +49,12 @@ class GpuBuffer:
 
     def write(self, values: Array) -> None:
         array = np.array(np.broadcast_to(values, self.shape), dtype=self.dtype, order="C")
-        with self._lock:
+        with IN_FLIGHT, self._lock:
             self._mark = None
             self._device.upload(self.address, array.reshape(-1).view(np.uint8))
 
     def request(self) -> None:
-        with self._lock:
+        with IN_FLIGHT, self._lock:
             if self._host is None:
                 self._host = self._device.pinned(max(1, self.size))
             self._mark = self._device.download(self.address, self._host)
@@ -61,7 +62,8 @@ class GpuBuffer:
     def read(self) -> Array:
         if self._mark is None:
             self.request()
-        self._device.wait(self._mark)
+        with IN_FLIGHT:
+            self._device.wait(self._mark)
         self._mark = None
         found: Array = self._host[: self.size].view(self.dtype).reshape(self.shape).copy()
         return found
@@ -115,7 +117,7 @@ class TrtBinding:
 
     def run(self) -> None:
         program = self._program
-        with program.lock:
+        with IN_FLIGHT, program.lock:
             if self.graph is not None:
                 program.device.launch(self.graph)
                 return
@@ -132,6 +134,13 @@ class TrtProgram:
         self._name, self._api, self._engine, self._runtime = name, api, engine, runtime
         self.device, self.lock = device, lock
         self.wanted = api.specs(engine)
+        self.inputs, self.outputs = (
+            {
+                n: TensorSpec(s["dtype"], tuple(None if size < 0 else size for size in s["shape"]))
+                for n, s in side.items()
+            }
+            for side in self.wanted
+        )
         self._aliases = api.aliases(engine, list(self.wanted[1]))
         self._context = engine.create_execution_context()
         if self._context is None:
@@ -201,7 +210,6 @@ class TensorRTBackend:
         flavor: package that built the plans, ``tensorrt`` or ``tensorrt-rtx``.
         version: its version then.
         targets: GPUs that they were built for, e.g. ``sm86,sm89``.
-        digests: SHA-256 of each plan by file name; a plan of another hash is not deserialised.
 
     Raises:
         BackendError: no driver, an old one, no package, or plans for another GPU or version; says which.
@@ -210,36 +218,24 @@ class TensorRTBackend:
     poll = 8
     suffix = ".plan"
 
-    def __init__(self, flavor: str, version: str, targets: str, digests: Mapping[str, str]) -> None:
+    def __init__(self, flavor: str, version: str, targets: str) -> None:
         find_gpu()
         self._api = TensorRT(flavor)
         check_machine(self._api.flavor, version, targets, self._api.version, find_gpu(cuda_major(flavor)))
-        self._digests = dict(digests)
         self.device = open_device()
         self.lock = threading.RLock()
 
-    def load(self, path: Path, *, main: bool = False) -> TrtProgram:
-        try:
-            plan = path.read_bytes()
-        except OSError as error:
-            raise EngineError(f"cannot read {path}: {error.strerror}; copy or export the engine again") from error
-        check_plan(path.name, plan, self._digests)
-        runtime, engine = self._api.deserialize(plan)
+    def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> TrtProgram:
+        plan = read_file(path, files)
+        assert isinstance(plan, bytes)
+        with IN_FLIGHT:
+            runtime, engine = self._api.deserialize(plan)
         if engine is None:
             raise BackendError(f"{self._api.flavor} cannot open {path}: {explain(self._api.complaint())}")
         return TrtProgram(path.name, self._api, engine, runtime, self.device, self.lock)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         return GpuBuffer(self.device, self.lock, shape, dtype)
-
-
-def check_plan(name: str, plan: bytes, digests: Mapping[str, str]) -> None:
-    """
-    Raises:
-        EngineError: these bytes are not those that the manifest lists under ``name``.
-    """
-    if digests.get(name) != hashlib.sha256(plan).hexdigest():
-        raise EngineError(f"{name} is not the file that the manifest lists (its SHA-256); copy or export it again")
 
 
 def check_machine(flavor: str, built_with: str, targets: str, installed: str, gpu: Gpu) -> None:

@@ -34,7 +34,8 @@ from export.labels import keep_labels
 from runtimes.errors import CheckpointError, EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
-from training.checkpoint import Model, import_published, save_checkpoint
+from training.checkpoint import Model, save_checkpoint
+from training.import_published import import_published
 from training.sampling import sample_tokens
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "dq" / "e_class2_entropy"

@@ -1,8 +1,6 @@
 """PyTorch behind the program protocol: with the engines' loop and caches in place it draws what the uncached sampler
 draws."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,10 +14,9 @@ from dvq_rt.layout import HEADS
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import CACHE
 from runtimes.errors import BackendError, InputError
-from training.checkpoint import Model, save_checkpoint
+from training.checkpoint import Model
 from training.sampling import sample_tokens
 from training.torch_program import (
-    TorchBackend,
     TorchProgram,
     decode_loop,
     drawn_tokens,
@@ -78,21 +75,6 @@ def test_forced_logits_equal_the_full_forward(name: str) -> None:
         want = full_logits(net, rows[event.request.key])
         for head, logits in zip(HEADS, LOGITS, strict=True):
             assert relative_error(event.records[logits][: len(want[head])], want[head]) <= BOUND
-
-
-def test_a_program_of_a_checkpoint(class_model: Model, tmp_path: Path) -> None:
-    """The backend opens checkpoint folders, and a call on arrays leaves them as they are."""
-    save_checkpoint(class_model, tmp_path / "checkpoint")
-    program = TorchBackend().load(tmp_path / "checkpoint")
-    inputs = {port.name: port.idle_values(3) for port in program.table.inputs}
-    inputs["reset"][:] = True
-    outputs = program.run(inputs)
-    assert list(outputs) == [port.output for port in program.table.outputs]
-    for port in program.table.outputs:
-        assert outputs[port.output].shape == port.sized(3) and outputs[port.output].dtype == port.dtype
-    caches = [port.name for port in program.table.role(CACHE)]
-    assert all((inputs[name] == 0).all() and outputs[f"{name}_out"][:, :, 0].any() for name in caches)
-    assert not outputs["done_out"].any() and (outputs["length_out"] == 1).all()
 
 
 def test_compiled_must_be_compiled(class_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

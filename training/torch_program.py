@@ -7,7 +7,6 @@ golden sequences, images to calibrate with; and it is the baseline of ``export.b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import CACHE
 from runtimes.errors import BackendError, InputError
 from runtimes.protocol import Array, Buffer
-from training.checkpoint import load_checkpoint
 from training.models.transformer import StackedTransformer
 from training.step import Step, step_table
 
@@ -48,13 +46,10 @@ class TorchBuffer:
         return self.array
 
 
-class TorchBackend:
-    """PyTorch on the CPU. Its files are checkpoint folders, of which it runs the step."""
+class TorchDevice:
+    """PyTorch on the CPU."""
 
-    poll, suffix = 1, ""
-
-    def load(self, path: Path, *, main: bool = False) -> TorchProgram:
-        return TorchProgram(load_checkpoint(path).both()[1])
+    poll = 1
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> TorchBuffer:
         return TorchBuffer(shape, dtype)
@@ -103,10 +98,6 @@ class TorchProgram:
         step = Step(model, self.cache).eval()
         self._step = torch.compile(step) if compiled else step
         self._unproven = compiled
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        tensors = {name: torch.from_numpy(np.array(values)) for name, values in inputs.items()}
-        return {name: tensor.numpy() for name, tensor in self.advance(tensors).items()}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TorchBinding:
         return TorchBinding(self, inputs, outputs)
@@ -164,7 +155,7 @@ class TorchBinding:
 def decode_loop(model: StackedTransformer, slots: int, compiled: bool = False) -> DecodeLoop:
     """The engines' loop over a model in eval mode; see ``TorchProgram``."""
     program = TorchProgram(model, compiled)
-    return DecodeLoop(TorchBackend(), program, program.table, slots)
+    return DecodeLoop(TorchDevice(), program, program.table, slots)
 
 
 def sample_events(
