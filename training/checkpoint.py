@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dvq_rt.files import sync
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, ConfigError
-from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
@@ -213,7 +213,10 @@ def build_model(config: dict[str, Any]) -> Model:
         raise ConfigError(f"unknown keys {sorted(set(config) - keys)}, missing keys {sorted(keys - set(config))}")
     tokenizer = None
     if config["tokenizer"]:
-        tokenizer = new_tokenizer(strict(family_config(config["family"]), config["tokenizer"], "tokenizer"))
+        values = config["tokenizer"]
+        if config["family"] == "dq" and isinstance(values, dict):
+            values = {**ADDED, **values}
+        tokenizer = new_tokenizer(strict(family_config(config["family"]), values, "tokenizer"))
     transformer = None
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])

@@ -92,6 +92,9 @@ class Objective:
         out = tokenizer(images, quantize=self.quantizing)
         picture = reconstruction_loss(images, out.images)
         scalars = {"loss": picture + self.stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
+        if out.budget is not None:
+            shares = {f"share_{s}": (out.grain == s).float().mean() for s in range(int(out.grain.max()) + 1)}
+            scalars |= {"loss": scalars["loss"] + out.budget, "budget": out.budget, **shares}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, self.codebook_size)
         self._judged = None

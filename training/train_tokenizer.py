@@ -27,7 +27,7 @@ from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig
 from training.run import open_run
-from training.thresholds import folder_thresholds
+from training.thresholds import fit_router
 
 
 def train_tokenizer(
@@ -54,8 +54,9 @@ def train_tokenizer(
     path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
     torch.manual_seed(training.seed)
     vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
-    if isinstance(vae, DQVAE) and not resume:
-        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
+    learns = isinstance(vae, DQVAE) and vae.config.router == "feature"  # then its biases must follow
+    if isinstance(vae, DQVAE) and not learns and not resume:
+        fit_router(vae, folder)
     objective = Objective(stage, training.steps, tokenizer.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
 
     def stream(step: int) -> Iterator[np.ndarray]:
@@ -73,6 +74,8 @@ def train_tokenizer(
         return objective.losses(vae, to_float(images), step)
 
     def validate() -> dict[str, float]:
+        if isinstance(vae, DQVAE) and learns:
+            fit_router(vae, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
