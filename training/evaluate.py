@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dvq_rt import Generator, SamplingParams
+from dvq_rt.progress import progress_bar
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
 from training.cli import guarded
@@ -171,7 +171,7 @@ def sweep(generator: Generator, folder: ImageFolder, model: Classifier, n: int, 
     base = SamplingParams.from_dict(generator.manifest.defaults)
     guidance = SWEEP["guidance"] if generator.layout.null_label else (1.0,)
     rows = []
-    for values in tqdm(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep", dynamic_ncols=True):
+    for values in progress_bar(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep"):
         varied = dict(zip(SWEEP, values, strict=True))
         samples = generator.sample(len(labels), labels, seed, replace(base, **varied))
         verdict = judge(model, samples.to_numpy())

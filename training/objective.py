@@ -36,6 +36,8 @@ class StageOneConfig:
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
+        if not 0 <= self.quantizer_weight < math.inf:
+            raise ConfigError(f"stage.quantizer_weight is {self.quantizer_weight}; it must be at least 0 and finite")
         if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
             raise ConfigError(
                 f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_tokenizer, new_tokenizer
 from training.cli import guarded
-from training.config import build, read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -55,7 +56,7 @@ def train_tokenizer(
     torch.manual_seed(training.seed)
     vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
     if isinstance(vae, DQVAE) and not resume:
-        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
+        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
     objective = Objective(stage, training.steps, tokenizer.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
 
     def stream(step: int) -> Iterator[np.ndarray]:
@@ -137,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)
     sizes = dict(config["tokenizer"])
-    tokenizer = build(family_config(sizes.pop("family", "dq")), sizes, "section 'tokenizer'")
+    family = family_config(sizes.pop("family", "dq"))
+    tokenizer = read_dataclass(family, sizes, "section 'tokenizer'", defaults=True)
     train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume)
     print(Path(args.out) / "best")
 

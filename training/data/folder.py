@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from tqdm import tqdm
 
+from dvq_rt.files import read_json
+from dvq_rt.images import image_size, open_rgb, square
+from dvq_rt.progress import progress_bar
 from runtimes.errors import DataError
-from training.data.pixels import SUFFIXES, Pixels, decode, header_is_good
+from training.data.pixels import Pixels
 
 Indices = npt.NDArray[np.int64]
 Batch = tuple[Pixels, Indices]
 
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"})
 NAMED = 5  # how many files a warning or an error names
 
 
@@ -82,13 +84,12 @@ class ImageFolder:
         self.classes = list(groups)
         candidates = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
         kept: list[tuple[Path, int]] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large: counted below like the others
-            for path, label in tqdm(candidates, desc="checking images", unit="image", delay=3, leave=False):
-                if header_is_good(path):
-                    kept.append((path, label))
-                else:
-                    self.unreadable.append(path)
+        for path, label in progress_bar(candidates, desc="checking images", unit="image", delay=3, leave=False):
+            try:
+                image_size(path, error=DataError)
+                kept.append((path, label))
+            except DataError:
+                self.unreadable.append(path)
         self.report_unreadable()
         self.paths = [path for path, _ in kept]
         self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
@@ -110,10 +111,9 @@ class ImageFolder:
         return self.captions.get(self.relative(index))
 
     def pixels(self, index: int) -> Pixels:
-        """Image ``index`` as read-only uint8 [size, size, 3]: RGB, on white, upright, the centre square.
+        """The centre square of image ``index`` as read-only uint8 [size, size, 3]; see ``dvq_rt.images.open_rgb``.
 
-        The shorter side becomes ``size`` (Lanczos). 16-bit values are scaled to 8 bits, floats count as 0 .. 1. Raises
-        DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
+        Raises DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
         """
         index = int(index)
         cached = self._cache.get(index)
@@ -121,12 +121,12 @@ class ImageFolder:
             return cached
         path = self.paths[index]
         try:
-            pixels = decode(path, self.size)
-        except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
+            pixels = square(open_rgb(path, error=DataError), self.size)
+        except DataError:
             with self._lock:
                 if path not in self.unreadable:
                     self.unreadable.append(path)
-            raise DataError(f"cannot decode {path}: {error}; replace or remove the file") from error
+            raise
         pixels.setflags(write=False)
         with self._lock:
             if len(self._cache) < self._cache_room:
@@ -254,13 +254,9 @@ def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.N
 def _captions(root: Path) -> dict[str, str]:
     """``captions.json``, or nothing when there is none."""
     path = root / "captions.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        captions = json.loads(text)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; mend or remove it") from error
+    captions = read_json(path, error=DataError, mend="mend or remove it")
     if not isinstance(captions, dict) or not all(isinstance(value, str) for value in captions.values()):
         raise DataError(f"{path} must be one JSON object from relative path to text; mend or remove it")
     return captions
