@@ -51,6 +51,7 @@ from training.judging.report import (
 )
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
+from training.train_tokenizer import held_out_folder
 from training.train_transformer import StageTwoConfig
 
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
@@ -219,9 +220,7 @@ def main(argv: list[str] | None = None) -> None:
 
     generator = Generator(args.engine)
     folder, augment = open_data(generator, args.data, config["training"], config["stage"])
-    held_out = ImageFolder(
-        args.data, folder.size, val_fraction=first["stage"].val_fraction, seed=first["training"].seed
-    )
+    held_out = held_out_folder(args.data, folder.size, first["training"], first["stage"])
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
     out = Path(args.out)

@@ -20,6 +20,7 @@ class StageOneConfig:
     Args:
         warmup_fraction: share of the steps, at the start, without quantization; then the codebook starts from k-means.
         quantizer_weight: factor of the commitment loss.
+        exclude: classes (sub-folders) whose images are not used.
         val_fraction: share of the images held out.
         adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as the
             picture loss (see ``adaptive_weight``); 0 trains without a discriminator, the released code has 0.75.
@@ -29,6 +30,7 @@ class StageOneConfig:
 
     warmup_fraction: float = 0.25
     quantizer_weight: float = 1.0
+    exclude: tuple[str, ...] = ()
     val_fraction: float = 0.05
     adversarial_weight: float = 0.0
     adversarial_start: float = 0.5

@@ -31,6 +31,12 @@ from training.run import open_run
 from training.thresholds import folder_thresholds
 
 
+def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
+    """The images of stage 1, split as for its training."""
+    fraction, exclude = stage.val_fraction, stage.exclude
+    return ImageFolder(data, size, val_fraction=fraction, seed=training.seed, exclude=exclude)
+
+
 def train_tokenizer(
     data: str | Path,
     run: str | Path,
@@ -49,7 +55,7 @@ def train_tokenizer(
             f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
             f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
         )
-    folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
+    folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
     path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
