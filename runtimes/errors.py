@@ -31,3 +31,7 @@ class BackendError(DvqError):
 
 class ExportError(DvqError):
     """An export did not reach parity with PyTorch, or a graph could not be built."""
+
+
+class TrainingError(DvqError):
+    """A training run cannot come right any more."""
