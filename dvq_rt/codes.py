@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.files import write_file
 from dvq_rt.layout import TokenLayout, Tokens
-from dvq_rt.manifest import write_file
 from runtimes.errors import ConfigError, DvqError, InputError
 
 FORMAT = "dvq-codes"

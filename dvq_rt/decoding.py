@@ -1,123 +1,87 @@
-"""The autoregressive loop: slots, state buffers, refills, and when an image is done.
+"""The autoregressive loop: the step graph bound to its buffers, and a scheduler that gives slots to requests.
 
-The loop only calls the step graph, whose contract is in ``export.steps.Step``: state goes in and comes out in two sets
-of buffers that swap roles every step, caches stay in place, controls are written only when a slot gets a new image.
+``DecodeLoop`` only calls the graph: state goes in and comes out in two sets of buffers that swap sides every step,
+caches stay in place, controls are written when they change. ``Scheduler`` takes requests at any time and says what
+came of them after each step.
 """
 
 from __future__ import annotations
 
-import atexit
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import Manifest
-from dvq_rt.sampling import SamplingParams
+from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.sampling import SamplingParams, uniforms
+from dvq_rt.step import CACHE, CONTROL, REPORT, STATE, StepTable
 from runtimes.errors import EngineError, InputError
-from runtimes.protocol import Backend, Buffer, Program
+from runtimes.protocol import Bindable, Buffer, Device
 
 
-@dataclass(slots=True)
-class Job:
-    """One image to draw.
-
-    Attributes:
-        index: the caller's number of the image.
-        label: start label; with guidance a second slot starts with the null label.
-        uniforms: float32 [Tmax, 2], the image's random numbers.
-        params: sampling parameters.
-        forced: joint positions and contents of tokens 1, 2, ... that are taken instead of drawn (int64, -1 draws).
-        steps: tokens taken so far.
-    """
-
-    index: int
-    label: int
-    uniforms: NDArray[np.float32]
-    params: SamplingParams
-    forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-    steps: int = 0
-
-
-class Event(NamedTuple):
-    """State of an image: ``cells`` int32 [cells] (-1 where no code stands yet, else segment * K + code)."""
-
-    job: Job
-    cells: NDArray[np.int32]
-    finished: bool
-
-
-class Loop:
+class DecodeLoop:
     """The step graph bound to buffers for a fixed number of slots.
 
     Args:
-        backend, program: the step graph on its device.
-        manifest: its interface.
+        device, program: the step and where its buffers lie.
+        table: its interface.
         slots: B.
+
+    Attributes:
+        seconds, calls: time spent in the graph, and how often it ran.
     """
 
-    def __init__(self, backend: Backend, program: Program, manifest: Manifest, slots: int) -> None:
-        self.layout, self.slots, self._poll = manifest.layout, slots, backend.poll
-        interface = manifest.step
-        caches = dict(interface["caches"])
+    def __init__(self, device: Device, program: Bindable, table: StepTable, slots: int) -> None:
+        self.table, self.layout, self.slots, self.poll = table, table.layout, slots, device.poll
+        self.seconds, self.calls = 0.0, 0
 
-        def allocate(spec: dict[str, Any]) -> Buffer:
-            shape = tuple(slots if size == "B" else size for size in spec["shape"])
-            return backend.allocate(shape, spec["dtype"])
+        def allocate(*roles: str) -> dict[str, Buffer]:
+            return {port.name: device.allocate(port.sized(slots), port.dtype) for port in table.role(*roles)}
 
-        inputs = {spec["name"]: spec for spec in interface["inputs"]}
-        outputs = {spec["name"]: spec for spec in interface["outputs"]}
-        state = [name for name in inputs if f"{name}_out" in outputs and name not in caches]
-        controls = [name for name in inputs if name not in state and name not in caches]
-        self._state = [{name: allocate(inputs[name]) for name in state} for _ in range(2)]
-        self._controls = {name: allocate(inputs[name]) for name in controls}
-        self._host = {name: buffer.read().copy() for name, buffer in self._controls.items()}
-        self._reports = {
-            name: allocate(spec)
-            for name, spec in outputs.items()
-            if not (name.endswith("_out") and name[:-4] in inputs) and name not in caches.values()
-        }
-        kept = {name: allocate(inputs[name]) for name in caches}
+        self._state = [allocate(STATE) for _ in range(2)]
+        self._controls, self._reports, self._caches = allocate(CONTROL), allocate(REPORT), allocate(CACHE)
         self._bindings = []
         for side in range(2):
-            into = {f"{name}_out": buffer for name, buffer in self._state[1 - side].items()}
-            self._bindings.append(
-                program.bind(
-                    {**self._state[side], **self._controls, **kept},
-                    {**into, **self._reports, **{caches[name]: buffer for name, buffer in kept.items()}},
-                )
-            )
+            inputs = {**self._state[side], **self._controls, **self._caches}
+            outputs = {**self._state[1 - side], **self._reports, **self._caches}
+            self._bindings.append(program.bind(inputs, {port.output: outputs[port.name] for port in table.outputs}))
         self._side = 0
         self._asked: dict[str, Buffer] = {}
-        self._idle()
+        self._host: dict[str, NDArray[Any]] = {}
+        self._changed: set[str] = set()
+        self.idle()
 
-    def _idle(self) -> None:
-        """Every slot done, neutral controls."""
+    def idle(self) -> None:
+        """Make every slot idle, with neutral controls."""
         self._asked.clear()
-        for state in self._state:
-            state["done"].write(np.ones(self.slots, dtype=bool))
-        host = self._host
-        for name in ("temperature", "top_p", "top_p_position", "partner_weight", "top_k", "top_k_position"):
-            host[name][:] = 1
-        host["partner"][:] = np.arange(self.slots)
-        host["forced_position"][:] = host["forced_content"][:] = -1
-        host["reset"][:] = False
-        for name, buffer in self._controls.items():
-            buffer.write(host[name])
+        for port in self.table.role(STATE):
+            for state in self._state:
+                state[port.name].write(port.idle_values(self.slots))
+        self._host = {port.name: port.idle_values(self.slots) for port in self.table.role(CONTROL)}
+        self._changed = set(self._host)
 
-    def report(self, name: str) -> NDArray[Any]:
-        """A report of the last step, see ``export.steps.Step``."""
-        return self._reports[name].read()
+    def control(self, name: str, slot: int, value: Any) -> None:
+        """Set a control of one slot for the steps to come."""
+        self._host[name][slot] = value
+        self._changed.add(name)
 
     def step(self) -> None:
         """One token of every slot that is not done."""
+        for name in self._changed:
+            self._controls[name].write(self._host[name])
+        self._changed.clear()
+        began = time.perf_counter()
         self._bindings[self._side].run()
+        self.seconds += time.perf_counter() - began
+        self.calls += 1
         self._side = 1 - self._side
+        if self._host["reset"].any():  # a reset is for one step
+            self._host["reset"][:] = False
+            self._changed.add("reset")
 
     def request(self, name: str) -> None:
         """Start copying a state tensor; the next ``read`` of it gives it as it is now."""
@@ -125,193 +89,242 @@ class Loop:
         self._asked[name].request()
 
     def read(self, name: str) -> NDArray[Any]:
-        """A state tensor as it was at ``request``, or else after the last step."""
+        """A report of the last step, or a state tensor as it was at ``request`` or else after the last step."""
+        if name in self._reports:
+            return self._reports[name].read()
         return (self._asked.pop(name, None) or self._state[self._side][name]).read()
 
     def set_state(self, values: Mapping[str, NDArray[Any]]) -> None:
-        """Overwrite state tensors that the next step reads, as a benchmark does to repeat one step."""
+        """Overwrite state tensors that the next step reads."""
         for name, array in values.items():
             self._state[self._side][name].write(array)
 
-    def run(
-        self, jobs: Iterable[Job], every: int = 0, watch: Callable[[dict[int, Job]], None] | None = None
-    ) -> Iterator[Event]:
-        """Draw all jobs; images that wait take over the slots of those that are done.
-
-        Args:
-            jobs: any number of them. If one is guided all take two slots.
-            every: also report unfinished images every so many steps; 0 for finished ones only.
-            watch: called after every step with the job of each busy slot; may read ``report``. A device that is
-                polled rarely may call it a few times more after an image is done.
-
-        Yields:
-            events of images in the order in which they finish.
-        """
-        waiting = deque(jobs)
-        width = 2 if any(job.params.guidance != 1 for job in waiting) else 1
-        if self.slots < width:
-            raise InputError(
-                f"guidance takes two slots an image, but the generator has {self.slots}; use slots=2 or more"
-            )
-        active: dict[int, Job] = {}
-        free = list(range(0, self.slots - width + 1, width))[::-1]
-        self._idle()
-        count = told = 0
-        while waiting or active:
-            started = False
-            while waiting and free:
-                slot = free.pop()
-                active[slot] = waiting.popleft()
-                self._start(slot, width, active[slot])
-                started = True
-            if started:
-                for name in self._host:
-                    self._controls[name].write(self._host[name])
-            if any(job.forced for job in active.values()):
-                self._force(active, width)
-            self.step()
-            if started:
-                self._host["reset"][:] = False
-                self._controls["reset"].write(self._host["reset"])
-            count += 1
-            for job in active.values():
-                job.steps += 1
-            if watch:
-                watch(active)
-            if self._poll == 1 or (count + 1) % self._poll == 0:
-                self.request("done")  # copied while the device goes on with the next step
-            if count % self._poll:
-                continue
-            done = self.read("done")
-            finished = [slot for slot in active if done[slot]]
-            due = every > 0 and count - told >= every
-            if finished or due:
-                cells, told = self.read("cells").copy(), count if due else told
-                for slot in list(active):
-                    if slot in finished:
-                        free.append(slot)
-                        yield Event(active.pop(slot), cells[slot], True)
-                    elif due:
-                        yield Event(active[slot], cells[slot], False)
-            for job in active.values():
-                if job.steps > self.layout.max_length + self._poll:
-                    raise EngineError(f"image {job.index} did not end after {job.steps} tokens; the engine is broken")
-
-    def _start(self, slot: int, width: int, job: Job) -> None:
-        """Fill the controls of the one or two slots of a job."""
-        params, host = job.params, self._host
-        for place in range(slot, slot + width):
-            host["reset"][place] = True
-            host["label"][place] = job.label if place == slot else self.layout.classes
-            host["uniforms"][place] = job.uniforms
-            host["temperature"][place] = params.temperature
-            host["top_k"][place] = params.top_k or self.layout.content_vocabulary
-            host["top_p"][place] = params.top_p
-            host["top_k_position"][place] = params.top_k_position or self.layout.position_head
-            host["top_p_position"][place] = params.top_p_position
-            host["ordered"][place] = params.positions == "ordered"
-            host["partner"][place] = 2 * slot + width - 1 - place  # of a pair, the other one
-            host["partner_weight"][place] = params.guidance
-            host["forced_position"][place] = host["forced_content"][place] = -1
-
-    def _force(self, active: dict[int, Job], width: int) -> None:
-        """Write this step's forced tokens, the same into both slots of a pair."""
-        for i, name in enumerate(("forced_position", "forced_content")):
-            for slot, job in active.items():
-                forced = job.forced[i] if job.forced else ()
-                self._host[name][slot : slot + width] = forced[job.steps] if job.steps < len(forced) else -1
-            self._controls[name].write(self._host[name])
+    def adopt(self, other: DecodeLoop) -> None:
+        """Go on with what a loop of fewer slots does, in the same slots; the others are idle."""
+        self.idle()
+        mine, theirs = ({**loop._state[loop._side], **loop._caches} for loop in (self, other))
+        for name, buffer in mine.items():
+            values = buffer.read().copy()
+            values[: other.slots] = theirs[name].read()
+            buffer.write(values)
+        for name, values in other._host.items():
+            self._host[name][: other.slots] = values
 
 
-class _Abandoned(Exception):
-    """Nobody reads the events any more."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One image to draw. Its tokens depend on these values alone.
 
-
-class _Drawing(threading.Thread):
-    """``Loop.run`` in a thread of its own, and its events that are not read yet."""
-
-    def __init__(self, loop: Loop, jobs: Iterable[Job], every: int) -> None:
-        super().__init__(name="dvq_rt loop", daemon=True)
-        self._loop, self._jobs, self._every = loop, jobs, every
-        self._changed = threading.Condition()
-        self._unread: dict[int, Event] = {}
-        self._ended = self._abandoned = False
-        self.failure: BaseException | None = None
-        atexit.register(self.end)  # no thread may be inside a graph when the interpreter ends
-
-    def run(self) -> None:
-        try:
-            for event in self._loop.run(self._jobs, self._every, self._go_on):
-                self._put(event)
-        except _Abandoned:
-            pass
-        except BaseException as error:
-            self.failure = error
-        finally:
-            atexit.unregister(self.end)
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-
-    def _go_on(self, _: dict[int, Job]) -> None:
-        if self._abandoned:
-            raise _Abandoned
-
-    def _room(self) -> bool:
-        return self._abandoned or sum(event.finished for event in self._unread.values()) < self._loop.slots
-
-    def _put(self, event: Event) -> None:
-        # a newer preview takes the older one's place; finished images queue in the order in which they end
-        with self._changed:
-            self._changed.wait_for(self._room)
-            if event.finished:
-                self._unread.pop(event.job.index, None)
-            self._unread[event.job.index] = event
-            self._changed.notify_all()
-
-    def next(self) -> Event | None:
-        """The next event; None after the last one."""
-        with self._changed:
-            while not self._changed.wait_for(lambda: self._unread or self._ended, 0.5):
-                pass  # a wait without a limit cannot be interrupted on Windows
-            if not self._unread:
-                return None
-            event = self._unread.pop(next(iter(self._unread)))
-            self._changed.notify_all()
-            return event
-
-    def leave(self) -> None:
-        """Let the thread end after the step that it is in."""
-        with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Leave, and wait for the thread."""
-        self.leave()
-        self.join()
-
-
-def in_background(loop: Loop, jobs: Iterable[Job], every: int = 0) -> Generator[Event, None, None]:
-    """``Loop.run`` in a thread of its own, so that what is done with an event does not hold up the images that are
-    still being drawn.
-
-    An unfinished image's event is left out if a newer one of the same image (``job.index``) overtakes it. The loop
-    waits while as many finished images are unread as it has slots. Who stops reading must not use the loop again.
-
-    Raises:
-        what ``Loop.run`` raises, after the events before it.
+    Attributes:
+        label: start label; with guidance a second slot starts with the null label.
+        params: sampling parameters.
+        seed, image: key of its random numbers.
+        forced: tokens 1, 2, ... that are taken instead of drawn: joint positions and contents, int64, -1 draws.
+        every: tokens between two events of the unfinished image; 0 for the finished one only.
+        record: reports and state tensors whose values after each token the last event has.
+        limit: tokens after which the image ends, finished or not; None for no limit.
+        key: anything that tells the caller which image this is.
     """
-    drawing = _Drawing(loop, jobs, every)
-    try:
-        drawing.start()
-        while (event := drawing.next()) is not None:
-            yield event
-        if drawing.failure:
-            failure, drawing.failure = drawing.failure, None  # its traceback holds the thread, and that the loop
-            raise failure
-    finally:
-        drawing.leave()
+
+    label: int
+    params: SamplingParams
+    seed: int = 0
+    image: int = 0
+    forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    every: int = 0
+    record: tuple[str, ...] = ()
+    limit: int | None = None
+    key: Any = None
+
+    @classmethod
+    def along(cls, layout: TokenLayout, tokens: Tokens, **values: Any) -> Request:
+        """A request that is forced along a whole sequence, whose first token gives the label."""
+        forced = (tokens.position[1:], tokens.content[1:])
+        label = int(tokens.content[0]) - layout.content_sos
+        return cls(label, SamplingParams(positions="drawn"), forced=forced, **values)
+
+    @property
+    def width(self) -> int:
+        """Slots that it takes: guidance takes two."""
+        return 1 if self.params.guidance == 1 else 2
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """A request that was submitted.
+
+    Attributes:
+        request, owner: as submitted.
+        slots: those that it has or had.
+        steps: tokens taken so far. A device that is polled rarely may take a few more after the image is complete.
+    """
+
+    request: Request
+    owner: Hashable
+    slots: tuple[int, ...] = ()
+    steps: int = 0
+    rows: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+
+
+class Event(NamedTuple):
+    """State of an image: ``cells`` int32 [cells] (-1 where no code stands yet, else segment * K + code), and of a
+    finished one what it was asked to ``record``, [steps, ...] each."""
+
+    handle: Handle
+    cells: NDArray[np.int32]
+    finished: bool
+    records: dict[str, NDArray[Any]]
+
+    @property
+    def request(self) -> Request:
+        return self.handle.request
+
+
+class Scheduler:
+    """Gives the slots of a loop to requests, which may come at any time. For one thread.
+
+    A free slot goes to the owner with the fewest images in slots, among equals to the one that has waited longest;
+    the requests of one owner go in order. So a large caller never keeps a small one waiting for more than the slots
+    that free next. Where two slots are needed and one is free, it waits for the second.
+    """
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop = loop
+        self._waiting: dict[Hashable, deque[Handle]] = {}
+        self._active: list[Handle] = []
+        self._free = list(range(loop.slots))
+        loop.idle()
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def active(self) -> tuple[Handle, ...]:
+        """Requests in slots, oldest first."""
+        return tuple(self._active)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._active or self._waiting)
+
+    @property
+    def wanted(self) -> int:
+        """Slots that all requests, with and without slots, would take."""
+        waiting = [handle for queue in self._waiting.values() for handle in queue]
+        return sum(handle.request.width for handle in [*self._active, *waiting])
+
+    def submit(self, request: Request, owner: Hashable = None) -> Handle:
+        """Queue a request; requests of one ``owner`` take turns with those of others.
+
+        Raises:
+            InputError: it needs more slots than there are.
+        """
+        if request.width > self.loop.slots:
+            raise InputError("guidance takes two slots an image, but there is one; use slots=2 or more")
+        handle = Handle(request, owner)
+        self._waiting.setdefault(owner, deque()).append(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Forget a request; its slots are free for the next step. Nothing happens if it is finished."""
+        if handle in self._active:
+            self._leave(handle)
+        elif handle in (queue := self._waiting.get(handle.owner, deque())):
+            queue.remove(handle)
+            if not queue:
+                del self._waiting[handle.owner]
+
+    def move(self, loop: DecodeLoop) -> None:
+        """Go on in a loop of more slots, between two steps."""
+        loop.adopt(self.loop)
+        self._free += range(self.loop.slots, loop.slots)
+        self.loop = loop
+
+    def step(self) -> list[Event]:
+        """Fill free slots, take one token of every image in a slot, and say which images are finished or due."""
+        self._fill()
+        if not self._active:
+            return []
+        loop = self.loop
+        self._force()
+        loop.step()
+        for handle in self._active:
+            handle.steps += 1
+            for name in handle.request.record:
+                handle.rows.setdefault(name, []).append(loop.read(name)[handle.slots[0]].copy())
+        if loop.poll == 1 or (loop.calls + 1) % loop.poll == 0:
+            loop.request("done")  # copied while the device goes on with the next step
+        if loop.calls % loop.poll:
+            return []
+        return self._events()
+
+    def _events(self) -> list[Event]:
+        done = self.loop.read("done")
+        ended, due = [], []
+        for handle in self._active:
+            request, steps = handle.request, handle.steps
+            if done[handle.slots[0]] or (request.limit is not None and steps >= request.limit):
+                ended.append(handle)
+            elif request.every and steps // request.every > (steps - self.loop.poll) // request.every:
+                due.append(handle)
+            if steps > self.loop.layout.max_length + self.loop.poll:
+                raise EngineError(
+                    f"image {request.image} did not end after {steps} tokens; the engine is broken: verify it"
+                )
+        if not ended and not due:
+            return []
+        cells = self.loop.read("cells").copy()
+        events = []
+        for handle in [h for h in self._active if h in ended or h in due]:
+            finished, row = handle in ended, cells[handle.slots[0]]
+            records = {name: np.stack(rows)[: handle.request.limit] for name, rows in handle.rows.items()}
+            events.append(Event(handle, row, finished, records if finished else {}))
+            if finished:
+                self._leave(handle)
+        return events
+
+    def _fill(self) -> None:
+        """Start requests in free slots, lowest numbers first."""
+        while self._waiting:
+            held = [handle.owner for handle in self._active]
+            owner = min(self._waiting, key=held.count)  # of equals the first, which has waited longest
+            handle = self._waiting[owner][0]
+            width = handle.request.width
+            if width > len(self._free):
+                return
+            self._free.sort()
+            handle.slots, self._free = tuple(self._free[:width]), self._free[width:]
+            queue = self._waiting.pop(owner)
+            queue.popleft()
+            if queue:
+                self._waiting[owner] = queue  # behind the others
+            self._active.append(handle)
+            self._start(handle)
+
+    def _start(self, handle: Handle) -> None:
+        """Fill the controls of a request's slots; of two the first is conditional, the second unconditional."""
+        request, loop = handle.request, self.loop
+        values: dict[str, Any] = dict(loop.table.settings(request.params))
+        values |= {"reset": True, "forced_position": -1, "forced_content": -1}
+        values["uniforms"] = uniforms(request.seed, request.image, loop.layout.max_length)
+        for slot, partner in zip(handle.slots, handle.slots[::-1], strict=True):
+            label = request.label if slot == handle.slots[0] else loop.layout.classes
+            for name, value in {**values, "label": label, "partner": partner}.items():
+                loop.control(name, slot, value)
+
+    def _force(self) -> None:
+        """Write this step's forced tokens, the same into both slots of a pair."""
+        for handle in self._active:
+            for name, forced in zip(("forced_position", "forced_content"), handle.request.forced or (), strict=False):
+                value = forced[handle.steps] if handle.steps < len(forced) else -1
+                for slot in handle.slots:
+                    self.loop.control(name, slot, value)
+
+    def _leave(self, handle: Handle) -> None:
+        self._active.remove(handle)
+        self._free += handle.slots
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Token ids, sequences and grammar of images coded with a variable number of tokens: the one source of them.
+"""Token ids, sequences and grammar of coded images: the one source of them.
 
 An image is a sequence of (position, content) pairs in segments of growing resolution. Segment ``s`` tiles the image
 with ``sides[s] x sides[s]`` cells; the last segment is the finest. There are two grammars:
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.files import read_dataclass
 from runtimes.errors import ConfigError
 
 ORDERS = ("row-first", "region-first")
@@ -41,6 +42,14 @@ class Tokens(NamedTuple):
     content: NDArray[np.int64]
     position: NDArray[np.int64]
     segment: NDArray[np.int64]
+
+
+def padded(rows: Sequence[NDArray[np.int64]], fill: int = -1) -> NDArray[np.int64]:
+    """Rows of any length below each other, int64 [N, longest], ``fill`` after their end."""
+    table = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,15 @@ class TokenLayout:
         return self.sides[-1] ** 2
 
     @property
+    def codes_per_cell(self) -> tuple[int, ...]:
+        """Number of codes of a coarsest cell, by the segment that codes it."""
+        return tuple((side // self.sides[0]) ** 2 for side in self.sides)
+
+    def count_codes(self, grain: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Number of codes of grain maps, int [.., sides[0], sides[0]] -> int64 [..]."""
+        return np.array([*self.codes_per_cell, 0])[grain].sum((-2, -1))  # -1, no code, is the last entry
+
+    @property
     def starts(self) -> int:
         """Number of start tokens: labels, the null label included, or 1."""
         return max(self.classes, 1) + int(self.null_label)
@@ -187,6 +205,19 @@ class TokenLayout:
         """Number of joint position ids."""
         return self.position_offset(self.segments)
 
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """``position_offset`` of every segment, int64 [segments]."""
+        return np.array([self.position_offset(s) for s in range(self.segments)], dtype=np.int64)
+
+    def segment_of(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Segments that joint position ids belong to, int64 of any shape; ids below 0 count to the first."""
+        return np.searchsorted(self.offsets[1:], position, side="right")
+
+    def local(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Joint position ids as local ids of their segments, int64 of any shape."""
+        return position - self.offsets[self.segment_of(position)]
+
     def start(self, segment: int, label: int) -> tuple[int, int]:
         """(content id, local position id) of a segment's start token for ``label`` (0 if unconditional)."""
         if not 0 <= label < self.starts:
@@ -237,18 +268,18 @@ class TokenLayout:
                 f"code map {np.shape(codes)} and grain map {np.shape(grain)} do not fit the grids {self.sides}"
             )
         grain_of_cell = self.grain_of_cells(grain)
-        if self.kept is not None and (coded := int((grain_of_cell >= 0).sum())) != self.kept:
-            raise ConfigError(f"the maps hold {coded} codes; this layout has {self.kept} per image")
+        if self.kept is not None and (count := int((grain_of_cell >= 0).sum())) != self.kept:
+            raise ConfigError(f"the maps hold {count} codes; this layout has {self.kept} per image")
         content, position, segment = [], [], []
         for s in range(self.segments):
             first = self.covered_cells(s)[:, 0]
-            chosen = self.ordered_positions(s)
-            chosen = chosen[grain_of_cell[first[chosen]] == s]
+            coded = self.ordered_positions(s)
+            coded = coded[grain_of_cell[first[coded]] == s]
             start_content, start_position = self.start(s, label)
             offset, ends = self.position_offset(s), int(self.covering)
-            content += [[start_content], flat[first[chosen]], [self.content_eos] * ends]
-            position += [[start_position + offset], chosen + offset, [self.position_eos(s) + offset] * ends]
-            segment.append(np.full(chosen.size + 1 + ends, s))
+            content += [[start_content], flat[first[coded]], [self.content_eos] * ends]
+            position += [[start_position + offset], coded + offset, [self.position_eos(s) + offset] * ends]
+            segment.append(np.full(coded.size + 1 + ends, s))
         return Tokens(*(np.concatenate(part).astype(np.int64) for part in (content, position, segment)))
 
     def grain_of_cells(self, grain: NDArray[Any]) -> NDArray[np.int64]:
@@ -288,6 +319,48 @@ class TokenLayout:
         side, block = self.sides[-1], self.sides[-1] // self.sides[0]
         return codes.reshape(side, side), grain.reshape(side, side)[::block, ::block].copy()
 
+    def following(self, tokens: Tokens) -> NDArray[np.int64]:
+        """What the first head predicts of tokens 1 .. T, which the second stack reads: int64 [T]."""
+        return (tokens.position if self.first == "position" else tokens.content)[1:]
+
+    def steps_of(self, tokens: Tokens) -> int:
+        """Steps until the image is complete; what follows the last code, ends and empty segments, needs none."""
+        return int(np.flatnonzero(tokens.content[1:] < self.codebook_size)[-1]) + 1
+
+    def random_grain(self, rng: np.random.Generator, share: float = 0.5) -> NDArray[np.int64]:
+        """A legal grain map with grains at random places, int64 [sides[0], sides[0]]. In the covering grammar ``share``
+        of the cells, in [0, 1], have a finer grain than the coarsest, each of those equally often."""
+        cells = self.sides[0] ** 2
+        grain = np.zeros(cells, dtype=np.int64)
+        places = rng.permutation(cells)
+        if self.kept is not None:
+            grain[places[self.kept :]] = -1
+        elif self.segments > 1:
+            finer = places[: round(share * cells)]
+            grain[finer] = rng.integers(1, self.segments, finer.size)
+        return grain.reshape(self.sides[0], self.sides[0])
+
+    def random_tokens(
+        self, rng: np.random.Generator, label: int = 0, grain: NDArray[np.int64] | None = None, shuffled: bool = False
+    ) -> Tokens:
+        """A legal sequence of random codes.
+
+        Args:
+            rng: source of the codes, and of the grain map if there is none.
+            label: start label.
+            grain: as for ``to_tokens``; None takes ``random_grain``.
+            shuffled: put the positions of each segment in random order.
+
+        Returns:
+            as ``to_tokens``.
+        """
+        grain = self.random_grain(rng) if grain is None else grain
+        tokens = self.to_tokens(rng.integers(0, self.codebook_size, self.cells), grain, label)
+        for s in range(self.segments if shuffled else 0):
+            pairs = np.flatnonzero(tokens.segment == s)[1 : -1 if self.covering else None]
+            tokens.position[pairs] = tokens.position[rng.permutation(pairs)]
+        return tokens
+
     # --- files -------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sides": list(self.sides)}
@@ -297,13 +370,9 @@ class TokenLayout:
         """Strict inverse of ``to_dict``.
 
         Raises:
-            ConfigError: a key is unknown or missing, or a value is out of range.
+            ConfigError: a key is unknown or missing, or a value is of the wrong type or out of range.
         """
-        known = set(cls.__dataclass_fields__)
-        if set(values) != known:
-            odd, lacking = sorted(set(values) - known), sorted(known - set(values))
-            raise ConfigError(f"layout: unknown keys {odd}, missing keys {lacking}")
-        return cls(**values)
+        return read_dataclass(cls, values, "layout")
 
 
 def _is_int(value: Any, low: int) -> bool:

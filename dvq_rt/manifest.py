@@ -13,21 +13,29 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dvq_rt.files import (
+    DTYPES,
+    FileName,
+    guard,
+    new_folder,
+    open_regular,
+    read_dataclass,
+    read_json,
+    restore_folder,
+    short,
+    write_file,
+)
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import ConfigError, DvqError, EngineError, InputError
+from runtimes.errors import ConfigError, EngineError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -38,12 +46,6 @@ BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "cuda")
 GPU_TARGETS = re.compile(r"sm\d{2,3}(,sm\d{2,3})*")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-MAX_HEADER_BYTES = 100_000_000
-DTYPES = {
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1"},
-    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "?"},
-}
-"""Number formats of safetensors, but for those that numpy lacks."""
 DTYPE_NAMES = tuple(np.dtype(code).name for code in DTYPES.values())
 
 
@@ -142,64 +144,91 @@ class Manifest:
         """Strict inverse of ``to_dict``.
 
         Raises:
-            DvqError: a key is unknown or missing, or a value is out of its range.
+            ConfigError: a key is unknown or missing, or a value is of the wrong type or out of its range.
         """
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            odd, lacking = sorted(set(values) - known), sorted(known - set(values))
-            raise ConfigError(f"unknown keys {odd}, missing keys {lacking}")
-        return cls(**{**values, "layout": TokenLayout.from_dict(values["layout"])})
+        return read_dataclass(cls, values, "manifest")
 
 
-def engine_folder(name: str | os.PathLike[str] | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo; None is ``demo:dq``."""
-    return DEMOS.get(str(name or "demo:dq")) or Path(str(name))
-
-
-def read_engine(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of an engine folder, after checking every file's size and SHA-256. Unlisted files are ignored.
+def engine_folder(name: FileName | None) -> Path:
+    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo; None is ``demo:dq``.
 
     Raises:
-        EngineError: the folder or a file is missing, altered, a link, or of another schema; the text names it.
+        EngineError: the name is empty, as an unset shell variable makes it, or no path.
     """
-    folder = Path(path)
+    if name is None:
+        name = "demo:dq"
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        raise EngineError(f"the engine is {short(name)}; give the path of a folder, or {' or '.join(DEMOS)}")
+    return DEMOS.get(str(name)) or Path(name)
+
+
+def read_engine(path: FileName) -> Manifest:
+    """The manifest of an engine folder, after checking every file's size and SHA-256. Unlisted files are ignored, and
+    links are followed, since the hash tells whether they lead to the right content.
+
+    Raises:
+        EngineError: the folder or a file is missing, altered, not a regular file, or of another schema; the text
+            names it.
+    """
+    with guard(EngineError, f"engine folder {short(path)} cannot be opened"):
+        folder = restore_folder(path)
     remake = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
     if not os.path.isdir(folder):
         raise EngineError(f"engine folder {folder} does not exist; name none to use the bundled demo, or {remake}")
-    _describe(folder, MANIFEST, remake)
-    try:
-        values = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_no_twins)
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(f"engine {folder}: {MANIFEST} cannot be read: {error}; {remake}") from error
+    values = read_json(
+        folder / MANIFEST, error=EngineError, what=f"engine {folder}: {MANIFEST} is missing or unreadable", mend=remake
+    )
     schema: Any = values.get("schema") if isinstance(values, dict) else None
     if not _is_int(schema, 0):
         raise EngineError(f"engine {folder}: {MANIFEST} has no schema number; {remake}")
     if schema != SCHEMA:
         mend = "upgrade dvq-rt (`pip install -U dvq-rt`)" if schema > SCHEMA else remake
         raise EngineError(f"engine {folder}: {MANIFEST} has schema {schema}, this dvq-rt reads {SCHEMA}; {mend}")
-    if values.pop("sha256", None) != _digest(values):
+    if values.pop("sha256", None) != manifest_digest(values):
         raise EngineError(f"engine {folder}: {MANIFEST} is corrupted or edited (its own SHA-256 is wrong); {remake}")
-    try:
+    with guard(EngineError, f"engine {folder}: {MANIFEST} is wrong", remake):
         manifest = Manifest.from_dict(values)
-    except (DvqError, TypeError, ValueError) as error:
-        raise EngineError(f"engine {folder}: {MANIFEST} is wrong: {error}; {remake}") from error
-    for name, entry in manifest.files.items():
-        found = _describe(folder, name, remake)
-        if found["bytes"] != entry["bytes"]:
-            raise EngineError(f"engine {folder}: {name} has {found['bytes']} bytes, not {entry['bytes']}; {remake}")
-        if found != entry:
-            raise EngineError(f"engine {folder}: {name} is corrupted (its SHA-256 is not the manifest's); {remake}")
+    for name in manifest.files:
+        read_engine_file(folder, manifest, name, content=False)
     return manifest
 
 
-def write_engine(
-    target: str | os.PathLike[str], build: Callable[[Path], Manifest], *, overwrite: bool = False
-) -> Manifest:
-    """Make an engine folder that appears whole or not at all.
+def read_engine_file(folder: Path, manifest: Manifest, name: str, *, content: bool = True) -> bytes:
+    """A file of an engine, after comparing first its size and then its SHA-256 with the manifest's.
 
-    ``build`` gets an empty folder beside ``target``, writes the engine's files into it (no sub-folders, no
+    What is returned has been hashed itself, so that a file which is replaced meanwhile is never taken for the one that
+    the manifest describes.
+
+    Args:
+        folder, manifest, name: the engine and which of its files.
+        content: whether it is returned; otherwise it is read in parts, and the result is empty.
+
+    Raises:
+        EngineError: the file is missing, not a regular file, or not the manifest's.
+    """
+    entry, data = manifest.files[name], b""
+    mend = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
+    what = f"engine {folder}: {name} is missing or unreadable"
+    with guard(EngineError, what, mend), open_regular(folder / name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            raise EngineError(f"engine {folder}: {name} has {size} bytes, not {entry['bytes']}; {mend}")
+        if content:
+            data = file.read(size)
+            digest = hashlib.sha256(data)
+        else:
+            digest = hashlib.file_digest(file, "sha256")
+    if digest.hexdigest() != entry["sha256"]:
+        raise EngineError(f"engine {folder}: {name} is corrupted (its SHA-256 is not the manifest's); {mend}")
+    return data
+
+
+def write_engine(target: FileName, build: Callable[[Path], Manifest], *, overwrite: bool = False) -> Manifest:
+    """Make an engine folder that appears whole or not at all (``dvq_rt.files.new_folder``).
+
+    ``build`` gets an empty folder beside ``target``, writes the engine's files into it (no sub-folders, links or
     manifest) and returns the manifest, whose ``files`` are filled in here. If ``build`` raises, nothing is left and
-    the error passes on unchanged. Missing parent folders are made.
+    the error passes on unchanged.
 
     Args:
         target: the folder's final name.
@@ -213,144 +242,35 @@ def write_engine(
     Raises:
         DvqError: the name is taken, ``build`` left something other than plain files, or the disk refused.
     """
-    final = Path(os.path.abspath(target))
-    taken = os.path.lexists(final)
-    if taken and not overwrite:
-        raise EngineError(f"{final} exists already; choose another name, or ask to overwrite it")
-    if taken and (final.is_symlink() or not (final / MANIFEST).is_file()):
+    final = restore_folder(os.path.abspath(target))
+    if overwrite and os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST).is_file()):
         raise EngineError(f"{final} is not an engine folder, so it is not overwritten; choose another name")
-    made_parents = [p for p in final.parents if not os.path.exists(p)]
-    temporary, old = (final.with_name(f".{final.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
-    done = False
-    try:
-        temporary.mkdir(parents=True)
-        manifest = build(temporary)
-        names = sorted(p.name for p in temporary.iterdir())
-        manifest = replace(manifest, files={n: _describe(temporary, n, "build plain files only") for n in names})
-        for name in names:
-            sync(temporary / name)
-        values = {**manifest.to_dict(), "sha256": _digest(manifest.to_dict())}
-        write_file(temporary / MANIFEST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-        sync(temporary)
-        if taken:
-            final.rename(old)
-        temporary.rename(final)
-        done = True
-        sync(final.parent)
-    except OSError as error:
-        raise EngineError(f"cannot write engine {final}: {error}") from error
-    finally:
-        if old.exists() and not done:
-            old.rename(final)
-        shutil.rmtree(old if done else temporary, ignore_errors=True)
-        for parent in [] if done else made_parents:
-            with suppress(OSError):
-                parent.rmdir()
+    with new_folder(target, overwrite=overwrite, error=EngineError) as folder:
+        manifest = build(folder)
+        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+        manifest = replace(manifest, files=files)
+        values = {**manifest.to_dict(), "sha256": manifest_digest(manifest.to_dict())}
+        write_file(folder / MANIFEST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return manifest
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it, so that it is never half there.
-
-    Raises:
-        InputError: the file cannot be written, or the name belongs to something other than a regular file.
-    """
-    if os.path.exists(path) and not path.is_file():
-        raise InputError(f"cannot write {path}: it exists and is not a regular file")
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file that was just made, as the manifest lists them."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise EngineError(f"{path.name} is a link or not a file; build plain files only")
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """The arrays of a ``.safetensors`` file, in the order of their names.
-
-    Raises:
-        EngineError: the file is missing, damaged, or holds a number format that numpy lacks.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}; copy or export the engine again") from error
-    try:
-        return _parse_tensors(data)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise EngineError(f"{path} is not a whole safetensors file: {error}; copy or export it again") from error
-
-
-def _parse_tensors(data: bytes) -> dict[str, NDArray[Any]]:
-    start = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < 8 or start > min(len(data), MAX_HEADER_BYTES):
-        raise ValueError(f"the header should end at byte {start} of {len(data)}")
-    entries = json.loads(data[8:start], object_pairs_hook=_no_twins)
-    if not isinstance(entries, dict):
-        raise ValueError("the header is not an object")
-    entries.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in sorted(entries.items()):
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{name}: the keys are not dtype, shape, data_offsets")
-        code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if code not in DTYPES:
-            raise ValueError(f"{name}: dtype {code!r} is not one of {list(DTYPES)}")
-        dtype = np.dtype(DTYPES[code])
-        if not all(isinstance(numbers, list) and all(_is_int(n, 0) for n in numbers) for numbers in (shape, span)):
-            raise ValueError(f"{name}: shape {shape} or data_offsets {span} are not lists of sizes")
-        if len(span) != 2 or span[1] - span[0] != math.prod(shape) * dtype.itemsize or start + span[1] > len(data):
-            raise ValueError(f"{name}: shape {shape} does not fit data_offsets {span} of {len(data) - start} bytes")
-        content = data[start + span[0] : start + span[1]]
-        if dtype == np.bool_ and content.strip(b"\0\1"):
-            raise ValueError(f"{name}: a truth value is neither 0 nor 1")
-        tensors[name] = np.frombuffer(content, dtype=dtype).reshape(shape).copy()
-        spans.append(span)
-    ends = [0, *(span[1] for span in sorted(spans))]
-    if [span[0] for span in sorted(spans)] != ends[:-1] or ends[-1] != len(data) - start:
-        raise ValueError("the tensors overlap or leave gaps")
-    return tensors
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays as a ``.safetensors`` file, atomically; the same arrays give the same bytes.
-
-    Raises:
-        InputError: an array has a dtype that the format lacks, or the file cannot be written.
-    """
-    codes = {np.dtype(numpy_name): code for code, numpy_name in DTYPES.items()}
-    header: dict[str, Any] = {}
-    parts, end = [], 0
-    # Wide numbers first, so that each tensor starts at a multiple of its item size.
-    for name, array in sorted(tensors.items(), key=lambda item: (-np.asarray(item[1]).itemsize, item[0])):
-        dtype = np.asarray(array).dtype.newbyteorder("<")
-        if dtype not in codes or name == "__metadata__":
-            raise InputError(f"tensor {name!r} has dtype {dtype}; safetensors takes {list(map(str, codes))}")
-        parts.append(np.asarray(array).astype(dtype, copy=False).tobytes())
-        span = [end, end := end + len(parts[-1])]
-        header[name] = {"dtype": codes[dtype], "shape": list(np.shape(array)), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    write_file(Path(path), b"".join([len(text).to_bytes(8, "little"), text, *parts]))
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name appears twice")
-    return dict(pairs)
+def manifest_digest(values: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own content, whatever its spacing and order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- checks ----------------------------------------------------------------------------------------------------
 def _check(good: bool, name: str, value: Any, rule: str) -> None:
     if not good:
-        raise ConfigError(f"manifest.{name} is {str(value)[:200]!r}; it {rule}")
+        raise ConfigError(f"manifest.{name} is {short(value)}; it {rule}")
 
 
 def _is_int(value: Any, low: int) -> bool:
@@ -394,31 +314,3 @@ def _check_step(step: Any) -> None:
         _check(ends[0] == ends[1], "step.caches", pair, "must have one dtype and shape on both sides")
     flat = [name for pair in step["caches"] for name in pair]
     _check(len(set(flat)) == len(flat), "step.caches", flat, "must name each input and output once")
-
-
-# --- files -----------------------------------------------------------------------------------------------------
-def _describe(folder: Path, name: str, remake: str) -> dict[str, Any]:
-    """Size and SHA-256 of a plain file, as the manifest lists them."""
-    path = folder / name
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise EngineError(f"engine {folder}: {name} is a link or not a file; {remake}")
-        with path.open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
-    except OSError as error:
-        raise EngineError(f"engine {folder}: {name} is missing or unreadable ({error.strerror}); {remake}") from error
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's own content, whatever its spacing and order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a file's or a folder's content to the disk."""
-    if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

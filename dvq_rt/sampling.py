@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dvq_rt.files import read_dataclass, short
+from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS
 from runtimes.errors import InputError
 
@@ -64,14 +66,15 @@ class SamplingParams:
             value: Any = getattr(self, name)
             real = isinstance(value, Real) and not isinstance(value, bool)
             if not real or not low <= value <= high:  # NaN fails this too
-                raise InputError(f"{name} is {value!r}; it must be a number {words}")
+                raise InputError(f"{name} is {short(value)}; it must be a number {words}")
             object.__setattr__(self, name, float(value))
         for name in ("top_k", "top_k_position"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _integer(name, value, 1, MAX_TOP_K, "or None"))
-        if self.positions not in POSITIONS:
-            raise InputError(f"positions is {self.positions!r}; it must be one of {POSITIONS}")
+                object.__setattr__(self, name, whole(name, value, 1, MAX_TOP_K))
+        if not isinstance(self.positions, str) or self.positions not in POSITIONS:
+            raise InputError(f"positions is {short(self.positions)}; it must be one of {POSITIONS}")
+        object.__setattr__(self, "positions", str(self.positions))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,12 +84,9 @@ class SamplingParams:
         """Parameters from named values; fields that are left out keep their defaults.
 
         Raises:
-            InputError: a name is unknown, or a value is out of its range.
+            InputError: a name is unknown, or a value is of the wrong type or out of its range.
         """
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise InputError(f"unknown sampling parameters {unknown}; known are {list(cls.__dataclass_fields__)}")
-        return cls(**values)
+        return read_dataclass(cls, values, "sampling parameters", defaults=True, error=InputError)
 
 
 def uniforms(seed: int, image: int, length: int) -> NDArray[np.float32]:
@@ -106,14 +106,7 @@ def uniforms(seed: int, image: int, length: int) -> NDArray[np.float32]:
     Raises:
         InputError: an argument is not an integer or out of its range.
     """
-    key = [_integer("seed", seed, 0, 2**64 - 1), _integer("image", image, 0, 2**63 - 1)]
-    steps = _integer("length", length, 0, 2**40)
+    key = [whole("seed", seed, 0, 2**64 - 1), whole("image", image, 0, 2**63 - 1)]
+    steps = whole("length", length, 0, 2**40)
     raw = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(steps * len(HEADS))
     return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(steps, len(HEADS))
-
-
-def _integer(name: str, value: Any, low: int, high: int, otherwise: str = "") -> int:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high} {otherwise}".rstrip())
-    return int(value)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvq_rt.decoding import Job, Loop
+from dvq_rt.decoding import Request
+from dvq_rt.engine import LOGITS, Engine, run_alone
+from dvq_rt.files import read_tensors
 from dvq_rt.images import to_uint8
-from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import read_tensors
-from dvq_rt.sampling import SamplingParams, uniforms
-from runtimes.protocol import Array, Program
-
-if TYPE_CHECKING:
-    from dvq_rt.generator import Generator
+from dvq_rt.layout import HEADS, TokenLayout, Tokens
+from dvq_rt.sampling import SamplingParams
+from runtimes.protocol import Array
 
 LOGIT_BOUND = 2e-4
 """Largest logit error over the largest logit: float32 sums in another order; TF32 or a wrong mask gives far more."""
-QUANTISED_BOUND = 0.03
+QUANTIZED_BOUND = 0.03
 """Largest root mean square of a sequence's logit errors over that of its logits, for integer weights, against PyTorch
 with the same integers and the same rounding of activations. One layer agrees within 1e-6, but where the last bit of a
 sum decides how an activation is rounded the two part by one level of 255, and over some layers that grows to the size
 of the rounding itself, under 1 % of the logits; wrong integers or scales give about 1."""
 TOP_BOUND = 0.05
 """Share of most probable tokens that may differ for integer weights, for the same reason."""
-QUANTISED_IMAGE_BOUND = 0.15
+QUANTIZED_IMAGE_BOUND = 0.15
 """Largest root mean square of pixel errors over that of the pixels, for integer convolutions, also for that reason. It
 grows to the size of the rounding itself: 1 % of the pixels for the demos, 9 and 11 % for presets' random weights."""
 IMAGE_BOUND = 1e-3
@@ -68,7 +65,7 @@ def check(name: str, measured: float, bound: float) -> Check:
     return Check(name, float(measured), bound, bool(measured <= bound))
 
 
-def verify(generator: Generator, limit: int | None = None) -> list[Check]:
+def verify(engine: Engine, limit: int | None = None) -> list[Check]:
     """Run every check; an engine is sound if all are ``ok``. ``limit`` stops each sequence after so many tokens.
 
     Golden tensors (``golden.safetensors``, made by PyTorch at export): ``images``, ``codes``, ``grain``, ``decoded``;
@@ -76,62 +73,71 @@ def verify(generator: Generator, limit: int | None = None) -> list[Check]:
     logits [N, S, V] at those steps; ``free_labels`` [M] of free runs with seed 0 and either their ``free_cells`` [M,
     cells] or their tokens, ``free_position`` and ``free_content`` as above.
     """
-    golden = read_tensors(generator.path / "golden.safetensors")
-    bounds = BOUNDS[generator.manifest.precision]
+    golden = read_tensors(engine.path / "golden.safetensors")
+    bounds = BOUNDS[engine.manifest.precision]
+    quantized = engine.manifest.weights.startswith("int")
+    results = check_tokenizer(engine, golden, bounds, quantized)
+
+    rows = [golden_tokens(engine.layout, golden, i) for i in range(len(golden["position"]))]
+    records = [engine.force([row], slots=1, limit=limit)[0] for row in rows]
+    results += check_logits(engine, golden, records, bounds, quantized)
+
+    count = engine.manifest.slots if engine.manifest.fixed_slots else SLOTS
+    twins = engine.force([rows[0]] * count, slots=count, limit=limit)
+    same = max(difference(twins[0], twin) for twin in twins[1:])
+    results.append(check("step: difference between identical slots", same, 0.0))
+    others = [rows[-1 - i % (len(rows) - 1)] for i in range(count - 1)]
+    beside = engine.force([rows[0], *others], slots=count, limit=limit)
+    changed = difference(twins[0], beside[0])
+    results.append(check("step: change of a slot when its neighbour changes", changed, 0.0))
+
+    if not quantized:  # a draw that rounding turned makes another image; the share above bounds how often
+        results.append(free_runs(engine, golden, bounds, limit))
+    return results
+
+
+def check_tokenizer(engine: Engine, golden: dict[str, Array], bounds: Bounds, quantized: bool) -> list[Check]:
+    """The image encoder and decoder against golden values."""
     results = []
-    encoded = by_row(generator._program("encoder"), "images", golden["images"])
-    results.append(
-        check("encoder: share of codes that differ", (encoded["codes"] != golden["codes"]).mean(), bounds.codes)
-    )
+    encoded = engine.by_row("encoder", "images", golden["images"])
+    differing = (encoded["codes"] != golden["codes"]).mean()
+    results.append(check("encoder: share of codes that differ", differing, bounds.codes))
     # of a keeping layout the network's scores decide, and they have near-ties too
-    routed = 0.0 if generator.layout.covering or generator.manifest.precision == "fp32" else bounds.codes
-    results.append(
-        check("encoder: share of regions routed otherwise", (encoded["grain"] != golden["grain"]).mean(), routed)
-    )
-    quantised = generator.manifest.weights.startswith("int")
-    decoded = by_row(generator._program("decoder"), "codes", golden["codes"])
+    routed = 0.0 if engine.layout.covering or engine.manifest.precision == "fp32" else bounds.codes
+    differing = (encoded["grain"] != golden["grain"]).mean()
+    results.append(check("encoder: share of regions routed otherwise", differing, routed))
+    decoded = engine.by_row("decoder", "codes", golden["codes"])
     error = decoded["images"] - golden["decoded"]
-    if quantised:
+    if quantized:
         relative = root_mean_square(error) / root_mean_square(golden["decoded"])
-        results.append(check("decoder: relative pixel error (root mean square)", relative, QUANTISED_IMAGE_BOUND))
+        results.append(check("decoder: relative pixel error (root mean square)", relative, QUANTIZED_IMAGE_BOUND))
     else:
         results.append(check("decoder: largest pixel error", largest(error), bounds.images))
     if "pixels" in decoded:
         levels = np.abs(decoded["pixels"].astype(int) - to_uint8(decoded["images"])).max()
         results.append(check("decoder: levels between the device's bytes and the host's", levels, 1.0))
+    return results
 
-    position, content = golden["position"], golden["content"]
-    errors: dict[str, list[float]] = {"position": [], "content": []}
-    agree: list[Array] = []
-    rows = [replay(generator, [(position[i], content[i])], limit)[0] for i in range(len(position))]
-    for i, row in enumerate(rows):
-        codes = np.flatnonzero((content[i] >= 0) & (content[i] < generator.layout.codebook_size))
-        for head in errors:
-            want = golden[f"{head}_logits"][i]
-            reached = golden["steps"] < min(len(row[head]), codes[-1])  # what follows the last code is not computed
-            got = row[head][golden["steps"][reached]]
-            size = root_mean_square if quantised else largest
-            errors[head].append(size(got - want[reached]) / size(want[reached]))
+
+def check_logits(
+    engine: Engine, golden: dict[str, Array], records: list[dict[str, Array]], bounds: Bounds, quantized: bool
+) -> list[Check]:
+    """Both heads along the golden sequences, at the golden steps that the records reach."""
+    results, agree = [], []
+    size = root_mean_square if quantized else largest
+    for head, name in zip(HEADS, LOGITS, strict=True):
+        errors = []
+        for want, record in zip(golden[name], records, strict=True):
+            reached = golden["steps"] < len(record[name])
+            got = record[name][golden["steps"][reached]]
+            errors.append(size(got - want[reached]) / size(want[reached]))
             agree.append(got.argmax(-1) == want[reached].argmax(-1))
-    bound = QUANTISED_BOUND if quantised else bounds.logits
-    for head, found in errors.items():  # np.max, unlike max, hands NaN on
-        name = f"step: relative {head} logit error" + (" (root mean square)" if quantised else "")
-        results.append(check(name, np.max(found), bound))
-    if quantised:
+        text = f"step: relative {head} logit error" + (" (root mean square)" if quantized else "")
+        bound = QUANTIZED_BOUND if quantized else bounds.logits
+        results.append(check(text, np.max(errors), bound))  # np.max, unlike max, hands NaN on
+    if quantized:
         differing = 1 - np.concatenate(agree).mean()
         results.append(check("step: share of most probable tokens that differ", differing, TOP_BOUND))
-
-    count = generator.manifest.slots if generator.manifest.fixed_slots else SLOTS
-    twins = replay(generator, [(position[0], content[0])] * count, limit)
-    same = np.max([np.abs(twins[0][h] - twin[h]).max() for twin in twins[1:] for h in errors])
-    results.append(check("step: difference between identical slots", same, 0.0))
-    others = [(position[-1 - i % (len(position) - 1)], content[-1 - i % (len(position) - 1)]) for i in range(count - 1)]
-    beside = replay(generator, [(position[0], content[0]), *others], limit)
-    changed = np.max([np.abs(twins[0][h] - beside[0][h]).max() for h in errors])
-    results.append(check("step: change of a slot when its neighbour changes", changed, 0.0))
-
-    if not quantised:  # a draw that rounding turned makes another image; the share above bounds how often
-        results.append(free_runs(generator, golden, bounds, limit))
     return results
 
 
@@ -144,25 +150,36 @@ def root_mean_square(values: Array) -> float:
     return float(np.sqrt(np.square(values).mean()))
 
 
-def free_runs(generator: Generator, golden: dict[str, Array], bounds: Bounds, limit: int | None) -> Check:
+def difference(one: dict[str, Array], other: dict[str, Array]) -> float:
+    """Largest difference between two records of the same sequence."""
+    return float(np.max([largest(one[name] - other[name]) for name in one]))
+
+
+def golden_tokens(layout: TokenLayout, golden: dict[str, Array], row: int) -> Tokens:
+    """One of the golden sequences, without its padding."""
+    end = int((golden["position"][row] >= 0).sum())
+    position, content = golden["position"][row, :end], golden["content"][row, :end]
+    return Tokens(content, position, layout.segment_of(position))
+
+
+def free_runs(engine: Engine, golden: dict[str, Array], bounds: Bounds, limit: int | None) -> Check:
     """Draw freely with the random numbers of seed 0, and compare: whole images, or where narrow numbers meet near-ties
     and an image may take another turn, the share of tokens that differ from the same history."""
-    differ: list[float] = []
+    differing: list[float] = []
+    few = "free_position" in golden
     for i, label in enumerate(golden["free_labels"].tolist()):
-        few = "free_position" in golden
-        params = free_params(generator.layout, generator.manifest.defaults, label, few)
+        request = Request(label, free_params(engine.layout, engine.manifest.defaults, label, few), image=i)
         if few:
-            row = [golden[f"free_{head}"][i] for head in ("position", "content")]
+            row = (golden["free_position"][i], golden["free_content"][i])
             # from here on the mean is over the bound, whatever the other images do
             enough = bounds.tokens * len(golden["free_labels"])
-            differ.append(strays(generator, label, i, params, row[0], row[1], enough, limit))
-            continue
-        loop = generator._new_loop(1 if params.guidance == 1 else 2)
-        jobs = [Job(0, int(label), uniforms(0, i, generator.layout.max_length), params)]
-        differ.append(float((next(iter(loop.run(jobs))).cells != golden["free_cells"][i]).any()))
-    if "free_position" in golden:
-        return check("free run: share of tokens drawn otherwise", float(np.mean(differ)), bounds.tokens)
-    return check("free run: images whose tokens differ from PyTorch", np.sum(differ), 0.0)
+            differing.append(strays(engine, request, row, enough, limit))
+        else:
+            event = next(run_alone(engine.loop(request.width), [request]))
+            differing.append(float((event.cells != golden["free_cells"][i]).any()))
+    if few:
+        return check("free run: share of tokens drawn otherwise", float(np.mean(differing)), bounds.tokens)
+    return check("free run: images whose tokens differ from PyTorch", np.sum(differing), 0.0)
 
 
 def free_params(layout: TokenLayout, defaults: dict[str, Any], label: int, few: bool) -> SamplingParams:
@@ -175,25 +192,23 @@ def free_params(layout: TokenLayout, defaults: dict[str, Any], label: int, few: 
 
 
 def strays(
-    generator: Generator,
-    label: int,
-    image: int,
-    params: SamplingParams,
-    position: Array,
-    content: Array,
-    enough: float,
-    limit: int | None = None,
+    engine: Engine, request: Request, row: tuple[Array, Array], enough: float, limit: int | None = None
 ) -> float:
     """Share of an image's tokens that the engine draws otherwise than given, from the same history. After each such
-    token the given history is forced and drawing goes on; stops once the share is over ``enough``."""
+    token the given history is forced and drawing goes on; stops once the share is over ``enough``.
+
+    Args:
+        request: of the image; row: its given positions and contents.
+    """
+    position, content = row
     total = min(int((position >= 0).sum()) - 1, limit or len(position))
     wrong = start = 0
     while wrong <= enough * total:
         # start tokens are left to the grammar, since those of a guided pair differ
-        free = content[1 : start + 1] >= generator.layout.content_sos
+        free = content[1 : start + 1] >= engine.layout.content_sos
         forced = (np.where(free, -1, position[1 : start + 1]), np.where(free, -1, content[1 : start + 1]))
-        found = drawn(generator, label, image, params, total, forced)
-        other = np.flatnonzero((found[0] != position[1 : total + 1]) | (found[1] != content[1 : total + 1]))
+        drawn = draw_tokens(engine, replace(request, forced=forced), total)
+        other = np.flatnonzero((drawn[0] != position[1 : total + 1]) | (drawn[1] != content[1 : total + 1]))
         if not (other >= start).any():
             break
         wrong += 1
@@ -201,70 +216,11 @@ def strays(
     return wrong / total
 
 
-def drawn(
-    generator: Generator,
-    label: int,
-    image: int,
-    params: SamplingParams,
-    count: int,
-    forced: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:
+def draw_tokens(engine: Engine, request: Request, count: int) -> tuple[Array, Array]:
     """Joint positions and contents of the first ``count`` tokens of an image, int64 [count] each; -1 after its end."""
-    loop = generator._new_loop(1 if params.guidance == 1 else 2)
-    found: list[tuple[int, int]] = []
-    watched(
-        loop,
-        [Job(0, int(label), uniforms(0, image, generator.layout.max_length), params, forced)],
-        lambda _: found.append((int(loop.read("position")[0]), int(loop.read("content")[0]))),
-        count,
-    )
-    table = np.full((count, 2), -1, dtype=np.int64)
-    table[: len(found)] = found
-    return table[:, 0], table[:, 1]
-
-
-class _Enough(Exception):
-    """Ends a run early."""
-
-
-def watched(loop: Loop, jobs: list[Job], look: Callable[[dict[int, Job]], None], limit: int | None) -> None:
-    """Run a loop and look after every step, for at most ``limit`` steps."""
-    steps = 0
-
-    def watch(active: dict[int, Job]) -> None:
-        nonlocal steps
-        look(active)
-        steps += 1
-        if steps == limit:
-            raise _Enough
-
-    with suppress(_Enough):
-        for _ in loop.run(jobs, watch=watch):
-            pass
-
-
-def by_row(program: Program, name: str, values: Array) -> dict[str, Array]:
-    """Outputs of a graph that is run on each row alone."""
-    rows = [program.run({name: row[None]}) for row in values]
-    return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-
-
-def replay(generator: Generator, rows: list[tuple[Array, Array]], limit: int | None = None) -> list[dict[str, Array]]:
-    """Logits of both heads, [T, V] each, of (position, content) sequences that are forced side by side."""
-    loop = generator._new_loop(len(rows))
-    layout, params = generator.layout, SamplingParams(positions="drawn")
-    jobs = []
-    for i, (p, c) in enumerate(rows):
-        end = int((p >= 0).sum())
-        label = int(c[0]) - layout.content_sos
-        jobs.append(Job(i, label, uniforms(0, i, layout.max_length), params, (p[1:end], c[1:end])))
-    seen: list[dict[str, list[Array]]] = [{"position": [], "content": []} for _ in jobs]
-
-    def look(active: dict[int, Job]) -> None:
-        for head in ("position", "content"):
-            logits = loop.report(f"{head}_logits")
-            for slot, job in active.items():
-                seen[job.index][head].append(logits[slot].copy())
-
-    watched(loop, jobs, look, limit)
-    return [{head: np.stack(found) for head, found in row.items()} for row in seen]
+    request = replace(request, record=("position", "content"), limit=count)
+    records = next(run_alone(engine.loop(request.width), [request])).records
+    table = np.full((2, count), -1, dtype=np.int64)
+    for line, name in zip(table, request.record, strict=True):
+        line[: len(records[name])] = records[name]
+    return table[0], table[1]

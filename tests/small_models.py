@@ -9,17 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvq_rt.decoding import Job
-from dvq_rt.generator import Generator
-from dvq_rt.layout import TokenLayout, Tokens
-from dvq_rt.sampling import SamplingParams, uniforms
+from dvq_rt.engine import LOGITS, Engine
+from dvq_rt.layout import HEADS, TokenLayout, Tokens
 from training.checkpoint import Model
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 Logits = dict[str, NDArray[np.float32]]
-HEADS = ("position", "content")
 BOUND = 2e-4
 """Largest logit error that the project allows, relative to the largest logit."""
 
@@ -88,59 +85,26 @@ def ragged_tokens(layout: TokenLayout, count: int, seed: int = 0) -> list[Tokens
     """Sequences of random codes, from all coarse to all fine or of random cells, the positions of each segment
     shuffled."""
     rng = np.random.default_rng(seed)
-    found = []
-    for i in range(count):
-        grain = np.zeros(layout.sides[0] ** 2, dtype=np.int64)
-        if layout.covering:
-            finer = rng.permutation(grain.size)[: round(grain.size * i / max(1, count - 1))]
-            grain[finer] = rng.integers(1, layout.segments, finer.size)
-        else:
-            grain[rng.permutation(grain.size)[layout.filled_cells :]] = -1
-        codes = rng.integers(0, layout.codebook_size, layout.cells)
-        content, position, segment = layout.to_tokens(codes, grain, i % layout.starts)
-        for s in range(layout.segments):
-            pairs = np.flatnonzero(segment == s)[1 : -1 if layout.covering else None]
-            position[pairs] = position[rng.permutation(pairs)]
-        found.append(Tokens(content, position, segment))
-    return found
-
-
-def steps_of(layout: TokenLayout, tokens: Tokens) -> int:
-    """Steps until every cell has a code; what follows (ends and empty segments) an engine need not compute."""
-    return int(np.flatnonzero(tokens.content[1:] < layout.codebook_size)[-1]) + 1
+    grains = [layout.random_grain(rng, i / max(1, count - 1)) for i in range(count)]
+    return [layout.random_tokens(rng, i % layout.starts, grain, shuffled=True) for i, grain in enumerate(grains)]
 
 
 @torch.no_grad()
 def full_logits(net: StackedTransformer, tokens: Tokens) -> Logits:
     """Both heads of the uncached forward over one sequence alone, [T, V] each."""
     content, position, segment = (torch.from_numpy(part)[None] for part in tokens)
-    following = position if net.layout.first == "position" else content
-    out = net(content[:, :-1], position[:, :-1], segment[:, :-1], following[:, 1:])
-    steps = steps_of(net.layout, tokens)
+    following = torch.from_numpy(net.layout.following(tokens))[None]
+    out = net(content[:, :-1], position[:, :-1], segment[:, :-1], following)
+    steps = net.layout.steps_of(tokens)
     return {head: values[0, :steps].numpy() for head, values in zip(HEADS, out, strict=True)}
 
 
-def engine_logits(
-    generator: Generator, rows: Sequence[Tokens], slots: int, names: Sequence[int] | None = None
-) -> dict[int, Logits]:
-    """Both heads of an engine that is forced along sequences, which take slots in the order given; by name."""
-    layout, params = generator.layout, SamplingParams(positions="drawn")
-    loop = generator._new_loop(slots)
-    jobs = []
-    for name, tokens in zip(names or range(len(rows)), rows, strict=True):
-        label = int(tokens.content[0]) - layout.content_sos
-        numbers = uniforms(0, name, layout.max_length)
-        jobs.append(Job(name, label, numbers, params, (tokens.position[1:], tokens.content[1:])))
-    seen: dict[int, dict[str, list[NDArray[np.float32]]]] = {job.index: {h: [] for h in HEADS} for job in jobs}
-
-    def watch(active: dict[int, Job]) -> None:
-        for slot, job in active.items():
-            for head in HEADS:
-                seen[job.index][head].append(loop.report(f"{head}_logits")[slot].copy())
-
-    for _ in loop.run(jobs, watch=watch):
-        pass
-    return {name: {head: np.stack(found) for head, found in heads.items()} for name, heads in seen.items()}
+def engine_logits(engine: Engine, rows: Sequence[Tokens], slots: int) -> list[Logits]:
+    """Both heads of an engine that is forced along sequences, which take slots in the order given."""
+    return [
+        {head: record[name] for head, name in zip(HEADS, LOGITS, strict=True)}
+        for record in engine.force(rows, LOGITS, slots=slots)
+    ]
 
 
 def relative_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
@@ -154,8 +118,9 @@ def cells_of(layout: TokenLayout, sequence: tuple[Sequence[int], Sequence[int]])
     cells = np.full(layout.cells, -1, dtype=np.int64)
     for content, position in zip(*sequence, strict=True):
         if content < layout.codebook_size:
-            segment = max(s for s in range(layout.segments) if layout.position_offset(s) <= position)
-            covered = layout.covered_cells(segment)[position - layout.position_offset(segment)]
+            joint = np.array(position)
+            segment = int(layout.segment_of(joint))
+            covered = layout.covered_cells(segment)[layout.local(joint)]
             assert (cells[covered] == -1).all(), "a cell is coded twice"
             cells[covered] = content + segment * layout.codebook_size
     assert (cells >= 0).sum() == layout.filled_cells, "there are not as many codes as there should be"

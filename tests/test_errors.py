@@ -16,10 +16,10 @@ from test_images import png_header
 
 from dvq_rt.__main__ import main
 from dvq_rt.codes import Codes
-from dvq_rt.decoding import Loop
+from dvq_rt.decoding import DecodeLoop
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import MANIFEST, _digest
+from dvq_rt.manifest import MANIFEST, manifest_digest
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, DvqError, EngineError, InputError
 from training.checkpoint import Model, TrainingState, load_checkpoint, load_training_state, save_checkpoint
@@ -161,16 +161,16 @@ def test_newer_schema(class_engine: Path, tmp_path: Path) -> None:
     values = json.loads((tmp_path / "engine" / MANIFEST).read_text())
     del values["sha256"]
     values["schema"] += 1
-    (tmp_path / "engine" / MANIFEST).write_text(json.dumps({**values, "sha256": _digest(values)}))
+    (tmp_path / "engine" / MANIFEST).write_text(json.dumps({**values, "sha256": manifest_digest(values)}))
     with pytest.raises(EngineError, match=r"schema 2, this dvq-rt reads 1; upgrade dvq-rt \(`pip install -U dvq-rt`\)"):
         Generator(tmp_path / "engine")
 
 
 def test_engine_that_leaves_out_the_end(class_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step graph that never reports an image as done is called broken, instead of running for ever."""
-    read = Loop.read
+    read = DecodeLoop.read
     monkeypatch.setattr(
-        Loop, "read", lambda loop, name: np.zeros(loop.slots, bool) if name == "done" else read(loop, name)
+        DecodeLoop, "read", lambda loop, name: np.zeros(loop.slots, bool) if name == "done" else read(loop, name)
     )
     with pytest.raises(EngineError, match=r"image 0 did not end after .* the engine is broken"):
         Generator(class_engine, threads=1).sample(params=SamplingParams())

@@ -14,19 +14,20 @@ from small_models import HEADS, engine_logits, ragged_tokens
 
 import dvq_rt
 from dvq_rt.codes import Codes, load_codes, save_codes
-from dvq_rt.decoding import Job, Loop
-from dvq_rt.generator import Generator, Samples
+from dvq_rt.decoding import DecodeLoop
+from dvq_rt.engine import Engine
+from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.results import Samples
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
+from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
 
 PLAIN, GUIDED = SamplingParams(), SamplingParams(temperature=0.8, guidance=1.5)
 LABELS: list[int | str | None] = [0, "bee", None, "cat", 1, 2, None, "ant", 0, 1, 2, "bee", None]
 OTHER: list[int | str | None] = [0, "ant", None, "bee", 1, 0, None, "cat", 0, None, 2, "ant", None]
 """``LABELS`` with every second one changed."""
-
-Start = Callable[[Loop, int, int, Job], None]
 
 
 def differing(one: Samples, other: Samples, indices: Sequence[int]) -> list[int]:
@@ -35,51 +36,60 @@ def differing(one: Samples, other: Samples, indices: Sequence[int]) -> list[int]
     return [i for i in indices if one.codes[i] != other.codes[i] or (pixels[0][i] != pixels[1][i]).any()]
 
 
-def watched_start(slots: dict[int, int], then: Callable[[Loop, int, Job], None] | None = None) -> Start:
-    """``Loop._start`` that notes the slot of every image, and may then change its controls."""
-    start = Loop._start
+Fault = Callable[[DecodeLoop, str, int, Any], Any]
 
-    def noted(loop: Loop, slot: int, width: int, job: Job) -> None:
-        start(loop, slot, width, job)
-        slots[job.index] = slot
-        if then is not None:
-            then(loop, slot, job)
 
-    return noted
+class Observed(Engine):
+    """An engine that notes the slot of every image by its first random number, and whose controls may be changed."""
+
+    def __init__(self, generator: Generator, fault: Fault | None = None, slots: int = 4) -> None:
+        super().__init__(generator.path, generator.manifest, OnnxRuntimeBackend(threads=1), slots)
+        self.slot_of: dict[float, int] = {}
+        self.fault = fault
+
+    def loop(self, slots: int) -> DecodeLoop:
+        engine = self
+
+        class Loop(DecodeLoop):
+            def control(self, name: str, slot: int, value: Any) -> None:
+                if name == "uniforms":
+                    engine.slot_of[float(value[0, 0])] = slot
+                super().control(name, slot, engine.fault(self, name, slot, value) if engine.fault else value)
+
+        return Loop(self.backend, self.program("step"), self.table, slots)
 
 
 # --- an image and its surroundings -----------------------------------------------------------------------------
 @pytest.mark.parametrize("params", [PLAIN, GUIDED, SamplingParams(top_k=9, top_p=0.9, positions="drawn")])
-def test_neighbours_change_nothing(
-    params: SamplingParams, generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_change_nothing(params: SamplingParams, generator: Generator) -> None:
     """With the number of slots pinned an image keeps every bit beside other labels, in another slot, after waiting for
-    one, and in a batch that is partly empty."""
-    slots: list[dict[int, int]] = [{} for _ in range(3)]
+    one, in a batch that is partly empty, and as part of a range of its seed."""
+    slots: list[list[int]] = []
     made = []
-    for given, seen in zip((LABELS, OTHER, LABELS[:3]), slots, strict=True):
-        with monkeypatch.context() as patch:
-            patch.setattr(Loop, "_start", watched_start(seen))
-            made.append(generator.sample(labels=given, seed=3, params=params))
+    for given, first in ((LABELS, 0), (OTHER, 0), (LABELS[:3], 0), (LABELS[1:], 1)):
+        engine = Observed(generator)
+        made.append(Generator.over(engine).sample(labels=given, seed=3, params=params, first=first))
+        slots.append([engine.slot_of[float(uniforms(3, first + i, 1)[0, 0])] for i in range(len(given))])
     same = [i for i in range(len(LABELS)) if LABELS[i] == OTHER[i]]
-    assert any(slots[0][i] != slots[1][i] for i in same), "no image changed its slot"
-    assert max(slots[0].values()) < 4 < len(LABELS), "no image had to wait"
+    assert slots[0][1:] != slots[3], "no image changed its slot"
+    assert max(slots[0]) < 4 < len(LABELS), "no image had to wait"
     assert differing(made[0], made[1], same) == []
     assert differing(made[0], made[2], range(3)) == []
+    assert made[0].codes[1:] == made[3].codes and (made[0].to_numpy()[1:] == made[3].to_numpy()).all()
     assert len(differing(made[0], made[1], range(len(LABELS)))) >= 4, "labels do not matter to this model"
 
 
 def test_logits_keep_every_bit(generator: Generator, plain_generator: Generator, mq_generator: Generator) -> None:
     """Both heads of one sequence at every position: in each slot, beside others and alone, for both lowerings and both
     families."""
-    for engine in (generator, plain_generator, mq_generator):
+    for engine in (generator.engine, plain_generator.engine, mq_generator.engine):
         rows = ragged_tokens(engine.layout, 6)
         orders = [list(range(6)), [5, 4, 3, 2, 1, 0], [2, 0, 4, 1, 5, 3], [3], [1, 2]]
-        found = [engine_logits(engine, [rows[i] for i in order], 4, names=order) for order in orders]
-        for order, other in zip(orders[1:], found[1:], strict=True):
-            for i in order:
+        logits = [engine_logits(engine, [rows[i] for i in order], 4) for order in orders]
+        for order, other in zip(orders[1:], logits[1:], strict=True):
+            for i, mine in zip(order, other, strict=True):
                 for head in HEADS:
-                    np.testing.assert_array_equal(found[0][i][head], other[i][head])
+                    np.testing.assert_array_equal(logits[0][i][head], mine[head])
 
 
 @pytest.mark.parametrize("kind", ["class", "plain", "mq"])
@@ -94,26 +104,24 @@ def test_number_of_slots_changes_no_image(kind: str, request: pytest.FixtureRequ
     assert len({tuple(c.codes.reshape(-1)) for c in made[0].codes}) == 200
 
 
-def by_slot(loop: Loop, slot: int, job: Job) -> None:
+def by_slot(loop: DecodeLoop, name: str, slot: int, value: Any) -> Any:
     """Random numbers of the slot instead of the image."""
-    loop._host["uniforms"][slot] = uniforms(3, slot, job.uniforms.shape[0])
+    return uniforms(3, slot, loop.layout.max_length) if name == "uniforms" else value
 
 
-def coupled(loop: Loop, slot: int, job: Job) -> None:
+def coupled(loop: DecodeLoop, name: str, slot: int, value: Any) -> Any:
     """A trace of the next slot's logits in this one's."""
-    loop._host["partner"][slot] = (slot + 1) % loop.slots
-    loop._host["partner_weight"][slot] = 0.99 if slot + 1 < loop.slots else 0.01
+    last = slot + 1 == loop.slots
+    return {"partner": (slot + 1) % loop.slots, "partner_weight": 0.01 if last else 0.99}.get(name, value)
 
 
 @pytest.mark.parametrize("fault", [by_slot, coupled])
-def test_the_comparison_notices_faults(
-    fault: Callable[[Loop, int, Job], None], generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_notices_faults(fault: Fault, generator: Generator) -> None:
     """Negative control of the tests above: an engine whose slots do matter to one another fails the comparison."""
-    monkeypatch.setattr(Loop, "_start", watched_start({}, fault))
-    one, other = (generator.sample(labels=given, seed=3, params=PLAIN) for given in (LABELS, OTHER))
+    broken = Generator.over(Observed(generator, fault))
+    one, other = (broken.sample(labels=given, seed=3, params=PLAIN) for given in (LABELS, OTHER))
     assert differing(one, other, [i for i in range(len(LABELS)) if LABELS[i] == OTHER[i]])
-    eight = Generator(generator.path, slots=8, threads=1).sample(labels=LABELS, seed=3, params=PLAIN)
+    eight = Generator.over(Observed(generator, fault, slots=8)).sample(labels=LABELS, seed=3, params=PLAIN)
     assert differing(one, eight, range(len(LABELS)))
 
 
@@ -127,7 +135,8 @@ def test_calls_are_independent(generator: Generator) -> None:
 
 
 def test_threads_give_the_serial_results(generator: Generator) -> None:
-    """Twelve calls of every kind on four threads at once return what they return one after the other."""
+    """Twelve calls of every kind on four threads at once, which share one batch, return what they return one after the
+    other. Only the order in which the images of a stream end may be another one."""
     pictures = list(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
 
     def call(i: int) -> list[Any]:
@@ -137,7 +146,7 @@ def test_threads_give_the_serial_results(generator: Generator) -> None:
             made.to_numpy().tolist(),
             [c.codes.tolist() for c in made.codes],
             [s.total for s in generator.score(made.codes)],
-            [(p.index, np.asarray(p.image).tolist()) for p in previews if p.codes],
+            sorted((p.index, np.asarray(p.image).tolist()) for p in previews if p.codes),
             [c.codes.tolist() for c in generator.encode(pictures)],
         ]
 
@@ -181,7 +190,7 @@ def test_sample(generator: Generator, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack([np.asarray(Image.open(p)) for p in paths]), made.to_numpy())
     np.testing.assert_array_equal(generator.decode(made.codes), made.to_numpy())
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write images into .*file"):
+    with pytest.raises(InputError, match=r"cannot make folder .*file"):
         made.save(tmp_path / "file")
 
 

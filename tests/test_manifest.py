@@ -8,18 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dvq_rt.files import DTYPES, read_tensors, write_tensors
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import (
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    _digest,
-    read_engine,
-    read_tensors,
-    write_engine,
-    write_file,
-    write_tensors,
-)
+from dvq_rt.manifest import MANIFEST, Manifest, manifest_digest, read_engine, write_engine
 from runtimes.errors import ConfigError, DvqError, EngineError, ExportError, InputError
 
 CACHE = {"dtype": "float32", "shape": ["B", 4, 18, 8]}
@@ -60,7 +51,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     del values["sha256"]
     values.update(changes)
-    (folder / MANIFEST).write_text(json.dumps({**values, "sha256": _digest(values)}))
+    (folder / MANIFEST).write_text(json.dumps({**values, "sha256": manifest_digest(values)}))
 
 
 def test_round_trip(engine):
@@ -100,10 +91,6 @@ def test_missing_cut_and_linked_files(engine):
         read_engine(engine)
     path.unlink()
     with pytest.raises(EngineError, match=r"step\.onnx is missing"):
-        read_engine(engine)
-    (engine.parent / "outside").write_bytes(data)
-    path.symlink_to(engine.parent / "outside")
-    with pytest.raises(EngineError, match="link"):
         read_engine(engine)
     (engine / MANIFEST).unlink()
     with pytest.raises(EngineError, match=r"manifest\.json is missing"):
@@ -154,7 +141,7 @@ def test_values_are_checked():
     """Each field is refused with its name, value and range."""
     bad_step = {**STEP, "caches": [["past.0", "done"]]}
     for changes, words in (
-        ({"image_size": 30}, "image_size is '30'; it must be a positive multiple of 4"),
+        ({"image_size": 30}, "image_size is 30; it must be a positive multiple of 4"),
         ({"slots": 0}, "slots"),
         ({"family": "vq"}, "family"),
         ({"backend": "magic"}, "backend"),
@@ -262,20 +249,6 @@ def test_failed_swap_restores_the_old_engine(engine, monkeypatch):
         write_engine(engine, build, overwrite=True)
     assert read_engine(engine) == before
     assert [p.name for p in engine.parent.iterdir()] == ["engine"]
-
-
-def test_write_file_replaces_or_leaves(tmp_path):
-    """A file is replaced in one go, a device or folder never, and the usual permissions apply."""
-    path = tmp_path / "a"
-    write_file(path, b"one")
-    write_file(path, b"two")
-    assert path.read_bytes() == b"two"
-    (tmp_path / "plain").write_bytes(b"")
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    for bad in (tmp_path, Path("/dev/null"), tmp_path / "absent" / "a", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="cannot write"):
-            write_file(bad, b"three")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "plain"]
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""One batch for all callers: a thread that feeds their requests to a scheduler and hands its events back."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+
+from dvq_rt.decoding import DecodeLoop, Event, Handle, Request, Scheduler
+from runtimes.errors import InputError
+
+KEPT_LOOPS = 2
+"""Decode loops, with their caches, that are kept for later."""
+Watch = Callable[[Request, int], None]
+
+
+class _Call:
+    """One caller's requests, and its events that are not read yet."""
+
+    def __init__(self, requests: Iterator[Request], watch: Watch | None) -> None:
+        self.requests, self.watch = requests, watch
+        self.handles: dict[Handle, None] = {}  # submitted and not finished, oldest first
+        self.unread: dict[Handle, Event] = {}
+        self.exhausted = self.left = False
+        self.failure: BaseException | None = None
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that were taken and whose last event is not read."""
+        return len(self.handles) + sum(event.finished for event in self.unread.values())
+
+    @property
+    def over(self) -> bool:
+        return self.failure is not None or (self.exhausted and not self.outstanding)
+
+    def put(self, event: Event) -> None:
+        """A newer preview takes the older one's place; finished images queue in the order in which they end."""
+        if event.finished:
+            self.unread.pop(event.handle, None)
+            self.handles.pop(event.handle, None)
+        self.unread[event.handle] = event
+
+
+class SharedBatch:
+    """Draws the requests of all threads side by side.
+
+    A thread runs while there is work. The batch starts with as many slots as are asked for and grows with what comes
+    while it runs, up to ``capacity``. Of one call at most twice that many images are being drawn, waiting or unread,
+    so memory is bounded and a caller who reads slowly holds up no other. Which call gets a free slot is told by
+    ``Scheduler``.
+
+    Args:
+        open_loop: makes a decode loop of so many slots.
+        capacity: most slots; fixed: whether loops always have as many.
+    """
+
+    def __init__(self, open_loop: Callable[[int], DecodeLoop], capacity: int, fixed: bool) -> None:
+        self._open_loop, self._capacity, self._fixed = open_loop, capacity, fixed
+        self._changed = threading.Condition()
+        self._calls: list[_Call] = []
+        self._thread: threading.Thread | None = None
+        self._loops: list[DecodeLoop] = []  # only the thread uses it
+
+    def draw(self, requests: Iterable[Request], watch: Watch | None = None) -> Generator[Event, None, None]:
+        """Events of the requests, in the order in which they happen; while one is being looked at drawing goes on.
+
+        The event of an unfinished image is left out if a newer one of it overtakes it. Closing the generator cancels
+        what is not finished.
+
+        Args:
+            requests: taken one by one as slots become free.
+            watch: called in the drawing thread with the request and its number of tokens after each token of an
+                unfinished image; what it raises cancels the call and is raised here.
+
+        Raises:
+            what the backend or ``watch`` raises, after the events before it.
+        """
+        call = _Call(iter(requests), watch)
+        with self._changed:
+            self._calls.append(call)
+            if self._thread is None or not self._thread.is_alive():  # it does not survive a fork
+                self._thread = threading.Thread(target=self._run, name="dvq_rt loop", daemon=True)
+                atexit.register(self.end)  # no thread may be inside a graph when the interpreter ends
+                self._thread.start()
+            self._changed.notify_all()
+        try:
+            while (event := self._next(call)) is not None:
+                yield event
+            if call.failure is not None:
+                failure, call.failure = call.failure, None  # its traceback holds the thread's objects
+                raise failure
+        finally:
+            with self._changed:
+                call.left = True
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Cancel all work, which raises where it is waited for, and return once no thread is inside the graph."""
+        with self._changed:
+            thread = self._thread
+            for call in self._calls:
+                call.failure = InputError("the engine was closed while images were being drawn")
+            self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _next(self, call: _Call) -> Event | None:
+        """The next event of a call; None after its last one."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: call.unread or call.over or call.left, 0.5):
+                pass  # a wait without a limit cannot be interrupted on Windows
+            if not call.unread:
+                return None
+            event = call.unread.pop(next(iter(call.unread)))
+            self._changed.notify_all()
+            return event
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        scheduler: Scheduler | None = None
+        try:
+            while True:
+                with self._changed:
+                    scheduler = self._prepare(scheduler)
+                    if not self._calls:
+                        self._stop()
+                        return
+                    if not scheduler or not scheduler.busy:
+                        self._changed.wait()  # for a reader
+                        continue
+                self._tell(scheduler, scheduler.step())
+        except BaseException as error:
+            with self._changed:
+                for call in self._calls:
+                    call.failure = error
+                self._calls.clear()
+                self._loops.clear()
+                self._stop()
+
+    def _stop(self) -> None:
+        atexit.unregister(self.end)
+        self._thread = None
+        self._changed.notify_all()
+
+    def _prepare(self, scheduler: Scheduler | None) -> Scheduler | None:
+        """Forget calls that were left, take requests, and see to a loop that is large enough."""
+        for call in [call for call in self._calls if call.left or call.over]:
+            self._calls.remove(call)
+            for handle in call.handles:
+                assert scheduler is not None
+                scheduler.cancel(handle)
+        idle = scheduler is None or not (scheduler.busy or any(call.outstanding for call in self._calls))
+        new = [(call, request) for call in self._calls for request in self._take(call)]
+        if not new:
+            return scheduler
+        wanted = sum(request.width for _, request in new) + (scheduler.wanted if scheduler else 0)
+        wanted = self._capacity if self._fixed else min(wanted, self._capacity)
+        if scheduler is None or idle:
+            scheduler = Scheduler(self._loop(wanted))
+        elif wanted > scheduler.loop.slots:
+            scheduler.move(self._loop(wanted))
+        for call, request in new:
+            call.handles[scheduler.submit(request, call)] = None
+        return scheduler
+
+    def _take(self, call: _Call) -> list[Request]:
+        """As many of a call's requests as it may have outstanding."""
+        room = 0 if call.exhausted else max(0, 2 * self._capacity - call.outstanding)
+        try:
+            requests = list(islice(call.requests, room))
+        except Exception as error:
+            call.failure, requests = error, []
+        if len(requests) < room:
+            call.exhausted = True
+            self._changed.notify_all()
+        return requests
+
+    def _loop(self, slots: int) -> DecodeLoop:
+        """A loop of so many slots, one of those kept if there is one; it is the last of those kept."""
+        fitting = [loop for loop in self._loops if loop.slots == slots]
+        loop = fitting[0] if fitting else self._open_loop(slots)
+        self._loops = [*(kept for kept in self._loops if kept is not loop), loop][-KEPT_LOOPS:]
+        return loop
+
+    def _tell(self, scheduler: Scheduler, events: list[Event]) -> None:
+        """Hand events to their calls, and let those watch that want to."""
+        for handle in scheduler.active:
+            call = handle.owner
+            assert isinstance(call, _Call)
+            if call.watch is not None and call.failure is None:
+                try:
+                    call.watch(handle.request, handle.steps)
+                except BaseException as error:
+                    call.failure = error
+        with self._changed:
+            for event in events:
+                call = event.handle.owner
+                assert isinstance(call, _Call)
+                call.put(event)
+            if events or any(call.failure for call in self._calls):
+                self._changed.notify_all()
