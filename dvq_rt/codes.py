@@ -13,7 +13,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,20 @@ class Codes:
         same = self.layout == other.layout and self.label == other.label
         return same and np.array_equal(self.codes, other.codes) and np.array_equal(self.grain, other.grain)
 
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        """The codes in the order of the sequence, coarsest first; of a layout without an order row by row."""
+        grain = self.layout.grain_of_cells(self.grain)
+        for s in range(self.layout.segments):
+            cells = self.layout.covered_cells(s)[self.layout.ordered_positions(s), 0]
+            yield from self.codes.reshape(-1)[cells[grain[cells] == s]].tolist()
+
     @property
     def length(self) -> int:
         """Number of codes that the image needs: the positions of each segment that are in use."""
-        coarsest = self.layout.sides[0]
-        per_cell = [(side // coarsest) ** 2 for side in self.layout.sides]
-        return int(np.asarray(per_cell)[self.grain[self.grain >= 0]].sum())
+        return int(self.layout.count_codes(self.grain))
 
     @property
     def bits(self) -> float:
