@@ -13,7 +13,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import MANIFEST, Manifest, _digest, read_engine, write_engine
 from runtimes.errors import ConfigError, DvqError, EngineError, ExportError, InputError
 
-CACHE = {"dtype": "float32", "shape": ["B", 4, 18, 8]}
+CACHE = {"dtype": "float32", "shape": ["B", 4, 19, 8]}
 STEP = {
     "inputs": [{"name": "token", "dtype": "int64", "shape": ["B"]}, {"name": "past.0", **CACHE}],
     "outputs": [{"name": "done", "dtype": "bool", "shape": ["B"]}, {"name": "present.0", **CACHE}],
