@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "every": (lambda g: g.stream(every=0), "every is 0; it must be a positive number of tokens"),
     "stream label": (lambda g: g.stream(labels="emu"), "unknown label 'emu'; this model has ant"),
     "score label": (lambda g: g.score(g.sample().codes, "emu"), "unknown label 'emu'; this model has ant"),
-    "image mode": (lambda g: g.encode(Image.new("CMYK", (9, 9))), r"mode CMYK.*convert it .*convert\('RGB'\)"),
+    "image mode": (lambda g: g.encode(Image.new("La", (9, 9))), r"mode La .*convert it .*convert\('RGB'\)"),
     "image path": (lambda g: g.encode("nowhere.png"), r"nowhere\.png does not exist"),
     "image size": (lambda g: g.encode("../huge.png"), r"huge\.png is 20000 x 20000 pixels.*scale it down first"),
     "image type": (lambda g: g.reconstruct([3]), "the image is a int; give a path"),
