@@ -1,4 +1,4 @@
-"""dvq-rt: a runtime for image generators that code images with a variable number of tokens.
+"""dvq-rt: a runtime for image generators that code images by their content, a dynamic number of tokens or of places.
 
 >>> import dvq_rt
 >>> samples = dvq_rt.Generator().sample(n=4, labels="faces", seed=1)

@@ -15,8 +15,8 @@ from PIL import Image
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
-from dvq_rt.images import ImageLike, to_array
-from dvq_rt.labels import Label, choose_labels, whole
+from dvq_rt.images import ImageLike, image_list, to_array
+from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
 from dvq_rt.layout import UNORDERED, TokenLayout
 from dvq_rt.manifest import Manifest
 from dvq_rt.progress import Progress, told
@@ -24,7 +24,6 @@ from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 
-MOST_IMAGES, MOST_TOKENS = 1_000_000, 2**31 - 1
 OnToken = Callable[[int, int], None]
 CodesLike = Codes | Samples | Iterable[Codes]
 
@@ -172,7 +171,7 @@ class Generator:
         Raises:
             InputError: an argument is out of range or unknown.
         """
-        every = whole("every", every, 1, MOST_TOKENS)
+        every = whole("every", every, 1, 2**31 - 1)
         requests, engine = self._requests(n, labels, seed, params, first, every)[2], self.engine
 
         def previews() -> Iterator[Preview]:
@@ -193,9 +192,8 @@ class Generator:
         Raises:
             InputError: an image cannot be read, is too large, or is no image.
         """
-        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         codes = []
-        for image in several:
+        for image in image_list(images):
             maps, grains = self.engine.encode(to_array(image, self.manifest.image_size)[None])
             codes.append(Codes(maps[0], grains[0], self.layout))
         return codes

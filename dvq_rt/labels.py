@@ -11,6 +11,8 @@ from runtimes.errors import InputError
 
 Label = SupportsIndex | str | None
 SHOWN_NAMES = 50
+MOST_IMAGES = 1_000_000
+"""Of one call, which holds them all in memory."""
 
 
 def choose_labels(

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from runtimes.errors import DataError
-from training.data import Augment, Batch, ImageFolder, batches
+from training.data.folder import Batch, ImageFolder
+from training.data.stream import Augment, batches
 
 
 def write(path: Path, image: Image.Image, **options: object) -> Path:

@@ -15,24 +15,24 @@ from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
 from training import compare
 from training.checkpoint import Model
-from training.cli import read_config
-from training.data import Augment, ImageFolder
-from training.evaluate import (
+from training.config import read_config
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
+from training.data.stream import Augment
+from training.evaluate import main, open_data
+from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
+from training.judging.metrics import (
     accuracy,
     diversity,
-    main,
     memorisation,
     nearest_features,
     nearest_pixels,
-    open_data,
     spreads,
 )
-from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
 from training.judging.report import report, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.thresholds import to_float
 from training.train_transformer import StageTwoConfig
 
 NAMES = ("squares", "bars", "dots")  # not sorted, so that an order taken from elsewhere would show

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 2
+STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
 """Tokenizer class and its configuration, by family."""
 
@@ -39,7 +39,7 @@ def family_config(family: str) -> Any:
 
 
 def new_tokenizer(config: Any) -> Tokenizer:
-    """A freshly initialised tokenizer of its configuration."""
+    """A freshly initialized tokenizer of its configuration."""
     return next(model for model, kind in FAMILIES.values() if kind is type(config))(config)
 
 
@@ -74,8 +74,23 @@ class Model(nn.Module):
     @property
     def layout(self) -> TokenLayout:
         if self.transformer is None:
-            raise CheckpointError("this checkpoint holds stage 1 only; train stage 2 with training.train_transformer")
+            raise CheckpointError(STAGE_1_ONLY)
         return self.transformer.layout
+
+    def both(self) -> tuple[Tokenizer, StackedTransformer]:
+        """Tokenizer and transformer of a whole model.
+
+        Raises:
+            CheckpointError: it holds one stage only.
+        """
+        if self.transformer is None:
+            raise CheckpointError(STAGE_1_ONLY)
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "this checkpoint holds stage 2 only; import it again with its first stage where the released "
+                "configuration's ckpt_path says"
+            )
+        return self.tokenizer, self.transformer
 
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
@@ -91,7 +106,7 @@ class Model(nn.Module):
 
 @dataclass(slots=True)
 class TrainingState:
-    """What a resumed run needs beside the weights: the step, scalars such as the best loss, optimiser tensors."""
+    """What a resumed run needs beside the weights: the step, scalars such as the best loss, optimizer tensors."""
 
     step: int = 0
     values: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +138,7 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
     if state is not None:
         text = json.dumps({"step": state.step, "values": state.values})
         save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
-    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n")
+    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n", encoding="utf-8")
     for path in (*fresh.iterdir(), fresh):
         sync(path)
     if folder.exists():
@@ -149,7 +164,7 @@ def load_checkpoint(folder: str | Path) -> Model:
     """
     folder = existing(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is no checkpoint folder: it has no config.json (a run writes RUN/checkpoint and RUN/best)"
@@ -175,8 +190,20 @@ def load_checkpoint(folder: str | Path) -> Model:
     return model.eval()
 
 
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, in eval mode.
+
+    Raises:
+        CheckpointError: see ``load_checkpoint``; or it holds none.
+    """
+    tokenizer = load_checkpoint(folder).tokenizer
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} holds no tokenizer; give a checkpoint of training.train_tokenizer")
+    return tokenizer
+
+
 def build_model(config: dict[str, Any]) -> Model:
-    """A freshly initialised model of a ``config.json`` dict.
+    """A freshly initialized model of a ``config.json`` dict.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is out of range.
@@ -230,7 +257,7 @@ def load_training_state(folder: str | Path) -> TrainingState:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as named tensors."""
+    """The optimizer's per-parameter state as named tensors."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value).clone() for i, s in state.items() for name, value in s.items()}
 
@@ -242,10 +269,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def import_published(config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None) -> Model:
-    """A checkpoint of the released code as our model; see ``training.import_published``, which also is the command."""
-    from training.import_published import import_published as read  # it builds on this module
-
-    return read(config, ckpt, base)

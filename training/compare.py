@@ -13,12 +13,13 @@ from typing import Any
 from dvq_rt import Generator
 from dvq_rt.images import grain_overlay
 from runtimes.errors import ConfigError, InputError
-from training.cli import guarded, read_config
-from training.data import ImageFolder
-from training.evaluate import cost, fidelity, through
+from training.cli import guarded
+from training.config import read_config
+from training.data.folder import ImageFolder
+from training.judging.metrics import cost, fidelity, through
 from training.judging.report import enlarged, pick, sheet, table
 from training.loop import TrainConfig
-from training.train_tokenizer import StageOneConfig
+from training.objective import StageOneConfig
 
 COLUMNS = 10
 
@@ -40,17 +41,17 @@ def main(argv: list[str] | None = None) -> None:
     folder = ImageFolder(args.data, sizes.pop(), val_fraction=first["stage"].val_fraction, seed=first["training"].seed)
     folder.check_held_out()
     images, _ = folder.load(folder.val)
-    chosen = pick(len(images), COLUMNS)
-    pictures = [("original", [enlarged(images[i]) for i in chosen])]
+    shown = pick(len(images), COLUMNS)
+    pictures = [("original", [enlarged(images[i]) for i in shown])]
     rows = []
     for name, generator in zip(args.engines, generators, strict=True):
         codes, decoded = through(generator, images, name)
         spent, kept = cost(codes, folder.size), fidelity(images, decoded)
         rows.append([name, spent["codes"], spent["bits_per_pixel"], f"{kept['psnr']:.2f}", kept["ssim"]])
         scale, sides = pictures[0][1][0].width // folder.size, generator.layout.sides
-        overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in chosen]
+        overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in shown]
         pictures.append((f"{name}: codes", overlays))
-        pictures.append((f"{name}: decoded", [enlarged(decoded[i]) for i in chosen]))
+        pictures.append((f"{name}: decoded", [enlarged(decoded[i]) for i in shown]))
     try:
         sheet(pictures).save(args.out)
     except (OSError, ValueError) as error:

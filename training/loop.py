@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dvq_rt.files import write_file
 from runtimes.errors import ConfigError
 from training.checkpoint import (
     Model,
@@ -30,6 +28,7 @@ from training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from training.run import cut_log, log
 
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 """What the names of a critic's tensors in a training state start with."""
@@ -49,12 +48,12 @@ class TrainConfig:
     """How to train, for either stage.
 
     Args:
-        steps: optimiser steps in all.
+        steps: optimizer steps in all.
         batch_size: images per step.
         lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
-        seed: of the data order, augmentation, dropout and initialisation, in 0..2^63 - 1.
+        seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
         shift: largest random translation of the images, pixels; flip: mirror half of them.
         validate_every, picture_every, checkpoint_every: steps between these.
 
@@ -100,11 +99,11 @@ class TrainConfig:
 
 @dataclass(slots=True)
 class Critic:
-    """A network that the loss uses and that is trained beside, by an optimiser of its own (a discriminator).
+    """A network that the loss uses and that is trained beside, by an optimizer of its own (a discriminator).
 
     Attributes:
-        module: its weights are training state, kept with the optimisers' and not in the model.
-        loss: () -> what it minimises, on what the step just taken made; None where it does not learn yet.
+        module: its weights are training state, kept with the optimizers' and not in the model.
+        loss: () -> what it minimizes, on what the step just taken made; None where it does not learn yet.
     """
 
     module: nn.Module
@@ -116,9 +115,9 @@ class Stage:
     """What a training script supplies to ``fit``.
 
     Attributes:
-        model: holds all parameters; ``trained`` is the part that is optimised.
+        model: holds all parameters; ``trained`` is the part that is optimized.
         batches: from a step number, an endless iterator of that step's batch and the next ones'.
-        loss: (batch, step) -> scalars, of which ``loss`` is minimised.
+        loss: (batch, step) -> scalars, of which ``loss`` is minimized.
         validate: () -> scalars, of which ``loss`` picks the best checkpoint; without it the checkpoint is no candidate.
         pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
         count: batch -> number of images.
@@ -162,7 +161,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
         if critic and critic_optimizer:
             load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
             restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
-        _cut_log(run, state.step)
+        cut_log(run, state.step)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)
 
     def save(folder: Path) -> None:
@@ -204,14 +203,14 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
             if state.step % 10 == 0 or last:
                 for name, value in {**values, "lr": config.rate(state.step - 1), "images_per_s": speed}.items():
                     writer.add_scalar(f"train/{name}", value, state.step)
-                _log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
+                log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
             if state.step % config.validate_every == 0 or last:
                 stage.model.eval()
                 with torch.no_grad():
                     checked = stage.validate()
                 for name, value in checked.items():
                     writer.add_scalar(f"val/{name}", value, state.step)
-                _log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
+                log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
                 bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
                 if checked.get("loss", math.inf) < state.values["best"]:
                     state.values["best"] = checked["loss"]
@@ -232,7 +231,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
 def _descend(
     module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainConfig, step: int
 ) -> Tensor:
-    """One step of an optimiser, none where the gradient is not finite; the gradient's norm."""
+    """One step of an optimizer, none where the gradient is not finite; the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.zero_grad(set_to_none=True)
@@ -261,18 +260,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cut_log(run: Path, step: int) -> None:
-    """Drop the log's rows beyond a step, which a resumed run writes again, and a row that a crash left half."""
-    path = run / "log.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _log(run: Path, row: dict[str, Any]) -> None:
-    with (run / "log.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")

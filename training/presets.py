@@ -7,86 +7,12 @@ builds of engines use these.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from dvq_rt.layout import TokenLayout
 from runtimes.errors import ConfigError
-from training.checkpoint import Model, save_checkpoint
+from training.checkpoint import save_checkpoint
 from training.cli import guarded
-from training.models.dqvae import DQVAE, DQVAEConfig
-from training.models.mqvae import MQVAE, MQVAEConfig
-from training.models.transformer import StackedTransformer, TransformerConfig
-
-
-def dq_class_p6c18() -> Model:
-    """``class_imagenet_p6c18``: entropy-routed DQ-VAE of 256 px (16 x 16 and 32 x 32 cells, 1,024 codes), 6 position
-    and 18 content blocks of width 1,024, 1,000 labels (spec/dq.md section 14)."""
-    tokenizer = DQVAE(
-        DQVAEConfig(
-            image_size=256,
-            channels=128,
-            encoder_mult=(1, 1, 2, 2, 4),
-            decoder_channels=128,
-            decoder_mult=(1, 1, 2, 2),
-            blocks=2,
-            decoder_blocks=2,
-            attention=(16, 32),
-            decoder_attention=(32,),
-            z_channels=256,
-            codebook_size=1024,
-            code_dim=256,
-        )
-    )
-    tokenizer.entropy_thresholds.copy_(torch.linspace(0.0, 3.0, 99))
-    layout = TokenLayout(**tokenizer.config.layout(), classes=1000)
-    sizes = TransformerConfig(width=1024, heads=8, position_blocks=6, content_blocks=18, block_size=2048)
-    return Model(tokenizer, StackedTransformer(sizes, layout))
-
-
-def mq_class_v12p12() -> Model:
-    """The class-conditional MQ-VAE + Stackformer: 256 px, 256 of 32 x 32 cells kept, 1,024 codes, 12 content and 12
-    position blocks of width 1,024, 1,000 labels (spec/mq.md section 7)."""
-    tokenizer = MQVAE(
-        MQVAEConfig(
-            image_size=256,
-            channels=128,
-            encoder_mult=(1, 1, 2, 2),
-            decoder_channels=128,
-            decoder_mult=(1, 1, 2, 2),
-            blocks=2,
-            decoder_blocks=2,
-            attention=(32,),
-            decoder_attention=(32,),
-            z_channels=256,
-            codebook_size=1024,
-            code_dim=256,
-            kept_ratio=0.25,
-            demask_blocks=8,
-        )
-    )
-    layout = TokenLayout(**tokenizer.config.layout(), classes=1000)
-    sizes = TransformerConfig(
-        width=1024, heads=16, position_blocks=12, content_blocks=12, block_size=1024, segment_embedding=False
-    )
-    return Model(tokenizer, StackedTransformer(sizes, layout))
-
-
-PRESETS: dict[str, Callable[[], Model]] = {f.__name__: f for f in (dq_class_p6c18, mq_class_v12p12)}
-
-
-def preset(name: str, seed: int = 0) -> Model:
-    """A model of a published size in eval mode, with random weights of a seed.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"preset is {name!r}; it must be one of {sorted(PRESETS)}")
-    torch.manual_seed(seed)
-    return PRESETS[name]().eval().requires_grad_(False)
+from training.published.presets import PRESETS, preset
 
 
 @guarded
@@ -100,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{args.out} already exists; choose another --out")
     model = preset(args.name, args.seed)
     save_checkpoint(model, args.out)
-    for name, part in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
-        assert part is not None
+    for name, part in zip(("tokenizer", "transformer"), model.both(), strict=True):
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
     print(args.out)
 

@@ -1,8 +1,8 @@
 """The uncached sampler: the oracle of the parity tests, the baseline of the benchmark, the pictures during training.
 
 Rules are ``corrected``, the engine's: every region can be coarse, the content beside a position's EOS is EOS, training
-and sampling align positions alike, and every cell is covered exactly once. ``training.published`` and, for layouts
-that keep cells, ``training.published.kept_sampler`` have the released code's rules; ``sample`` chooses.
+and sampling align positions alike, and every cell is covered exactly once. ``training.published.samplers`` has the
+released code's rules; ``sample`` chooses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
-from training.published.kept_sampler import sample_published_kept
-from training.published.sampler import multinomial, sample_published
+from training.published.samplers import multinomial, sample_published, sample_published_kept
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -158,12 +157,12 @@ def sample_tokens(
                 for i, g in enumerate(grammars):
                     banned[i, g.allowed() or [0]] = False
                 logits = logits.masked_fill(banned, -torch.inf)
-                found = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
+                ids = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
             else:
                 logits[:, layout.codebook_size :] = -torch.inf
-                found = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
+                ids = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
             for row, label in enumerate(starts):
-                g, value = grammars[row % count], int(found[row % count])
+                g, value = grammars[row % count], int(ids[row % count])
                 start_content, start_position = layout.start(g.segment, label)
                 if head == "position":
                     places[row] = start_position if g.starting else value
@@ -193,9 +192,8 @@ def sample(
     """Draw token sequences by either set of rules.
 
     Args:
-        rules: ``corrected`` (``sample_tokens``) or ``published`` (``training.published.sample_published``, whose
-            images depend on their neighbours in the batch; for layouts that keep cells
-            ``training.published.kept_sampler.sample_published_kept``).
+        rules: ``corrected`` (``sample_tokens``) or ``published`` (``sample_published``, whose images depend on their
+            neighbours in the batch; ``sample_published_kept`` for layouts that keep cells).
 
     Returns:
         see ``sample_tokens``.

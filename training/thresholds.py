@@ -17,7 +17,8 @@ from tqdm import tqdm
 from runtimes.errors import CheckpointError, DataError
 from training.checkpoint import existing, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
-from training.data import ImageFolder
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
 from training.models.dqvae import DQVAE, patch_entropy
 
 
@@ -34,10 +35,10 @@ def threshold_table(images: Iterable[np.ndarray], patch: int) -> Tensor:
     Raises:
         DataError: there is no image.
     """
-    found = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
-    if not found:
+    entropies = [patch_entropy(to_float(image[None]), patch).flatten() for image in images]
+    if not entropies:
         raise DataError("no image can be decoded, so there are no entropy thresholds; replace the files")
-    return percentiles(torch.cat(found))
+    return percentiles(torch.cat(entropies))
 
 
 def percentiles(values: Tensor) -> Tensor:
@@ -46,16 +47,11 @@ def percentiles(values: Tensor) -> Tensor:
     return torch.stack([ordered[len(ordered) * p // 100] for p in range(1, 100)])
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def folder_thresholds(folder: ImageFolder, patch: int, limit: int = 20_000) -> Tensor:
     """``threshold_table`` of a folder's training images; of an even subset when there are more than ``limit``."""
-    chosen = folder.train[:: max(1, len(folder.train) // limit)]
-    images = (image for batch, _ in folder.chunks(chosen, 64) for image in batch)
-    return threshold_table(tqdm(images, total=len(chosen), desc="patch entropies"), patch)
+    subset = folder.train[:: max(1, len(folder.train) // limit)]
+    images = (image for batch, _ in folder.chunks(subset, 64) for image in batch)
+    return threshold_table(tqdm(images, total=len(subset), desc="patch entropies"), patch)
 
 
 @guarded

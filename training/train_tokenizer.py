@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,20 @@ from torch import Tensor
 
 from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
-from training.checkpoint import Model, family_config, load_checkpoint, new_tokenizer
-from training.cli import build, guarded, open_run, read_config
-from training.data import Augment, ImageFolder, batches
+from training.checkpoint import Model, family_config, load_tokenizer, new_tokenizer
+from training.cli import guarded
+from training.config import build, read_config
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
+from training.data.stream import Augment, batches
+from training.judging.metrics import psnr, ssim
 from training.loop import Critic, Stage, TrainConfig, fit
-from training.losses import adaptive_weight, hinge_loss, psnr, reconstruction_loss, ssim
-from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
-from training.thresholds import folder_thresholds, to_float
-
-
-@dataclass(frozen=True, slots=True)
-class StageOneConfig:
-    """What stage 1 has beyond TrainConfig.
-
-    Args:
-        warmup_fraction: share of the steps, at the start, without quantisation; then the codebook starts from k-means.
-        quantizer_weight: factor of the commitment loss.
-        val_fraction: share of the images held out.
-        adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as the
-            picture loss (see ``adaptive_weight``); 0 trains without a discriminator, the released code has 0.75.
-        adversarial_start: share of the steps after which the discriminator starts to learn and to count.
-        discriminator_width, discriminator_layers: see PatchDiscriminator.
-    """
-
-    warmup_fraction: float = 0.25
-    quantizer_weight: float = 1.0
-    val_fraction: float = 0.05
-    adversarial_weight: float = 0.0
-    adversarial_start: float = 0.5
-    discriminator_width: int = 64
-    discriminator_layers: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
-            raise ConfigError(
-                f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "
-                f"stage.adversarial_start {self.adversarial_start} in [0, 1)"
-            )
-        if self.discriminator_width < 1 or self.discriminator_layers < 1:
-            raise ConfigError(
-                f"stage.discriminator_width {self.discriminator_width} and stage.discriminator_layers "
-                f"{self.discriminator_layers} must be at least 1"
-            )
-        if not 0 <= self.warmup_fraction < 1 or not 0 < self.val_fraction < 1:
-            raise ConfigError(
-                f"stage.warmup_fraction {self.warmup_fraction} must be in [0, 1), "
-                f"stage.val_fraction {self.val_fraction} in (0, 1)"
-            )
+from training.objective import Objective, StageOneConfig
+from training.run import open_run
+from training.thresholds import folder_thresholds
 
 
 def train_tokenizer(
@@ -90,18 +53,10 @@ def train_tokenizer(
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
     path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
     torch.manual_seed(training.seed)
-    model = load_checkpoint(path / "checkpoint") if resume else Model(new_tokenizer(tokenizer))
-    vae = model.tokenizer
-    assert vae is not None
+    vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
     if isinstance(vae, DQVAE) and not resume:
         vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
-    start_quantising = int(training.steps * stage.warmup_fraction)
-    quantising = [False]  # of the step just taken
-    discriminator = None
-    if stage.adversarial_weight:
-        discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
-    start_judging = int(training.steps * stage.adversarial_start)
-    made: list[tuple[Tensor, Tensor]] = []  # images and reconstructions of the step just taken, if they are judged
+    objective = Objective(stage, training.steps, tokenizer.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
 
     def stream(step: int) -> Iterator[np.ndarray]:
         augment = Augment(shift=training.shift, flip=training.flip)
@@ -113,36 +68,17 @@ def train_tokenizer(
         )
 
     def loss(images: np.ndarray, step: int) -> dict[str, Tensor]:
-        x = to_float(images)
-        quantising[0] = step >= start_quantising
-        if step == start_quantising:
-            initialise_codebook(vae, folder, training.batch_size, training.seed)
-        out = vae(x, quantize=quantising[0])
-        picture = reconstruction_loss(x, out.images)
-        scalars = {"loss": picture + stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
-        if out.codes is not None:
-            scalars["perplexity"] = perplexity(out.codes, tokenizer.codebook_size)
-        made.clear()
-        if discriminator and step >= start_judging:
-            made.append((x, out.images.detach()))
-            adversarial = -discriminator(out.images).mean()
-            last = vae.get_parameter("decoder.conv_out.weight")
-            factor = adaptive_weight(picture, adversarial, last, stage.adversarial_weight)
-            scalars["loss"] = scalars["loss"] + factor * adversarial
-            scalars |= {"adversarial": adversarial, "adversarial_weight": factor}
-        return scalars
-
-    def judge() -> Tensor | None:
-        assert discriminator is not None
-        return hinge_loss(*(discriminator(images) for images in made[0])) if made else None
+        if step == objective.start_quantizing:
+            initialize_codebook(vae, folder, training.batch_size, training.seed)
+        return objective.losses(vae, to_float(images), step)
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
-            y = vae.decode_maps(vae.encode_maps(x)[0]) if quantising[0] else vae(x, quantize=False).images
+            y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
-            if quantising[0]:  # a checkpoint without a codebook is no candidate for the best one
+            if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
                 parts["loss"] = (x - y).abs().mean((1, 2, 3))
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
@@ -150,7 +86,7 @@ def train_tokenizer(
 
     def pictures() -> dict[str, np.ndarray]:
         originals, _ = folder.load(folder.val[:: max(1, len(folder.val) // 16)][:16])
-        out = vae(to_float(originals), quantize=quantising[0])
+        out = vae(to_float(originals), quantize=objective.quantizing)
         rows = np.concatenate([originals, to_uint8(out.images.numpy())])
         overlays = [
             np.asarray(grain_overlay(image, grain, tokenizer.sides).convert("RGB"))
@@ -162,15 +98,8 @@ def train_tokenizer(
             "score": np.asarray(grid(heat(out.scores, tokenizer.image_size), columns=8)),
         }
 
-    critic = Critic(discriminator, judge) if discriminator else None
-    return fit(Stage(model, vae, stream, loss, validate, pictures, len, critic), training, path, resume)
-
-
-def perplexity(codes: Tensor, size: int) -> Tensor:
-    """exp of the entropy of code use, a scalar between 1 and ``size``."""
-    p = torch.bincount(codes.flatten(), minlength=size).float()
-    p = p / p.sum()
-    return torch.exp(-(p * torch.log(p.clamp_min(1e-10))).sum())
+    critic = Critic(objective.discriminator, objective.critic_loss) if objective.discriminator else None
+    return fit(Stage(Model(vae), vae, stream, loss, validate, pictures, len, critic), training, path, resume)
 
 
 def heat(scores: Tensor, size: int) -> np.ndarray:
@@ -182,16 +111,16 @@ def heat(scores: Tensor, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def initialise_codebook(vae: Tokenizer, folder: ImageFolder, batch_size: int, seed: int) -> None:
+def initialize_codebook(vae: Tokenizer, folder: ImageFolder, batch_size: int, seed: int) -> None:
     """Start the codebook from k-means of the features of a few hundred training images, one vector per code place."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
+    some_images = folder.train[torch.randperm(len(folder.train), generator=generator)[:256].numpy()]
     vectors, count = [], 0
-    for images, _ in folder.chunks(chosen, 16):
+    for images, _ in folder.chunks(some_images, 16):
         count += len(images)
         vectors.append(vae.code_vectors(to_float(images)))
-    found = torch.cat(vectors)
-    vae.quantizer.initialise(found, len(found) * batch_size / count, noise=generator)
+    features = torch.cat(vectors)
+    vae.quantizer.initialize(features, len(features) * batch_size / count, noise=generator)
 
 
 @guarded

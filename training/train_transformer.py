@@ -7,27 +7,31 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import Model, load_checkpoint
-from training.cli import build, guarded, open_run, read_config
-from training.data import Augment, ImageFolder, batches
+from training.checkpoint import Model, load_checkpoint, load_tokenizer
+from training.cli import guarded
+from training.config import build, read_config
+from training.data.folder import ImageFolder
+from training.data.pixels import to_float
+from training.data.stream import Augment, batches
+from training.data.tokens import code_counts, collate, tokenize
+from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
-from training.losses import psnr, stacked_losses
+from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.run import open_run
 from training.sampling import sample_tokens
-from training.thresholds import to_float
 
 BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
 
@@ -42,7 +46,7 @@ class StageTwoConfig:
         flip_exclude: labels whose images are never mirrored.
         order: order of the fine positions, ``row-first`` or ``region-first``.
         first: which head draws first, ``position`` or ``content``; empty takes the published order of the family.
-        copies: augmented copies of the training set that are tokenised before training starts.
+        copies: augmented copies of the training set that are tokenized before training starts.
         balance: 0 draws images alike, 1 draws labels alike.
         label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
         val_fraction: share of the images held out; give the value of stage 1.
@@ -74,60 +78,6 @@ class StageTwoConfig:
         SamplingParams.from_dict(self.defaults)
 
 
-class Tokenised(NamedTuple):
-    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]."""
-
-    codes: NDArray[np.int32]
-    grain: NDArray[np.int8]
-    labels: NDArray[np.int64]
-
-
-@torch.no_grad()
-def tokenise(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenised:
-    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
-    codes: list[np.ndarray] = []
-    grains: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    found = 0
-    with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
-        for pixels, label in images:
-            code, grain = vae.encode_maps(to_float(pixels))
-            codes.append(code.numpy().astype(np.int32))
-            grains.append(grain.numpy().astype(np.int8))
-            labels.append(label)
-            found += len(pixels)
-            bar.update(len(pixels))
-            if found >= count:
-                break
-    return Tokenised(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
-
-
-def collate(
-    layout: TokenLayout, data: Tokenised, chosen: NDArray[np.int64], labels: NDArray[np.int64]
-) -> dict[str, Tensor]:
-    """Token sequences of images padded on the right, where causal attention never looks.
-
-    Returns:
-        int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``following`` (see StackedTransformer);
-        targets ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
-    """
-    rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(chosen, labels, strict=True)]
-    length = max(len(r.content) for r in rows) - 1
-    offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
-    names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
-    out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
-    out["target_content"] -= 1
-    out["target_position"] -= 1
-    for i, row in enumerate(rows):
-        t = len(row.content) - 1
-        out["content"][i, :t], out["position"][i, :t], out["segment"][i, :t] = (part[:-1] for part in row)
-        out["following"][i, :t] = (row.position if layout.first == "position" else row.content)[1:]
-        out["target_content"][i, :t] = row.content[1:]
-        out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
-        out["target_segment"][i, :t] = row.segment[1:]
-    return {name: torch.from_numpy(values) for name, values in out.items()}
-
-
 def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch."""
     position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"])
@@ -148,11 +98,7 @@ def train_transformer(
     Raises:
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
-    first = load_checkpoint(tokenizer)
-    vae = first.tokenizer
-    if vae is None:
-        raise CheckpointError(f"{tokenizer} holds no tokenizer; give a checkpoint of training.train_tokenizer")
-    vae.requires_grad_(False)
+    vae = load_tokenizer(tokenizer).requires_grad_(False)
     labels = stage.labels or None
     folder = ImageFolder(
         data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels
@@ -181,19 +127,18 @@ def train_transformer(
         model = load_checkpoint(path / "checkpoint")
     else:
         model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
-    net = model.transformer
-    assert net is not None and model.tokenizer is not None
-    model.tokenizer.requires_grad_(False)
+    vae, net = model.both()
+    vae.requires_grad_(False)
 
     augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
     source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
     held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
-    train = tokenise(vae, source, len(folder.train) * stage.copies, "tokenising")
-    val = tokenise(vae, held, len(folder.val), "tokenising held-out images")
+    train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
+    val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
-    lengths = (train.grain != 0).sum((1, 2))
+    lengths = code_counts(layout, train.grain)
 
     def stream(step: int) -> Iterator[dict[str, Tensor]]:
         size = training.batch_size
@@ -213,9 +158,9 @@ def train_transformer(
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
         for start in range(0, len(val.labels), 16):
-            chosen = np.arange(start, min(start + 16, len(val.labels)))
-            for name, value in batch_losses(net, collate(layout, val, chosen, val.labels[chosen])).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(chosen) / len(val.labels)
+            rows = np.arange(start, min(start + 16, len(val.labels)))
+            for name, value in batch_losses(net, collate(layout, val, rows, val.labels[rows])).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(val.labels)
         return sums
 
     def pictures() -> dict[str, np.ndarray]:
@@ -236,9 +181,9 @@ def train_transformer(
 
 def decode_tokens(model: Model, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
     """Images uint8 [N, S, S, 3] of sampled (content, joint position) sequences."""
-    assert model.tokenizer is not None
-    codes = np.stack([model.layout.to_map(content, position)[0] for content, position in tokens])
-    images = model.tokenizer.decode_maps(torch.from_numpy(codes))
+    tokenizer, transformer = model.both()
+    codes = np.stack([transformer.layout.to_map(content, position)[0] for content, position in tokens])
+    images = tokenizer.decode_maps(torch.from_numpy(codes))
     return to_uint8(images.numpy())
 
 

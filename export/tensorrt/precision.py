@@ -58,8 +58,7 @@ def narrow(model: Model, precision: str) -> Model:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if precision == "fp32":
         return model
-    vae, net = model.tokenizer, model.transformer
-    assert vae is not None and net is not None
+    vae, net = model.both()
     decoder = vae.get_submodule("decoder")
     for name, part in list(decoder.named_children()):
         if name.startswith("position_bias"):  # a constant: computed wide, rounded once

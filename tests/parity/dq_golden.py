@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from training.checkpoint import Model, import_published
+from training.checkpoint import Model
+from training.import_published import import_published
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "dq"
 STAGE_2 = ("e_class2_entropy", "e2_class_content_only", "f_uncond")

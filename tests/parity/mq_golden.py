@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from training.checkpoint import Model, import_published
+from training.checkpoint import Model
+from training.import_published import import_published
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "mq"
 STAGE_2 = ("stackformer_class", "stackformer_uncond")

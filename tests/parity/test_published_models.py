@@ -7,8 +7,8 @@ import torch
 from dq_golden import GOLDEN, STAGE_2, load, model, released_inputs, teacher_forcing, with_starts
 
 from dvq_rt.layout import ORDERS, TokenLayout
-from training.checkpoint import import_published, load_checkpoint
-from training.import_published import main
+from training.checkpoint import load_checkpoint
+from training.import_published import import_published, main
 from training.losses import stacked_losses
 from training.models.dqvae import patch_entropy, spread, to_vectors
 from training.thresholds import percentiles

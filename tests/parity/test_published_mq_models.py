@@ -22,12 +22,12 @@ from mq_golden import (
 )
 
 from dvq_rt.layout import TokenLayout
-from training.checkpoint import import_published, load_checkpoint
-from training.import_published import Source, load_transformer, main, transformer_sources
+from training.checkpoint import load_checkpoint
+from training.data.tokens import Tokenized, collate
+from training.import_published import import_published, main
 from training.losses import stacked_losses
 from training.models.mqvae import MQVAE
 from training.models.transformer import StackedTransformer
-from training.presets import mq_class_v12p12
 from training.published.configs_mq import (
     MQ_CLASS,
     MQ_UNCONDITIONAL,
@@ -35,7 +35,9 @@ from training.published.configs_mq import (
     released_mq_transformer,
     stack_config,
 )
-from training.train_transformer import Tokenised, batch_losses, collate
+from training.published.presets import mq_class_v12p12
+from training.published.weights import Source, load_transformer, transformer_sources
+from training.train_transformer import batch_losses
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def test_tokenizer(check, case, tmp_path):
     check.close("prequant", vectors.transpose(1, 2), g["prequant"], **MAPS)
     quantized = tokenizer.quantizer(vectors.flatten(0, 1))
     check.same("codes", quantized.codes.view(positions.shape), g["codes"])
-    check.close("quantised", quantized.values.view_as(vectors).transpose(1, 2), g["quantised"], **MAPS)
+    check.close("quantized", quantized.values.view_as(vectors).transpose(1, 2), g["quantised"], **MAPS)
     check.close("quant_loss", quantized.loss[None], g["quant_loss"], **LOSS)
     encoding = tokenizer.encode(image)
     check.same("encode: codes", encoding.codes, g["codes"])
@@ -162,7 +164,7 @@ def test_our_training_batch(check):
     case = "stackformer_class"
     imported, labels = model(case), load(case, "inputs")["class_label"].numpy()
     codes, grain = (part.numpy() for part in imported.tokenizer.encode_maps(images(case)))
-    batch = collate(imported.layout, Tokenised(codes, grain, labels), torch.arange(3).numpy(), labels)
+    batch = collate(imported.layout, Tokenized(codes, grain, labels), torch.arange(3).numpy(), labels)
     losses = batch_losses(imported.transformer, batch)
     check.close("value_loss", losses["content"][None], load(case)["value_loss"], **LOSS)
     check.close("position_loss", losses["position"][None], load(case)["position_loss"], **LOSS)

@@ -8,8 +8,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.published.kept_sampler import sample_published_kept
-from training.published.sampler import filter_probabilities, keep_top_p, multinomial
+from training.published.samplers import filter_probabilities, keep_top_p, multinomial, sample_published_kept
 from training.sampling import filter_logits, sample, sample_tokens
 
 GREEDY = SamplingParams(top_k=1, top_k_position=1, positions="drawn")
@@ -26,9 +25,9 @@ def test_greedy(check, case, batch):
     """Protects the released rules: tokens, raw logits and margins of every step, and the images of the tokens."""
     g, imported, labels, record = load(case), model(case), labels_of(case, batch), []
     layout, key = imported.layout, f"greedy_b{batch}"
-    found = sample_published_kept(imported.transformer, labels, record=record)
-    check.same("codes", found.content, g[f"{key}_codes"])
-    check.same("positions", found.position, g[f"{key}_positions"])
+    drawn = sample_published_kept(imported.transformer, labels, record=record)
+    check.same("codes", drawn.content, g[f"{key}_codes"])
+    check.same("positions", drawn.position, g[f"{key}_positions"])
     for head, name in (("content", "value"), ("position", "position")):
         logits = torch.stack([draw.logits for draw in record if draw.head == head], 1)
         two = logits.topk(2).values
@@ -40,7 +39,7 @@ def test_greedy(check, case, batch):
             check.close(f"{name} logits", row, raw, **LOGITS)
     if f"{key}_image" in g:
         with torch.no_grad():
-            image = imported.tokenizer.decode_codes(found.content, found.position)
+            image = imported.tokenizer.decode_codes(drawn.content, drawn.position)
         check.close("image", image, g[f"{key}_image"], **IMAGES)
 
 
@@ -91,10 +90,10 @@ def test_draws(check):
         temperature=0.7, top_k=5, top_p=0.9, top_k_position=4, top_p_position=0.8, positions="drawn"
     )
     generator = torch.Generator().manual_seed(3)
-    found = sample_published_kept(imported.transformer, [3, 0], params, choose=multinomial(generator), record=record)
+    drawn = sample_published_kept(imported.transformer, [3, 0], params, choose=multinomial(generator), record=record)
     assert [draw.head for draw in record] == ["content", "position"] * layout.kept
-    assert found.content.max() < layout.codebook_size and found.position.max() < layout.cells
-    assert all(len(set(row)) == layout.kept for row in found.position.tolist())
+    assert drawn.content.max() < layout.codebook_size and drawn.position.max() < layout.cells
+    assert all(len(set(row)) == layout.kept for row in drawn.position.tolist())
     for draw in record:
         top_k, top_p = (5, 0.9) if draw.head == "content" else (4, 0.8)
         check.close(draw.head, draw.probabilities, filter_probabilities(draw.logits, top_k, top_p), **PURE)
@@ -119,10 +118,10 @@ def random_transformer(**layout):
 def test_position_first():
     """Protects the mirrored order of the heads: greedy by the released rules is greedy by the corrected ones."""
     net, record = random_transformer(label_in_position=False), []
-    found = sample_published_kept(net, [1, 0], record=record)
+    drawn = sample_published_kept(net, [1, 0], record=record)
     assert [draw.head for draw in record[:2]] == ["position", "content"]
-    assert found.sequences(net.layout, [1, 0]) == sample_tokens(net, [1, 0], GREEDY)
-    assert len(set(map(tuple, found.position.tolist()))) == 2, "the label must matter"
+    assert drawn.sequences(net.layout, [1, 0]) == sample_tokens(net, [1, 0], GREEDY)
+    assert len(set(map(tuple, drawn.position.tolist()))) == 2, "the label must matter"
 
 
 def test_start_ids_are_never_drawn():

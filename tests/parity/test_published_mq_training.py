@@ -21,18 +21,18 @@ from mq_golden import (
     to_released,
 )
 
-from training.import_published import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 from training.loop import TrainConfig, make_optimizer, schedule
 from training.losses import adaptive_weight, hinge_loss, stacked_losses
 from training.models.discriminator import PatchDiscriminator
 from training.models.quantizer import EMAQuantizer
+from training.published.weights import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 
 RATES = {"stage1_linear_warmup": math.inf, "stage1_and_2_warmup_cosine": None}
 
 
 @pytest.mark.parametrize("case", ["quantizer_ema", "quantizer_restart_inactive"])
 def test_quantizer_updates(check, case):
-    """Protects the moving averages over two steps: each quantises with the codebook before it, and passes the gradient
+    """Protects the moving averages over two steps: each quantizes with the codebook before it, and passes the gradient
     straight through; with restarts on, codes in use stay where they are."""
     options = extra(case, "config")["model"]["params"]
     size, dim = options["codebook_size"], options["codebook_dim"]
@@ -63,7 +63,7 @@ def test_quantizer_updates(check, case):
 def test_tokenizer_step(check):
     """Protects the objective of stage 1 in training mode: picture loss, adversarial loss with its adaptive weight,
     commitment loss, the gradient of every parameter; then the discriminator's loss; and what both passes leave behind
-    in the codebook and in the batch statistics. The released code runs the tokenizer once per optimiser, so twice."""
+    in the codebook and in the batch statistics. The released code runs the tokenizer once per optimizer, so twice."""
     case, options = "mqvae_train", extra("mqvae_train", "config")["model"]["params"]["lossconfig"]["params"]
     g, x, logs = load(case), load(case, "inputs")["image"], extra(case)["logs"]
     vae = copy.deepcopy(model("mqvae_refine").tokenizer).train()
@@ -73,16 +73,16 @@ def test_tokenizer_step(check):
     sources = {ours: parts[0].name for ours, parts in tokenizer_sources(vae).items()}
 
     def check_state(key):
-        found = {sources[ours]: tensor for ours, tensor in vae.state_dict().items()}
-        found |= {f"loss.discriminator.{name}": tensor for name, tensor in discriminator.state_dict().items()}
+        got = {sources[ours]: tensor for ours, tensor in vae.state_dict().items()}
+        got |= {f"loss.discriminator.{name}": tensor for name, tensor in discriminator.state_dict().items()}
         wanted = {name.removeprefix(key): tensor for name, tensor in g.items() if name.startswith(key)}
         assert wanted
         for name, want in wanted.items():
             want = want[:-1] if name == "quantize.codebook.weight" else want
             if want.dtype.is_floating_point:
-                check.close(name, found[name], want, **MAPS)
+                check.close(name, got[name], want, **MAPS)
             else:
-                check.same(name, found[name], want)
+                check.same(name, got[name], want)
 
     def check_tokens(key, out):
         """The codes in the order of their importance, and with it the places."""
@@ -125,19 +125,19 @@ def test_tokenizer_step(check):
     check_state("B.after.")
 
 
-def check_gradients(check, found, wanted):
+def check_gradients(check, got, wanted):
     assert wanted
     for name, want in wanted.items():
-        check.close(f"gradient of {name}", found[name].view_as(want), want, **GRADIENT)
+        check.close(f"gradient of {name}", got[name].view_as(want), want, **GRADIENT)
 
 
-def check_norms(check, found, wanted):
+def check_norms(check, got, wanted):
     """The gradient norm of every parameter. Those of biases that a normalisation or the softmax cancels are rounding
     noise, and are compared on the scale of their weight's."""
-    assert found.keys() == wanted.keys()
+    assert got.keys() == wanted.keys()
     for name, want in wanted.items():
         scale = want if want > 1e-5 else wanted[name.replace(".bias", ".weight")]
-        check.close(f"norm of {name}", found[name].norm(), torch.tensor(want), **GRADIENT, scale=scale)
+        check.close(f"norm of {name}", got[name].norm(), torch.tensor(want), **GRADIENT, scale=scale)
 
 
 def test_adaptive_weight_is_capped():
@@ -145,8 +145,8 @@ def test_adaptive_weight_is_capped():
     weight = torch.ones(4, requires_grad=True)
     picture = weight.sum()
     for push, want in ((2.0, 0.375), (0.5, 1.0), (0.0, 1.0)):
-        found = adaptive_weight(picture, weight.sum() * push, weight, 0.75)
-        assert found.item() == pytest.approx(want, rel=1e-3) and not found.requires_grad
+        got = adaptive_weight(picture, weight.sum() * push, weight, 0.75)
+        assert got.item() == pytest.approx(want, rel=1e-3) and not got.requires_grad
     assert adaptive_weight(picture, weight.sum() * 0.5, weight, 0.75, most=1.2).item() == pytest.approx(1.2)
 
 
@@ -190,15 +190,15 @@ def test_transformer_gradients(check):
 
 @pytest.mark.parametrize("case", ["stackformer_class", "stackformer_uncond"])
 def test_decayed_weights(case):
-    """Protects the two groups of the optimiser: the same tensors decay as in the released code."""
+    """Protects the two groups of the optimizer: the same tensors decay as in the released code."""
     transformer = model(case).transformer
     names = {id(parameter): name for name, parameter in transformer.named_parameters()}
     sources, released = transformer_sources(transformer), extra(case)["optimizer"]
     groups = make_optimizer(transformer, TrainConfig(betas=released["betas"], weight_decay=0.01)).param_groups
     for group, want in zip(groups, released["groups"], strict=True):
         assert group["weight_decay"] == want["weight_decay"] and list(group["betas"]) == released["betas"]
-        found = [part.name for parameter in group["params"] for part in sources[names[id(parameter)]]]
-        assert sorted(found) == sorted(want["params"])
+        got = [part.name for parameter in group["params"] for part in sources[names[id(parameter)]]]
+        assert sorted(got) == sorted(want["params"])
 
 
 @pytest.mark.parametrize("name", RATES)

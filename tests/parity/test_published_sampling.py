@@ -6,7 +6,7 @@ from dq_golden import STAGE_2, load, model
 
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
-from training.published.sampler import filter_probabilities, keep_top_p, multinomial, sample_published
+from training.published.samplers import filter_probabilities, keep_top_p, multinomial, sample_published
 from training.sampling import filter_logits, sample
 
 MODES = {"fixed": "ordered", "sampled": "drawn"}

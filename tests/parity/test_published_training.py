@@ -7,12 +7,12 @@ import torch
 from dq_golden import GOLDEN, load, teacher_forcing
 
 from dvq_rt.layout import TokenLayout
-from training.import_published import load_transformer, transformer_sources
 from training.losses import stacked_losses
 from training.models.dqvae import to_vectors
 from training.models.quantizer import EMAQuantizer
 from training.models.transformer import StackedTransformer
-from training.published.configs import transformer_config
+from training.published.configs_dq import transformer_config
+from training.published.weights import load_transformer, transformer_sources
 
 STATE = {"codebook": "weight", "cluster_size": "cluster_size_ema", "embed_sum": "embed_ema"}
 
@@ -39,7 +39,7 @@ def start_of(g, setting, decay):
 
 @pytest.mark.parametrize(("setting", "restart_below"), [("restart_off", 0.0), ("restart_on_not_triggered", 1.0)])
 def test_quantizer_updates(check, setting, restart_below):
-    """Protects the moving averages over two steps: each step quantises with the codebook before it, counts every copy
+    """Protects the moving averages over two steps: each step quantizes with the codebook before it, counts every copy
     of a coarse vector as released (``mask_weighted=False``), and passes the gradient straight through."""
     g = load("g_training", "vq")
     beta, decay = (round(value, 6) for value in g["beta_decay"].tolist())

@@ -1,0 +1,1 @@
+"""Judging of engines on real images: the classifier that is the judge, the numbers, the pictures and tables."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from runtimes.errors import ConfigError
-from training.data import Augment, ImageFolder, Indices, Pixels, batches
-from training.thresholds import to_float
+from training.data.folder import ImageFolder, Indices
+from training.data.pixels import Pixels, to_float
+from training.data.stream import Augment, batches
 
 WIDTHS = (24, 48, 80, 112)
 FEATURES = 4 * WIDTHS[2]
@@ -39,7 +40,7 @@ class Classifier(nn.Module):
     """Four blocks, global mean, one Linear: 0.3 M parameters, for squares of any side.
 
     Its features, for distances between images, are the means of the third block over the picture's quadrants: the last
-    block forgets what does not tell labels apart. ``standardise`` brings them to mean 0 and deviation 1.
+    block forgets what does not tell labels apart. ``standardize`` brings them to mean 0 and deviation 1.
     """
 
     centre: Tensor
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
         return self.head(F.dropout(self.last(early).mean((2, 3)), 0.2, self.training)), features
 
     @torch.no_grad()
-    def standardise(self, features: Tensor) -> None:
+    def standardize(self, features: Tensor) -> None:
         """Take the mean and deviation of the training images' raw features, float [N, FEATURES]."""
         self.centre.copy_(features.mean(0))
         self.scale.copy_(features.std(0, correction=0).clamp_min(1e-4))
@@ -100,7 +101,7 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
                 bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
     model.eval().requires_grad_(False)
     images, _ = folder.load(folder.train)
-    model.standardise(torch.cat([model(to_float(images[i : i + 64]))[1] for i in range(0, len(images), 64)]))
+    model.standardize(torch.cat([model(to_float(images[i : i + 64]))[1] for i in range(0, len(images), 64)]))
     return model
 
 
@@ -125,7 +126,7 @@ def judge(model: Classifier, images: Pixels) -> Verdict:
     """What the classifier makes of images uint8 [N, S, S, 3]."""
     labels, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
     for start in range(0, len(images), 64):
-        logits, found = model(to_float(images[start : start + 64]))
+        logits, raw_features = model(to_float(images[start : start + 64]))
         labels.append(logits.argmax(1).numpy())
-        features.append(F.normalize(found).numpy())
+        features.append(F.normalize(raw_features).numpy())
     return Verdict(np.concatenate(labels), np.concatenate(features))

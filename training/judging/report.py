@@ -14,12 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from dvq_rt import Codes, Samples
 from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay
-from training.data import Indices, Pixels
+from training.data.folder import Indices
+from training.data.pixels import Pixels
+from training.judging.metrics import QUANTILES, Distances
 
-QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 GAP, TEXT = 6, 15  # pixels in the pictures
-
-Distances = NDArray[np.float32]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -62,22 +61,22 @@ def picture_samples(samples: Samples, names: Sequence[str], per_label: int = 8) 
 
 def picture_reconstructions(images: Pixels, decoded: Pixels, columns: int = 8) -> Image.Image:
     """Originals above their reconstructions."""
-    chosen = pick(len(images), 2 * columns)
+    shown = pick(len(images), 2 * columns)
     rows = []
-    for start in range(0, len(chosen), columns):
+    for start in range(0, len(shown), columns):
         for title, source in (("original", images), ("decoded", decoded)):
-            rows.append((title, [enlarged(source[i]) for i in chosen[start : start + columns]]))
+            rows.append((title, [enlarged(source[i]) for i in shown[start : start + columns]]))
     return sheet(rows)
 
 
 def picture_grain(images: Pixels, codes: Sequence[Codes], columns: int = 6) -> Image.Image:
     """Originals above the same with the cells of their code."""
-    chosen, size = pick(len(images), columns), images.shape[1]
+    shown, size = pick(len(images), columns), images.shape[1]
     scale, layout = -(-192 // size), codes[0].layout
     sides, title = layout.sides, "grain" if layout.covering else "kept"
-    overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in chosen]
-    originals = [enlarged(images[i], 192) for i in chosen]
-    headings = [f"{codes[i].length} of {sides[-1] ** 2} codes" for i in chosen]
+    overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in shown]
+    originals = [enlarged(images[i], 192) for i in shown]
+    headings = [f"{codes[i].length} of {sides[-1] ** 2} codes" for i in shown]
     return sheet([("original", originals), (title, overlays)], headings)
 
 
@@ -93,8 +92,8 @@ def picture_nearest(
     rows = []
     for label, name in enumerate(names):
         members = np.flatnonzero(np.array(samples.labels) == label)
-        chosen = [members[0], *members[1:][distances[members[1:]].argsort()[:1]]]
-        cells = [(pictures[i], training[pixels[1][i]], training[features[i]]) for i in chosen]
+        samples_shown = [members[0], *members[1:][distances[members[1:]].argsort()[:1]]]
+        cells = [(pictures[i], training[pixels[1][i]], training[features[i]]) for i in samples_shown]
         rows.append((name, [enlarged(image) for cell in cells for image in cell]))
     nearest = ("nearest (pixels)", "nearest (features)")
     return sheet(rows, ("first sample", *nearest, "closest sample", *nearest))
@@ -113,14 +112,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The numbers of ``evaluate`` as Markdown tables."""
-    found = [result["accuracy"][name] for name in ("held_out", "held_out_reconstructed", "samples")]
+    accuracies = [result["accuracy"][name] for name in ("held_out", "held_out_reconstructed", "samples")]
 
     def shares(rows: Sequence[dict[str, Any]]) -> list[str]:
         return ["–" if r["share"] is None else f"{r['share']:.1%} of {r['count']}" for r in rows]
 
     counts = result["training_images"]
-    lines = [[name, counts[name], *shares([each["labels"][name] for each in found])] for name in counts]
-    lines.append(["**all**", sum(counts.values()), *shares(found)])
+    lines = [[name, counts[name], *shares([each["labels"][name] for each in accuracies])] for name in counts]
+    lines.append(["**all**", sum(counts.values()), *shares(accuracies)])
     first = table(["label", "training images", "held-out named right", "their reconstructions", "samples"], lines)
 
     held, drawn = result["cost"]["held_out"], result["cost"]["samples"]

@@ -1,0 +1,1 @@
+"""The networks: tokenizers of both families, their quantizer, the stacked transformer, the discriminator."""

@@ -236,7 +236,7 @@ class DQVAE(Tokenizer):
         return (entropy > self.threshold()).long(), entropy
 
     def features(self, images: Tensor, grain: Tensor) -> Tensor:
-        """Merged features before quantisation, [B, d, hf, wf]: each coarse cell's vector stands in its four places."""
+        """Merged features before quantization, [B, d, hf, wf]: each coarse cell's vector stands in its four places."""
         coarse, fine = self.encoder(images)
         return self.quant_conv(torch.where(spread(grain)[:, None] == 0, spread(coarse), fine))
 
@@ -257,7 +257,7 @@ class DQVAE(Tokenizer):
         return self.decode(self.quantizer.lookup(codes).permute(0, 3, 1, 2))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Images of quantised features [B, d, hf, wf]."""
+        """Images of quantized features [B, d, hf, wf]."""
         return self.decoder(self.post_quant_conv(quantized))
 
     def encode_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ class JointNorm(nn.Module):
 
 
 class Kept(NamedTuple):
-    """``vectors`` [B, K, d] to quantise, most important first, and their row-major ``positions`` int64 [B, K];
+    """``vectors`` [B, K, d] to quantize, most important first, and their row-major ``positions`` int64 [B, K];
     ``scores`` [B, h, w] of all cells."""
 
     vectors: Tensor
@@ -173,10 +173,10 @@ class Masker(nn.Module):
         scores = self.score(h)
         positions = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, : self.kept]
         tokens = F.layer_norm(h.flatten(2).transpose(1, 2), h.shape[1:2])  # [B, h * w, C]
-        chosen = tokens.gather(1, positions[..., None].expand(-1, -1, h.shape[1]))
+        kept = tokens.gather(1, positions[..., None].expand(-1, -1, h.shape[1]))
         if self.score_pred_net is not None:  # the only gradient that the scores get
-            chosen = chosen * scores.gather(1, positions)[..., None]
-        return Kept(self.pre_projection(chosen), positions, scores.view(h.shape[0], *h.shape[2:]))
+            kept = kept * scores.gather(1, positions)[..., None]
+        return Kept(self.pre_projection(kept), positions, scores.view(h.shape[0], *h.shape[2:]))
 
 
 class DemaskBlock(nn.Module):
@@ -204,7 +204,7 @@ class Demasker(nn.Module):
         self.last_resblock = ResBlock(width, width, config.norm_groups)
 
     def forward(self, values: Tensor, kept: Tensor) -> Tensor:
-        """Quantised vectors [B, d, h, w], of any value where ``kept`` bool [B, h, w] is false -> [B, C, h, w]."""
+        """Quantized vectors [B, d, h, w], of any value where ``kept`` bool [B, h, w] is false -> [B, C, h, w]."""
         kept = kept[:, None]
         x = self.conv_in(self.post_projection(torch.where(kept, values, self.mask_token[:, None, None])))
         weight = torch.where(kept, 1.0, self.damping).flatten(1)

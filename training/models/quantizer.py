@@ -63,7 +63,7 @@ class EMAQuantizer(nn.Module):
         return self.codebook[codes]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, noise: torch.Generator | None = None) -> Quantized:
-        """Quantise vectors; in training mode also update the codebook (this call still uses the old one).
+        """Quantize vectors; in training mode also update the codebook (this call still uses the old one).
 
         Args:
             x: float [N, d].
@@ -112,7 +112,7 @@ class EMAQuantizer(nn.Module):
         return x[torch.randperm(len(x), generator=noise)[:k]]
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, per_step: float, rounds: int = 10, noise: torch.Generator | None = None) -> None:
+    def initialize(self, x: Tensor, per_step: float, rounds: int = 10, noise: torch.Generator | None = None) -> None:
         """Start from k-means of vectors.
 
         Args:

@@ -45,7 +45,7 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def code_vectors(self, images: Tensor) -> Tensor:
-        """What is quantised of images, one vector per code, [n, d]."""
+        """What is quantized of images, one vector per code, [n, d]."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:

@@ -1,9 +1,7 @@
 """The released MQ code's configurations, read as ours (spec/mq.md sections 1 to 5).
 
-As in ``training.published.configs``, every parameter that changes what the model computes is read, checked and carried
-over; whatever cannot be reproduced exactly is refused by name. The kept ratio is not stored in the weights: that of a
-stage-2 configuration's first stage holds, even where stage 1 was trained with another one (Q24). Dropout rates are
-those of the encoder and of the residual branches, as for DQ.
+The kept ratio is not stored in the weights: that of a stage-2 configuration's first stage holds, even where stage 1 was
+trained with another one (Q24).
 """
 
 from __future__ import annotations
@@ -15,7 +13,17 @@ from dvq_rt.layout import UNORDERED, TokenLayout
 from runtimes.errors import ConfigError
 from training.models.mqvae import MQVAEConfig
 from training.models.transformer import TransformerConfig
-from training.published.configs import DECODER_OPTIONS, Option, ReleasedTransformer, agree, optional, section
+from training.published import configs
+from training.published.configs import (
+    DECODER_OPTIONS,
+    Option,
+    ReleasedTransformer,
+    agree,
+    optional,
+    section,
+    stack_sizes,
+    tokenizer_sizes,
+)
 
 MQ_TOKENIZER = "models.stage1_masked.mqvae.MaskedVectorQuantizationModel"
 MQ_CLASS = "models.stage2_masked.stackformer_class.ClassTransformer"
@@ -40,27 +48,7 @@ TOKENIZER_OPTIONS = {
     name: Option("section")
     for name in ("encoder_config", "decoder_config", "masker_config", "demasker_config", "vqconfig")
 }
-TOKENIZER_PASSED_OVER = (
-    "lossconfig",
-    "ckpt_path",
-    "ignore_keys",
-    "image_key",
-    "monitor",
-    "warmup_epochs",
-    "scheduler_type",
-)
-ENCODER_OPTIONS = {
-    "ch": Option("size"),
-    "ch_mult": optional("sizes", [1, 2, 4, 8]),
-    "num_res_blocks": Option("size"),
-    "attn_resolutions": Option("sizes"),
-    "dropout": optional("number", 0.0),
-    "resamp_with_conv": optional("flag", True),
-    "in_channels": Option("size"),
-    "resolution": Option("size"),
-    "z_channels": Option("size"),
-    "double_z": Option("flag"),
-}
+ENCODER_OPTIONS = {**configs.ENCODER_OPTIONS, "double_z": Option("flag")}
 MASKER_OPTIONS = {
     "topk_ratio": Option("number"),
     "input_token_num": Option("size"),
@@ -77,19 +65,14 @@ DEMASKER_OPTIONS = {
     "mask_init_value": optional("number", 0.02),
 }
 QUANTIZER_OPTIONS = {
-    "codebook_size": Option("size"),
-    "codebook_dim": Option("size"),
+    **configs.QUANTIZER_OPTIONS,
     "accept_image_fmap": Option("flag"),
     "channel_last": Option("flag"),
-    "commitment_beta": optional("number", 0.25),
-    "decay": optional("number", 0.99),
-    "restart_unused_codes": optional("flag", True),
     "commit_loss_legacy": optional("flag", True),
 }
 STACK_OPTIONS = {
-    **{name: Option("size") for name in ("vocab_size", "position_size", "block_size", "n_head", "n_embd")},
-    **{name: Option("size") for name in ("position_layer", "value_layer")},
-    **{name: optional("number", 0.0) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
+    **configs.STACK_OPTIONS,
+    **{name: Option("size") for name in ("position_size", "n_head", "n_embd", "position_layer", "value_layer")},
     "n_unmasked": optional("integer", 0),
     "add_absolute_position": Option("flag"),
 }
@@ -100,15 +83,11 @@ TRANSFORMER_OPTIONS = {
     "sos_pos_token": Option("integer"),
     "height_and_weight": optional("size", 16),  # sic
 }
-TRANSFORMER_PASSED_OVER = (  # add_absolute_position here, unlike the stack's own, is read by the optimiser alone (Q19)
-    "add_absolute_position",
+TRANSFORMER_PASSED_OVER = (
+    *configs.TRANSFORMER_PASSED_OVER,
+    "add_absolute_position",  # unlike the stack's own, read by the optimizer alone (Q19)
     "loss_position_weight",
     "pkeep",
-    "weight_decay",
-    "warmup_epochs",
-    "monitor",
-    "ckpt_path",
-    "ignore_keys",
     "first_stage_key",
     "cond_stage_key",
 )
@@ -120,7 +99,7 @@ def released_mq_tokenizer(node: Any, where: str) -> MQVAEConfig:
     Raises:
         ConfigError: names what contradicts itself or is not supported.
     """
-    top = section(node, where, MQ_TOKENIZER, TOKENIZER_OPTIONS, TOKENIZER_PASSED_OVER)
+    top = section(node, where, MQ_TOKENIZER, TOKENIZER_OPTIONS, configs.TOKENIZER_PASSED_OVER)
     encoder = section(top["encoder_config"], f"{where}.encoder_config", ENCODER, ENCODER_OPTIONS, ("out_ch",))
     decoder = section(top["decoder_config"], f"{where}.decoder_config", DECODER, DECODER_OPTIONS)
     target = top["masker_config"].get("target")
@@ -133,27 +112,11 @@ def released_mq_tokenizer(node: Any, where: str) -> MQVAEConfig:
     quantizer = section(top["vqconfig"], f"{where}.vqconfig", QUANTIZER, QUANTIZER_OPTIONS)
     mode, scorer = MASKERS[target]
     config = MQVAEConfig(
-        image_size=encoder["resolution"],
-        channels=encoder["ch"],
-        encoder_mult=tuple(encoder["ch_mult"]),
-        decoder_channels=decoder["ch"],
-        decoder_mult=tuple(decoder["ch_mult"]),
-        blocks=encoder["num_res_blocks"],
-        decoder_blocks=decoder["num_res_blocks"],
-        attention=tuple(encoder["attn_resolutions"]),
-        decoder_attention=tuple(decoder["attn_resolutions"]),
-        z_channels=encoder["z_channels"],
-        codebook_size=quantizer["codebook_size"],
-        code_dim=quantizer["codebook_dim"],
-        norm_groups=32,
-        dropout=float(encoder["dropout"]),
+        **tokenizer_sizes(encoder, decoder, quantizer),
         kept_ratio=float(masker["topk_ratio"]),
         scorer=scorer,
         demask_blocks=demasker["n_layer"],
         mask_damping=float(demasker["mask_init_value"]),
-        beta=float(quantizer["commitment_beta"]),
-        decay=float(quantizer["decay"]),
-        restart_below=1.0 if quantizer["restart_unused_codes"] else 0.0,
     )
     (side,), d = config.sides, config.code_dim
     agree(f"{where}.encoder_config", encoder, {"in_channels": 3, "resamp_with_conv": True, "double_z": False})
@@ -209,19 +172,5 @@ def stack_config(stack: Any, layout: TokenLayout) -> TransformerConfig:
     values = section(stack, "transformer_config", target, STACK_OPTIONS)
     wanted = {"vocab_size": layout.content_vocabulary, "position_size": layout.position_head, "n_unmasked": 0}
     agree("transformer_config", values, wanted)
-    if values["block_size"] < layout.max_length:
-        raise ConfigError(
-            f"transformer_config.block_size is {values['block_size']}, but an image has {layout.max_length} codes; "
-            "the released code would fail on it; give a block_size that holds them, or a smaller topk_ratio"
-        )
-    return TransformerConfig(
-        width=values["n_embd"],
-        heads=values["n_head"],
-        position_blocks=values["position_layer"],
-        content_blocks=values["value_layer"],
-        block_size=values["block_size"],
-        dropout=float(values["resid_pdrop"]),
-        attention_dropout=float(values["attn_pdrop"]),
-        segment_embedding=False,
-        index_embedding=values["add_absolute_position"],
-    )
+    index_embedding = values["add_absolute_position"]
+    return stack_sizes(values, layout, values["value_layer"], segment_embedding=False, index_embedding=index_embedding)

@@ -1,7 +1,4 @@
-"""Images for training: any folder with one sub-folder per class, and an endless, resumable stream of batches.
-
-``ImageFolder`` lists and splits the files and decodes single images; ``batches`` shuffles, augments and prefetches.
-"""
+"""Images for training: any folder with one sub-folder per class, listed, split into training and held out, decoded."""
 
 from __future__ import annotations
 
@@ -10,48 +7,21 @@ import json
 import os
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from runtimes.errors import DataError
+from training.data.pixels import SUFFIXES, Pixels, decode, header_is_good
 
-Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 Batch = tuple[Pixels, Indices]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 1 << 26  # 8192 x 8192, read from the header before anything is decoded
-_NAMED = 5  # how many files a warning or an error names
-
-
-@dataclass(frozen=True, slots=True)
-class Augment:
-    """Random changes of a training image.
-
-    Attributes:
-        shift: most pixels of a random translation, in x and in y apart, which repeats the outermost ones; 0 for none.
-        flip: mirror half of the images left to right.
-        flip_exclude: names of classes that are never mirrored.
-    """
-
-    shift: int = 0
-    flip: bool = False
-    flip_exclude: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.shift < 0:
-            raise DataError(f"Augment.shift is {self.shift}; choose 0 or more pixels")
+NAMED = 5  # how many files a warning or an error names
 
 
 class ImageFolder:
@@ -110,12 +80,12 @@ class ImageFolder:
 
         groups = _groups(self.root, labels)
         self.classes = list(groups)
-        found = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
+        candidates = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
         kept: list[tuple[Path, int]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large: counted below like the others
-            for path, label in tqdm(found, desc="checking images", unit="image", delay=3, leave=False):
-                if _header_is_good(path):
+            for path, label in tqdm(candidates, desc="checking images", unit="image", delay=3, leave=False):
+                if header_is_good(path):
                     kept.append((path, label))
                 else:
                     self.unreadable.append(path)
@@ -123,7 +93,7 @@ class ImageFolder:
         self.paths = [path for path, _ in kept]
         self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        _check_counts(self.root, groups, counts, len(found))
+        _check_counts(self.root, groups, counts, len(candidates))
         self.train, self.val = self._split(val_fraction, seed)
         self.captions = _captions(self.root)
 
@@ -151,7 +121,7 @@ class ImageFolder:
             return cached
         path = self.paths[index]
         try:
-            pixels = _decode(path, self.size)
+            pixels = decode(path, self.size)
         except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
             with self._lock:
                 if path not in self.unreadable:
@@ -198,7 +168,7 @@ class ImageFolder:
             fresh = self.unreadable[self._reported :]
             self._reported = len(self.unreadable)
         if fresh:
-            names = _some([str(path) for path in fresh])
+            names = some([str(path) for path in fresh])
             warnings.warn(f"{len(fresh)} unreadable image(s) left out: {names}", stacklevel=3)
 
     def check_held_out(self) -> None:
@@ -226,130 +196,6 @@ class ImageFolder:
         return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
 
 
-def batches(
-    folder: ImageFolder,
-    indices: Sequence[int] | Indices,
-    batch_size: int,
-    *,
-    seed: int,
-    step: int = 0,
-    augment: Augment | None = None,
-    workers: int = 2,
-) -> Iterator[Batch]:
-    """An endless stream of (images uint8 [B, size, size, 3], labels int64 [B]) over ``indices``.
-
-    Each epoch visits every index once in a new order; a batch may span two epochs. The stream depends on ``seed`` and
-    the files alone: started at ``step`` it goes on exactly as if it had run from 0, whatever ``workers`` is. In place
-    of a file that cannot be decoded comes the next one in the epoch's order; one warning at the end of the epoch (or
-    when the stream is closed) counts those files.
-
-    Args:
-        folder: where the images come from.
-        indices: images to draw from, such as ``folder.train``; not empty, no repeats needed.
-        batch_size: B, 1 or more.
-        seed: 0 <= seed < 2**64.
-        step: number of batches to leave out, 0 or more.
-        augment: random changes, None for none.
-        workers: threads that prepare batches ahead; 0 prepares them in the caller's thread.
-
-    Raises DataError at once when an argument is out of range or ``augment`` excludes a class the folder lacks, and
-    while running when no image of ``indices`` can be decoded.
-    """
-    augment = augment or Augment()
-    pool = np.array(indices, dtype=np.int64)
-    if pool.ndim != 1 or len(pool) == 0:
-        raise DataError(f"{folder.root}: no images to draw batches from; add images or change val_fraction")
-    if pool.min() < 0 or pool.max() >= len(folder):
-        raise DataError(f"indices span {pool.min()} .. {pool.max()}; {folder.root} has 0 .. {len(folder) - 1}")
-    for name, value, least in (("batch_size", batch_size, 1), ("step", step, 0), ("workers", workers, 0)):
-        if value < least:
-            raise DataError(f"{name} is {value}; choose {least} or more")
-    if not 0 <= seed < 1 << 64:
-        raise DataError(f"seed is {seed}; choose 0 <= seed < 2**64")
-    if augment.shift >= folder.size:
-        raise DataError(f"Augment.shift is {augment.shift}; choose less than the image size {folder.size}")
-    unknown = sorted(augment.flip_exclude - set(folder.classes))
-    if unknown:
-        raise DataError(f"Augment.flip_exclude names {_some(unknown)}; the classes are {_some(folder.classes, 200)}")
-
-    @lru_cache(maxsize=3)
-    def order(epoch: int) -> Indices:
-        return _rng(seed, epoch, None).permutation(pool)
-
-    def item(serial: int) -> tuple[Pixels, int]:
-        epoch, position = divmod(serial, len(pool))
-        index, pixels = _first_readable(folder, order(epoch), position)
-        label = int(folder.labels[index])
-        flips = augment.flip and folder.classes[label] not in augment.flip_exclude
-        return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), label
-
-    def batch(number: int) -> Batch:
-        items = [item(number * batch_size + row) for row in range(batch_size)]
-        return np.stack([pixels for pixels, _ in items]), np.array([label for _, label in items], dtype=np.int64)
-
-    def stream() -> Iterator[Batch]:
-        epoch = step * batch_size // len(pool)
-        try:
-            with closing(_ahead(batch, step, workers)) as ahead:
-                for number, made in enumerate(ahead, start=step + 1):
-                    if number * batch_size // len(pool) > epoch:
-                        epoch = number * batch_size // len(pool)
-                        folder.report_unreadable()
-                    yield made
-        finally:
-            folder.report_unreadable()
-
-    return stream()
-
-
-def _ahead(batch: Callable[[int], Batch], step: int, workers: int) -> Generator[Batch, None, None]:
-    """``batch(step)``, ``batch(step + 1)``, ... in order, a few of them prepared ahead by threads."""
-    if workers == 0:
-        while True:
-            yield batch(step)
-            step += 1
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="batches")
-    try:
-        waiting: deque[Future[Batch]] = deque()
-        while True:
-            while len(waiting) < 2 * workers:
-                waiting.append(executor.submit(batch, step))
-                step += 1
-            yield waiting.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _rng(seed: int, epoch: int, position: int | None) -> np.random.Generator:
-    """The random numbers of one image's augmentation, or (position None) of one epoch's order."""
-    words = [0, 0, 0, 1] if position is None else [0, 0, position, 0]
-    key = np.array([seed, epoch], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array(words, dtype=np.uint64)))
-
-
-def _first_readable(folder: ImageFolder, order: Indices, position: int) -> tuple[int, Pixels]:
-    """The first image from ``position`` on, around the epoch's order, that can be decoded: index and pixels."""
-    for offset in range(len(order)):
-        index = int(order[(position + offset) % len(order)])
-        try:
-            return index, folder.pixels(index)
-        except DataError:
-            continue
-    raise DataError(f"{folder.root}: none of the {len(order)} images can be decoded; replace the files")
-
-
-def _augmented(pixels: Pixels, augment: Augment, flips: bool, rng: np.random.Generator) -> Pixels:
-    """uint8 [S, S, 3] in and out; always draws the same number of random numbers."""
-    down, right = rng.integers(0, 2 * augment.shift + 1, size=2)
-    mirrored = rng.random() < 0.5
-    if augment.shift:
-        around = ((augment.shift, augment.shift), (augment.shift, augment.shift), (0, 0))
-        padded = np.pad(pixels, around, mode="edge")
-        side = len(pixels)
-        pixels = padded[down : down + side, right : right + side]
-    return pixels[:, ::-1] if flips and mirrored else pixels
-
-
 def _groups(root: Path, labels: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
     """Label name to sub-folder names, checked against what ``root`` holds."""
     if not root.exists():
@@ -370,10 +216,10 @@ def _groups(root: Path, labels: Mapping[str, Sequence[str]] | None) -> dict[str,
     listed = [name for names in groups.values() for name in names]
     unknown = sorted(set(listed) - set(there))
     if unknown:
-        raise DataError(f"labels names {_some(unknown)}, which {root} lacks; its sub-folders are {_some(there, 200)}")
+        raise DataError(f"labels names {some(unknown)}, which {root} lacks; its sub-folders are {some(there, 200)}")
     twice = sorted({name for name in listed if listed.count(name) > 1})
     if twice:
-        raise DataError(f"labels names {_some(twice)} more than once; give each sub-folder to one label")
+        raise DataError(f"labels names {some(twice)} more than once; give each sub-folder to one label")
     return groups
 
 
@@ -395,14 +241,14 @@ def _files(root: Path, names: Sequence[str]) -> list[Path]:
     return sorted(files)
 
 
-def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], found: int) -> None:
+def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], files: int) -> None:
     """DataError unless every label has an image."""
     kinds = " ".join(sorted(SUFFIXES))
     if counts.sum() == 0:
-        raise DataError(f"{root}: no readable image among {found} candidates; its sub-folders need images ({kinds})")
+        raise DataError(f"{root}: no readable image among {files} candidates; its sub-folders need images ({kinds})")
     empty = [name for name, count in zip(groups, counts, strict=True) if count == 0]
     if empty:
-        raise DataError(f"{root}: no readable image for {_some(empty)}; add images ({kinds}) or leave the class out")
+        raise DataError(f"{root}: no readable image for {some(empty)}; add images ({kinds}) or leave the class out")
 
 
 def _captions(root: Path) -> dict[str, str]:
@@ -420,46 +266,12 @@ def _captions(root: Path) -> dict[str, str]:
     return captions
 
 
-def _header_is_good(path: Path) -> bool:
-    """Whether the header names an allowed format and a size from 1 pixel to MAX_PIXELS; decodes nothing."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return 0 < image.width * image.height <= MAX_PIXELS
-    except Exception:  # Pillow's readers raise nearly anything on broken bytes
-        return False
-
-
-def _decode(path: Path, size: int) -> Pixels:
-    """The file as uint8 [size, size, 3]; raises whatever Pillow does, ValueError above MAX_PIXELS."""
-    with Image.open(path, formats=FORMATS) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
-        image = _rgb(ImageOps.exif_transpose(opened))
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.array(square, dtype=np.uint8)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: deep modes scaled to 8 bits, transparency composited on white."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64) * (255 if image.mode == "F" else 255 / 65535)
-        grey = np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        return white.convert("RGB")
-    return image.convert("RGB")
-
-
 def _hash_uniform(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) / (1 << 48)
 
 
-def _some(names: Sequence[str], most: int = _NAMED) -> str:
+def some(names: Sequence[str], most: int = NAMED) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

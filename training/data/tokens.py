@@ -1,0 +1,76 @@
+"""Images as token sequences: tokenized once, collated into padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dvq_rt.layout import TokenLayout
+from training.data.pixels import to_float
+from training.models.tokenizer import Tokenizer
+
+
+class Tokenized(NamedTuple):
+    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]."""
+
+    codes: NDArray[np.int32]
+    grain: NDArray[np.int8]
+    labels: NDArray[np.int64]
+
+
+@torch.no_grad()
+def tokenize(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenized:
+    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
+    codes: list[np.ndarray] = []
+    grains: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    done = 0
+    with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
+        for pixels, label in images:
+            code, grain = vae.encode_maps(to_float(pixels))
+            codes.append(code.numpy().astype(np.int32))
+            grains.append(grain.numpy().astype(np.int8))
+            labels.append(label)
+            done += len(pixels)
+            bar.update(len(pixels))
+            if done >= count:
+                break
+    return Tokenized(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
+
+
+def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Number of codes of each image, int64 [N], of grain maps [N, hc, wc]."""
+    codes_of_a_cell = np.array([*((side // layout.sides[0]) ** 2 for side in layout.sides), 0])  # -1 has none
+    return codes_of_a_cell[grain].sum((1, 2))
+
+
+def collate(
+    layout: TokenLayout, data: Tokenized, images: NDArray[np.int64], labels: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """Token sequences of images padded on the right, where causal attention never looks.
+
+    Returns:
+        int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``following`` (see StackedTransformer);
+        targets ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
+    """
+    rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(images, labels, strict=True)]
+    length = max(len(r.content) for r in rows) - 1
+    offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
+    names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
+    out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
+    out["target_content"] -= 1
+    out["target_position"] -= 1
+    for i, row in enumerate(rows):
+        t = len(row.content) - 1
+        out["content"][i, :t], out["position"][i, :t], out["segment"][i, :t] = (part[:-1] for part in row)
+        out["following"][i, :t] = (row.position if layout.first == "position" else row.content)[1:]
+        out["target_content"][i, :t] = row.content[1:]
+        out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
+        out["target_segment"][i, :t] = row.segment[1:]
+    return {name: torch.from_numpy(values) for name, values in out.items()}

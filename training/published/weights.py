@@ -1,0 +1,194 @@
+"""The tensors of released checkpoints, read without executing pickles; each is mapped to ours or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtimes.errors import CheckpointError, ConfigError
+from training.checkpoint import load_strictly
+from training.models.tokenizer import Tokenizer
+from training.models.transformer import StackedTransformer
+
+
+def find_file(path: str, folders: Sequence[Path]) -> Path | None:
+    return next((folder / path for folder in folders if (folder / path).is_file()), None)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The ``state_dict`` of a checkpoint file, without pickle execution.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, has no state dict, or needs pickle to run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is no file; give the .ckpt file of the released code")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is damaged, or holds pickled objects{f' ({wanted[1]})' if wanted else ''} beside its tensors and "
+            "would have to execute code, which is never done; where you trust the file, save its state_dict alone: "
+            "torch.save({'state_dict': ...})"
+        ) from None
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} has no 'state_dict'; give the Lightning checkpoint of the released code")
+    if odd := sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor)):
+        raise CheckpointError(f"{path}: the state_dict entries {odd} are no tensors")
+    return state
+
+
+def read_thresholds(path: str, folders: Sequence[Path]) -> Tensor:
+    """The released threshold table, float32 [99]: entry p - 1 is that of key p."""
+    file = find_file(path, folders)
+    if file is None:
+        raise ConfigError(
+            f"the threshold table {path} (json_path) is in none of {[str(folder) for folder in folders]}; "
+            "put it there, or run from the folder that the path starts in"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}; give the released threshold table") from None
+    table = [values.get(str(p)) if isinstance(values, dict) else None for p in range(1, 100)]
+    wrong = [p for p, v in enumerate(table, 1) if not isinstance(v, int | float) or not math.isfinite(v)]
+    if wrong:
+        raise ConfigError(
+            f"{file} is no threshold table: the keys {wrong} have no finite number; there must be 1 to 99"
+        )
+    return torch.tensor(table, dtype=torch.float32)
+
+
+class Source(NamedTuple):
+    """A released tensor: its name and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+QUANTIZER_NAMES = {
+    "quantizer.codebook": "quantize.codebook.weight",
+    "quantizer.cluster_size": "quantize.codebook.cluster_size_ema",
+    "quantizer.embed_sum": "quantize.codebook.embed_ema",
+}
+
+
+def tokenizer_sources(tokenizer: Tokenizer, position_type: str = "") -> dict[str, list[Source]]:
+    """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
+    fourier = "position_bias" if position_type == "fourier" else "position_bias_fourier"
+    out = {}
+    for name, tensor in tokenizer.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name == "quantizer.codebook":
+            shape = (shape[0] + 1, *shape[1:])  # the released codebook ends in an unused row (DQ spec Q39, MQ spec 2.4)
+        elif name == "demasker.mask_token":
+            shape = (1, *shape, 1)
+        released = QUANTIZER_NAMES.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
+        for block in ("blocks.", "last_resblock."):
+            released = released.replace(f"demasker.{block}", f"demasker.transformer.{block}")
+        out[name] = [Source(released, shape)]
+    out.pop("entropy_thresholds", None)
+    return out
+
+
+def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Source]]:
+    """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
+    layout = transformer.layout
+    renames = {
+        "position_blocks.": "position_transformer.",
+        "content_blocks.": "content_transformer.",
+        "segment_emb.": "seg_emb.",
+        "_head.norm.": "_head.0.",
+        "_head.linear.": "_head.1.",
+    }
+    if not layout.covering:  # the names of the Stackformer
+        renames |= {"content_": "value_", "position_emb.": "value_pos_emb."}
+    out = {}
+    for name, tensor in transformer.state_dict().items():
+        released, shape = name, tuple(tensor.shape)
+        for ours, theirs in renames.items():
+            released = released.replace(ours, theirs)
+        if name == "index_emb":
+            out[name] = [Source("pos_emb", (1, *shape))]
+        elif name == "position_emb.weight" and layout.covering:
+            out[name] = [
+                Source(f"content_{grain}_pos_emb.weight", (layout.position_vocabulary(s), *shape[1:]))
+                for s, grain in enumerate(("coarse", "fine"))
+            ]
+        elif ".qkv." in name:
+            third = (shape[0] // 3, *shape[1:])
+            out[name] = [Source(released.replace(".qkv.", f".{part}."), third) for part in ("query", "key", "value")]
+        else:
+            out[name] = [Source(released, shape)]
+    return out
+
+
+def load_released(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    sources: Mapping[str, list[Source]],
+    source: str,
+    prefix: str = "",
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Fill a model with released tensors.
+
+    Args:
+        state: released name -> tensor; every one must be used.
+        sources: our name -> released tensors, which are flattened to rows, joined, and cut to our number of rows.
+        source: the file, and ``prefix`` what the names start with in it, for errors.
+        extra: further tensors under our names.
+
+    Raises:
+        CheckpointError: names the missing, unknown and misshapen tensors as the released code does.
+    """
+    wanted = {part.name: part.shape for parts in sources.values() for part in parts}
+    missing, unknown = (
+        [prefix + name for name in sorted(one - other)]
+        for one, other in ((set(wanted), set(state)), (set(state), set(wanted)))
+    )
+    shapes = [
+        f"{prefix}{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in sorted(wanted.items())
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
+        )
+    own = model.state_dict()
+    tensors = {}
+    for name, parts in sources.items():
+        like = own[name]
+        rows = torch.cat([state[p.name].to(like.dtype).reshape(-1, *like.shape[1:]) for p in parts])
+        tensors[name] = rows[: len(like)] if like.ndim else rows[0]
+    load_strictly(model, {**tensors, **(extra or {})}, source)
+
+
+def load_transformer(
+    transformer: StackedTransformer, state: Mapping[str, Tensor], source: str, prefix: str = ""
+) -> None:
+    """Fill a stacked transformer with the tensors of the released StackGPT or, if its layout keeps cells, of the
+    released [Reverse]StackedPositionGPT; ``prefix`` has been cut off their names.
+
+    Raises:
+        CheckpointError: see ``load_released``.
+    """
+    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # DQ spec Q28
+    layout = transformer.layout
+    if not layout.covering:  # the released class model's start ids lie before its codes, ours behind them
+        for name in {"value_emb.weight", "value_head.1.weight"} & set(used):
+            used[name] = used[name].roll(-layout.classes, 0) if used[name].ndim else used[name]
+    load_released(transformer, used, transformer_sources(transformer), source, prefix)
