@@ -20,10 +20,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.files import MAX_JSON_BYTES, FileName, guard, open_regular, parse_json, short, write_file
+from dvq_rt.files import MAX_JSON_BYTES, FileName, open_regular, parse_json, write_file
 from dvq_rt.labels import as_index, whole
 from dvq_rt.layout import TokenLayout, Tokens
-from runtimes.errors import ConfigError, DvqError, InputError
+from runtimes.errors import ConfigError, DvqError, InputError, guard, short
 
 FORMAT = "dvq-codes"
 SCHEMA = 1

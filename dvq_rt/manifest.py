@@ -24,18 +24,16 @@ import numpy as np
 from dvq_rt.files import (
     DTYPES,
     FileName,
-    guard,
     new_folder,
     open_regular,
     read_dataclass,
     read_json,
     restore_folder,
-    short,
     write_file,
 )
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import ConfigError, EngineError
+from runtimes.errors import ConfigError, EngineError, guard, short
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

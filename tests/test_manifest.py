@@ -298,8 +298,8 @@ def test_killed_while_overwriting(engine):
     """Between the two renames of an overwriting export the name stands for nothing; opened, it is the old engine
     again, and the next export leaves nothing else behind."""
     before = read_engine(engine)
-    (engine.parent / ".engine.deadbeef.new").mkdir()  # of two exporters that were killed earlier
-    (engine.parent / ".engine.new").mkdir()
+    (engine.parent / ".engine.deadbeef.dvq-new").mkdir()  # of two exporters that were killed earlier
+    (engine.parent / ".engine.dvq-new").mkdir()
     code = """
     import os, signal, sys
     from pathlib import Path
@@ -321,7 +321,7 @@ def test_killed_while_overwriting(engine):
 def test_read_only_disk_opens_what_was_left(engine, monkeypatch):
     """Where the name cannot be given back, the old engine is opened where it stands."""
     before = read_engine(engine)
-    engine.rename(engine.with_name(".engine.old"))
+    engine.rename(engine.with_name(".engine.dvq-old"))
 
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -406,7 +406,7 @@ def test_failed_swap_restores_the_old_engine(engine, monkeypatch):
     before, rename = read_engine(engine), Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".new"):
+        if self.name.endswith("new"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
