@@ -283,8 +283,15 @@ def sync(path: Path) -> None:
 def _swap(temporary: Path, final: Path, overwrite: bool) -> None:
     """Give a new folder its name, and remove the folder that had it."""
     old = _hidden(final, OLD)
-    with _locked(final, wait=True):
-        if os.path.lexists(final):
+    while True:
+        restore_folder(final)
+        with _locked(final, wait=True) as locked:
+            if locked is False:
+                continue  # another process has replaced it meanwhile
+            if not os.path.lexists(final):
+                temporary.rename(final)
+                sync(final.parent)
+                return
             if not overwrite:
                 raise FileExistsError(errno.EEXIST, "it has appeared meanwhile")
             _remove(old)
@@ -299,9 +306,7 @@ def _swap(temporary: Path, final: Path, overwrite: bool) -> None:
             dead = _hidden(final, f"{secrets.token_hex(4)}.{NEW}")  # swept like one if this process ends here
             old.rename(dead)
             _remove(dead)
-        else:
-            temporary.rename(final)
-            sync(final.parent)
+            return
 
 
 def _hidden(final: Path, ending: str) -> Path:
