@@ -74,6 +74,7 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "codes path": (lambda g: g.score("codes.npz"), "got a str; codes come from encode, sample or load_codes"),
     "path with NUL": (lambda g: g.encode("a\0b.png"), "image"),
     "image none": (lambda g: g.encode(None), "the image is a NoneType"),
+    "image mode": (lambda g: g.encode(Image.new("La", (9, 9))), r"mode La .*convert it .*convert\('RGB'\)"),
     "image path": (lambda g: g.encode("nowhere.png"), r"nowhere\.png does not exist"),
     "image size": (lambda g: g.encode("../huge.png"), r"huge\.png is 20000 x 20000 pixels.*scale it down first"),
     "image type": (lambda g: g.reconstruct([3]), "the image is a int; give a path"),
