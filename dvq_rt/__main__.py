@@ -99,7 +99,7 @@ def sample(options: argparse.Namespace) -> int:
     target, folder = _output(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    labels = _labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
+    labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
     n = options.n or len(labels or []) or 16
     columns = options.columns or (PER_LABEL if options.n is None and labels else None)
     watched = sys.stderr is not None and sys.stderr.isatty()
@@ -148,7 +148,7 @@ def verify(options: argparse.Namespace) -> int:
     """Check an engine against the numbers stored at its export; exit status 1 if a check fails."""
     checks = _generator(options).verify()
     rows = [(c.name, f"{c.measured:.3g}", f"{c.bound:.3g}", "ok" if c.ok else "FAILED") for c in checks]
-    print(_table([("check", "measured", "bound", "result"), *rows]))
+    print(table([("check", "measured", "bound", "result"), *rows]))
     failed = [c.name for c in checks if not c.ok]
     print(
         f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
@@ -172,7 +172,7 @@ def bench(options: argparse.Namespace) -> int:
     )
     if options.out:
         write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
-    print(_table(tool.report(result)))
+    print(table(tool.report(result)))
     return 0
 
 
@@ -194,7 +194,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
     ]
-    sections = [_table(rows)]
+    sections = [table(rows)]
     if manifest.class_names:
         sections.append("\n".join(["label names", *(f"  {i:3d} {n}" for i, n in enumerate(manifest.class_names))]))
     files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
@@ -207,11 +207,11 @@ def describe(manifest: Manifest, folder: Path) -> str:
     ]
     for title, values in parts:
         if values:
-            sections.append(f"{title}\n{_table([(f'  {name}', str(value)) for name, value in values.items()])}")
+            sections.append(f"{title}\n{table([(f'  {name}', str(value)) for name, value in values.items()])}")
     return "\n\n".join(sections)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -235,7 +235,7 @@ def _generator(options: argparse.Namespace) -> Any:
     return Generator(options.engine, device=options.device, slots=options.slots, threads=options.threads)
 
 
-def _labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
+def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
     """One label for each picture: those asked for, or all, in equal shares and in order; without ``n`` a row of
     pictures for each (at most the first ten if all)."""
     wanted: list[int | str] = list(range(classes))

@@ -184,7 +184,7 @@ def read_engine(path: FileName) -> Manifest:
     if schema != SCHEMA:
         mend = "upgrade dvq-rt (`pip install -U dvq-rt`)" if schema > SCHEMA else remake
         raise EngineError(f"engine {folder}: {MANIFEST} has schema {schema}, this dvq-rt reads {SCHEMA}; {mend}")
-    if values.pop("sha256", None) != _digest(values):
+    if values.pop("sha256", None) != manifest_digest(values):
         raise EngineError(f"engine {folder}: {MANIFEST} is corrupted or edited (its own SHA-256 is wrong); {remake}")
     with guard(EngineError, f"engine {folder}: {MANIFEST} is wrong", remake):
         manifest = Manifest.from_dict(values)
@@ -249,7 +249,7 @@ def write_engine(target: FileName, build: Callable[[Path], Manifest], *, overwri
         manifest = build(folder)
         files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
         manifest = replace(manifest, files=files)
-        values = {**manifest.to_dict(), "sha256": _digest(manifest.to_dict())}
+        values = {**manifest.to_dict(), "sha256": manifest_digest(manifest.to_dict())}
         write_file(folder / MANIFEST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return manifest
 
@@ -262,7 +262,7 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
-def _digest(values: dict[str, Any]) -> str:
+def manifest_digest(values: dict[str, Any]) -> str:
     """SHA-256 of a manifest's own content, whatever its spacing and order."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

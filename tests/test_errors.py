@@ -19,7 +19,7 @@ from dvq_rt.codes import Codes
 from dvq_rt.decoding import DecodeLoop
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import MANIFEST, _digest
+from dvq_rt.manifest import MANIFEST, manifest_digest
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, DvqError, EngineError, InputError
 from training.checkpoint import Model, TrainingState, load_checkpoint, load_training_state, save_checkpoint
@@ -161,7 +161,7 @@ def test_newer_schema(class_engine: Path, tmp_path: Path) -> None:
     values = json.loads((tmp_path / "engine" / MANIFEST).read_text())
     del values["sha256"]
     values["schema"] += 1
-    (tmp_path / "engine" / MANIFEST).write_text(json.dumps({**values, "sha256": _digest(values)}))
+    (tmp_path / "engine" / MANIFEST).write_text(json.dumps({**values, "sha256": manifest_digest(values)}))
     with pytest.raises(EngineError, match=r"schema 2, this dvq-rt reads 1; upgrade dvq-rt \(`pip install -U dvq-rt`\)"):
         Generator(tmp_path / "engine")
 

@@ -10,7 +10,7 @@ import pytest
 
 from dvq_rt.files import DTYPES, read_tensors, write_tensors
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import MANIFEST, Manifest, _digest, read_engine, write_engine
+from dvq_rt.manifest import MANIFEST, Manifest, manifest_digest, read_engine, write_engine
 from runtimes.errors import ConfigError, DvqError, EngineError, ExportError, InputError
 
 CACHE = {"dtype": "float32", "shape": ["B", 4, 18, 8]}
@@ -51,7 +51,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     del values["sha256"]
     values.update(changes)
-    (folder / MANIFEST).write_text(json.dumps({**values, "sha256": _digest(values)}))
+    (folder / MANIFEST).write_text(json.dumps({**values, "sha256": manifest_digest(values)}))
 
 
 def test_round_trip(engine):
