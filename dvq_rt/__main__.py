@@ -1,4 +1,8 @@
-"""Command line: ``python -m dvq_rt sample | reconstruct | inspect | verify | bench`` (also installed as ``dvq-rt``)."""
+"""Command line: ``dvq-rt sample | reconstruct | inspect | verify | bench`` (or ``python -m dvq_rt``).
+
+The commands that train and export are entry points of the group ``dvq_rt.commands`` in the package's metadata, so that
+they can be called as ``dvq-rt train-tokenizer`` and so on, and the runtime still knows nothing of them.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
+from dvq_rt.labels import MOST_IMAGES, whole
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
@@ -27,25 +32,60 @@ PER_LABEL = 6
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 FOLDER_GRID = "grid.png"
 RECONSTRUCTION_COLUMNS = 8
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0, 1 (``verify`` found a failure), 2 (bad use, or a ``DvqError``, printed to stderr) or 130
-        (interrupted).
+        Exit status: 0, 1 (``verify`` found a failure), 2 (bad use, or a ``DvqError``, printed to stderr), 130
+        (interrupted) or 141 (whoever read the output left).
     """
-    options = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = options.command
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # None in windowed programs
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character shows another one
     try:
-        return command(options)
+        if words and (command := _installed().get(words[0])):
+            return _run_installed(command, words[1:])
+        options = _parser().parse_args(words)
+        status: int = options.command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except DvqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is flushed into the pipe
+        return BROKEN_PIPE
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
+
+
+def _installed() -> dict[str, EntryPoint]:
+    """The commands of training and export."""
+    return {point.name: point for point in entry_points(group="dvq_rt.commands")}
+
+
+def _run_installed(command: EntryPoint, words: list[str]) -> int:
+    try:
+        run = command.load()
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{command.name} needs the package {error.name}; pip install 'dvq-rt[cpu,train,export]'"
+        ) from error
+    try:
+        return int(run(words) or 0)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 2
 
 
 # --- commands --------------------------------------------------------------------------------------------------
@@ -54,22 +94,16 @@ def sample(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in SamplingParams.__dataclass_fields__ if hasattr(options, name)}
     SamplingParams.from_dict(given)
     for name in ("n", "columns"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+        if getattr(options, name) is not None:
+            whole(f"--{name}", getattr(options, name), 1, MOST_IMAGES)
     target, folder = _output(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    labels = _labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
+    labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
     n = options.n or len(labels or []) or 16
     columns = options.columns or (PER_LABEL if options.n is None and labels else None)
-    with tqdm(total=n, unit="image", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=progress)
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched)
     if folder is not None:
         _make_folder(folder)
         samples.save(folder)
@@ -114,7 +148,7 @@ def verify(options: argparse.Namespace) -> int:
     """Check an engine against the numbers stored at its export; exit status 1 if a check fails."""
     checks = _generator(options).verify()
     rows = [(c.name, f"{c.measured:.3g}", f"{c.bound:.3g}", "ok" if c.ok else "FAILED") for c in checks]
-    print(_table([("check", "measured", "bound", "result"), *rows]))
+    print(table([("check", "measured", "bound", "result"), *rows]))
     failed = [c.name for c in checks if not c.ok]
     print(
         f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
@@ -138,7 +172,7 @@ def bench(options: argparse.Namespace) -> int:
     )
     if options.out:
         write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
-    print(_table(tool.report(result)))
+    print(table(tool.report(result)))
     return 0
 
 
@@ -160,7 +194,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
     ]
-    sections = [_table(rows)]
+    sections = [table(rows)]
     if manifest.class_names:
         sections.append("\n".join(["label names", *(f"  {i:3d} {n}" for i, n in enumerate(manifest.class_names))]))
     files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
@@ -173,11 +207,11 @@ def describe(manifest: Manifest, folder: Path) -> str:
     ]
     for title, values in parts:
         if values:
-            sections.append(f"{title}\n{_table([(f'  {name}', str(value)) for name, value in values.items()])}")
+            sections.append(f"{title}\n{table([(f'  {name}', str(value)) for name, value in values.items()])}")
     return "\n\n".join(sections)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -201,19 +235,19 @@ def _generator(options: argparse.Namespace) -> Any:
     return Generator(options.engine, device=options.device, slots=options.slots, threads=options.threads)
 
 
-def _labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
+def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
     """One label for each picture: those asked for, or all, in equal shares and in order; without ``n`` a row of
     pictures for each (at most the first ten if all)."""
-    chosen: list[int | str] = list(range(classes))
+    wanted: list[int | str] = list(range(classes))
     if text is not None:
         words = [text] if text in names else [word.strip() for word in text.split(",")]
-        chosen = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
-        if n is not None and len(chosen) > n:
-            raise InputError(f"--labels names {len(chosen)} labels, but --n is {n}; raise --n or name fewer labels")
+        wanted = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
+        if n is not None and len(wanted) > n:
+            raise InputError(f"--labels names {len(wanted)} labels, but --n is {n}; raise --n or name fewer labels")
     elif n is None:
-        chosen = chosen[:10]
-    n = n or PER_LABEL * len(chosen)
-    return [chosen[i * len(chosen) // n] for i in range(n)] if chosen else None
+        wanted = wanted[:10]
+    n = n or PER_LABEL * len(wanted)
+    return [wanted[i * len(wanted) // n] for i in range(n)] if wanted else None
 
 
 def _output(text: str) -> tuple[Path, Path | None]:
@@ -231,8 +265,9 @@ def _output(text: str) -> tuple[Path, Path | None]:
         probe = parent / f".{secrets.token_hex(4)}.tmp"
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write --out {text}: {error.strerror}; choose a folder that can be written") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write --out {text}: {reason}; choose a folder that can be written") from error
     return target, folder
 
 
@@ -261,6 +296,7 @@ def _top_k(text: str) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
+    parser.epilog = f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own."
     commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify | bench")
 
     def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:

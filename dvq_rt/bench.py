@@ -45,11 +45,11 @@ class EngineStep:
 
     def __init__(self, engine: Engine, slots: int, length: int) -> None:
         self._state = middle_state(engine.table, slots, length)
-        self._loop = engine.loop(slots)
+        self.loop = engine.loop(slots)
 
     def run(self) -> None:
-        self._loop.set_state(self._state)
-        self._loop.step()
+        self.loop.set_state(self._state)
+        self.loop.step()
 
 
 def step_bytes(engine: Engine, slots: int, length: int) -> dict[str, int]:

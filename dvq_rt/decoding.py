@@ -20,14 +20,14 @@ from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
 from dvq_rt.step import CACHE, CONTROL, REPORT, STATE, StepTable
 from runtimes.errors import EngineError, InputError
-from runtimes.protocol import Backend, Buffer, Program
+from runtimes.protocol import Bindable, Buffer, Device
 
 
 class DecodeLoop:
     """The step graph bound to buffers for a fixed number of slots.
 
     Args:
-        backend, program: the step graph on its device.
+        device, program: the step and where its buffers lie.
         table: its interface.
         slots: B.
 
@@ -35,12 +35,12 @@ class DecodeLoop:
         seconds, calls: time spent in the graph, and how often it ran.
     """
 
-    def __init__(self, backend: Backend, program: Program, table: StepTable, slots: int) -> None:
-        self.table, self.layout, self.slots, self.poll = table, table.layout, slots, backend.poll
+    def __init__(self, device: Device, program: Bindable, table: StepTable, slots: int) -> None:
+        self.table, self.layout, self.slots, self.poll = table, table.layout, slots, device.poll
         self.seconds, self.calls = 0.0, 0
 
         def allocate(*roles: str) -> dict[str, Buffer]:
-            return {port.name: backend.allocate(port.sized(slots), port.dtype) for port in table.role(*roles)}
+            return {port.name: device.allocate(port.sized(slots), port.dtype) for port in table.role(*roles)}
 
         self._state = [allocate(STATE) for _ in range(2)]
         self._controls, self._reports, self._caches = allocate(CONTROL), allocate(REPORT), allocate(CACHE)

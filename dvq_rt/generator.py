@@ -15,16 +15,15 @@ from PIL import Image
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
-from dvq_rt.images import ImageLike, to_array
-from dvq_rt.labels import Label, choose_labels, whole
+from dvq_rt.images import ImageLike, image_list, to_array
+from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
 from dvq_rt.layout import UNORDERED, TokenLayout
 from dvq_rt.manifest import Manifest
-from dvq_rt.progress import Progress, told
+from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
 
-MOST_IMAGES, MOST_TOKENS = 1_000_000, 2**31 - 1
 OnToken = Callable[[int, int], None]
 CodesLike = Codes | Samples | Iterable[Codes]
 
@@ -142,6 +141,9 @@ class Generator:
         Raises:
             InputError: an argument is out of range or unknown; nothing is drawn.
         """
+        check_progress(progress)
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token is {on_token!r}; it must be a function or None")
         indices, params, requests = self._requests(n, labels, seed, params, first)
         results: dict[int, tuple[Image.Image, Codes]] = {}
         watch = None if on_token is None else (lambda request, steps: on_token(request.key, steps))
@@ -151,7 +153,7 @@ class Generator:
                 results[event.request.key] = (Image.fromarray(self.decode(codes)[0]), codes)
                 tell(len(results))
         images, codes_list = zip(*(results[i] for i in range(len(requests))), strict=True)
-        return Samples(list(images), list(codes_list), indices, seed, params, first)
+        return Samples(list(images), list(codes_list), indices, requests[0].seed, params, requests[0].image)
 
     def stream(
         self,
@@ -172,7 +174,7 @@ class Generator:
         Raises:
             InputError: an argument is out of range or unknown.
         """
-        every = whole("every", every, 1, MOST_TOKENS)
+        every = whole("every", every, 1, 2**31 - 1)
         requests, engine = self._requests(n, labels, seed, params, first, every)[2], self.engine
 
         def previews() -> Iterator[Preview]:
@@ -193,9 +195,8 @@ class Generator:
         Raises:
             InputError: an image cannot be read, is too large, or is no image.
         """
-        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         codes = []
-        for image in several:
+        for image in image_list(images):
             maps, grains = self.engine.encode(to_array(image, self.manifest.image_size)[None])
             codes.append(Codes(maps[0], grains[0], self.layout))
         return codes

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 
-from dvq_rt.files import guard, open_regular
+from dvq_rt.files import open_regular
 from dvq_rt.labels import whole
-from runtimes.errors import DvqError, InputError
+from runtimes.errors import DvqError, InputError, guard
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """Read as far as Pillow can here: AVIF from its version 11.3 on, HEIF (HEIC) where the package pillow-heif is there."""
@@ -167,7 +167,7 @@ def _as_array(value: Any, error: type[DvqError]) -> NDArray[Any]:
 
 
 @cache
-def _readers() -> dict[str, tuple[Callable[..., Any], Callable[[bytes], bool | str] | None]]:
+def readers() -> dict[str, tuple[Callable[..., Any], Callable[[bytes], bool | str] | None]]:
     """Pillow's reader of each of our formats that it has, and what tells the format by the first bytes of a file."""
     Image.init()
     with suppress(Exception):  # not there, or broken
@@ -185,7 +185,7 @@ def _identify(file: IO[bytes], name: str, error: type[DvqError]) -> Image.Image:
     if not isinstance(head, bytes):
         raise error(f"{name} is a text file; open it in binary mode")
     _check_pixels(*_webp_size(head), name, error)
-    for kind, (reader, accepts) in _readers().items():
+    for kind, (reader, accepts) in readers().items():
         if accepts is None or accepts(head[:16]) is not True:  # a text says why this Pillow cannot
             continue
         file.seek(0)
@@ -197,7 +197,7 @@ def _identify(file: IO[bytes], name: str, error: type[DvqError]) -> Image.Image:
         return image
     if head[4:8] == b"ftyp":
         raise error(f"{name} is HEIC or AVIF; install pillow-heif or a Pillow that reads AVIF, or convert it")
-    raise error(f"{name} is damaged or of another format than {', '.join(_readers())}; convert it first")
+    raise error(f"{name} is damaged or of another format than {', '.join(readers())}; convert it first")
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

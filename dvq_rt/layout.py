@@ -1,4 +1,4 @@
-"""Token ids, sequences and grammar of images coded with a variable number of tokens: the one source of them.
+"""Token ids, sequences and grammar of coded images: the one source of them.
 
 An image is a sequence of (position, content) pairs in segments of growing resolution. Segment ``s`` tiles the image
 with ``sides[s] x sides[s]`` cells; the last segment is the finest. There are two grammars:

@@ -17,42 +17,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvq_rt.bench import (
-    EngineStep,
-    Reader,
-    draw_images,
-    given_jobs,
-    interleave,
-    machine,
-    middle_state,
-    ms,
-    peak_memory,
-    percent,
-    ratio,
-    step_bytes,
-)
-from dvq_rt.decoding import Loop
+from dvq_rt.bench import EngineStep, Split, draw_images, given_requests, middle_state, step_bytes
+from dvq_rt.decoding import cells_to_maps
+from dvq_rt.engine import Engine, run_alone
 from dvq_rt.files import write_file
-from dvq_rt.generator import Generator
-from export.torch_program import TorchStep
-from runtimes.errors import ConfigError, ExportError, InputError
+from dvq_rt.labels import whole
+from dvq_rt.timing import Reader, interleave, machine, ms, peak_memory, percent, ratio
+from runtimes.errors import ConfigError, InputError
 from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.judging.report import table
 from training.models.transformer import StackedTransformer
+from training.torch_program import decode_loop
 
 BASELINES = ("uncached", "compiled")
+MOST = 1024
+"""Largest number of slots, rounds and threads."""
 UNCACHED_AT = (0.1, 0.4, 0.7, 1.0)
 """Where the uncached baseline of a whole image is timed, as shares of its length; between them it is interpolated."""
 
 
 def torch_token(model: StackedTransformer, slots: int, length: int, compiled: bool = False) -> Callable[[], None]:
     """One token at one length in PyTorch with caches, as ``dvq_rt.bench.EngineStep`` takes it."""
-    step, state = TorchStep(model, slots, compiled), middle_state(model.layout, slots, length)
+    loop = decode_loop(model, slots, compiled)
+    state = middle_state(loop.table, slots, length)
 
     def run() -> None:
-        step.place(state, length)
-        step.run()
+        loop.set_state(state)
+        loop.step()
 
     return run
 
@@ -77,12 +69,11 @@ def uncached_token(model: StackedTransformer, slots: int, length: int) -> Callab
 
 
 def tokens_bench(
-    model: Model, engines: dict[str, Generator], slots: int, length: int, rounds: int, baselines: Sequence[str]
+    model: Model, engines: dict[str, Engine], slots: int, length: int, rounds: int, baselines: Sequence[str]
 ) -> dict[str, Any]:
     """One token of ``slots`` slots: the baselines asked for, ``eager`` and every engine in turns, with DRAM read
     bandwidth."""
-    net = model.transformer
-    assert net is not None
+    _, net = model.both()
     reader = Reader()
     runs: dict[str, Callable[[], None]] = {"dram": reader.run}
     if "uncached" in baselines:
@@ -90,13 +81,13 @@ def tokens_bench(
     runs["eager"] = torch_token(net, slots, length)
     if "compiled" in baselines:
         runs["compiled"] = torch_token(net, slots, length, True)
-    runs |= {name: EngineStep(generator, slots, length).run for name, generator in engines.items()}
+    runs |= {name: EngineStep(engine, slots, length).run for name, engine in engines.items()}
     timings = interleave(runs, rounds)
     dram = reader.bandwidth(timings.pop("dram"))
     shares = {
-        name: sum(step_bytes(generator, slots, length).values()) / timings[name].median / dram
-        for name, generator in engines.items()
-        if "embeddings" in generator.manifest.parameters  # engines older than this command lack it
+        name: sum(step_bytes(engine, slots, length).values()) / timings[name].median / dram
+        for name, engine in engines.items()
+        if "embeddings" in engine.manifest.parameters  # engines older than this command lack it
     }
     return {
         "slots": slots,
@@ -108,60 +99,49 @@ def tokens_bench(
     }
 
 
-def torch_image(model: Model, slots: int, steps: int) -> Callable[[], None]:
-    """Whole images in PyTorch with caches: ``steps`` tokens of every slot, and the decoder."""
-    net, vae = model.transformer, model.tokenizer
-    assert net is not None and vae is not None
-    step, side = TorchStep(net, slots), model.layout.sides[-1]
-    codes = torch.zeros(slots, side, side, dtype=torch.long)
+def torch_images(model: Model, slots: int, steps: int) -> Callable[[], None]:
+    """Whole images in PyTorch with caches, forced along the engines' tokens, and the decoder."""
+    vae, net = model.both()
+    loop, requests = decode_loop(net, slots), given_requests(net.layout, [steps] * slots)
 
     @torch.inference_mode()
     def run() -> None:
-        for t in range(steps):
-            step.place(middle_state(model.layout, slots, t), t)
-            step.run()
-        vae.decode_maps(codes)
+        for event in run_alone(loop, requests):
+            vae.decode_maps(torch.from_numpy(cells_to_maps(net.layout, event.cells)[0])[None])
 
     return run
 
 
 def uncached_image(model: Model, slots: int, steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of whole images without caches: tokens timed at several lengths and integrated, the decoder added."""
-    net, vae = model.transformer, model.tokenizer
-    assert net is not None and vae is not None
+    vae, net = model.both()
     lengths = sorted({max(1, round(share * steps)) for share in UNCACHED_AT})
-    found = []
+    seconds = []
     for length in lengths:
         run = uncached_token(net, slots, length - 1)
-        found.append(interleave({"uncached": run}, rounds, least=0)["uncached"].median)
+        seconds.append(interleave({"uncached": run}, rounds, least=0)["uncached"].median)
     every = np.arange(1, steps + 1)
-    tokens = float(np.interp(every, [0, *lengths], [0, *found]).sum())
+    tokens = float(np.interp(every, [0, *lengths], [0, *seconds]).sum())
     codes = torch.zeros(slots, model.layout.sides[-1], model.layout.sides[-1], dtype=torch.long)
     with torch.inference_mode():
         decoder = interleave({"decoder": lambda: vae.decode_maps(codes)}, rounds, least=0)["decoder"].median
-    return {"lengths": lengths, "token_s": found, "decoder_s": decoder, "total_s": tokens + decoder}
+    return {"lengths": lengths, "token_s": seconds, "decoder_s": decoder, "total_s": tokens + decoder}
 
 
 def images_bench(
-    model: Model, engines: dict[str, Generator], slots: int, steps: int, rounds: int, eager: bool
+    model: Model, engines: dict[str, Engine], slots: int, steps: int, rounds: int, eager: bool
 ) -> dict[str, Any]:
     """``slots`` whole images of about ``steps`` tokens: engines in turns, with the eager baseline if asked."""
-    loops = {name: generator._new_loop(slots) for name, generator in engines.items()}
-    calls: dict[str, list[Any]] = {name: [] for name in engines}
+    calls: dict[str, list[Split]] = {name: [] for name in engines}
+    requests = given_requests(model.layout, [steps] * slots)
 
-    def whole(name: str, generator: Generator, loop: Loop) -> Callable[[], None]:
-        jobs = given_jobs(generator.layout, [steps] * slots)
+    def whole_images(name: str, engine: Engine) -> Callable[[], None]:
+        loop = engine.loop(slots)
+        return lambda: calls[name].append(draw_images(engine, loop, requests))
 
-        def run() -> None:
-            for job in jobs:
-                job.steps = 0
-            calls[name].append(draw_images(generator, loop, jobs))
-
-        return run
-
-    runs = {name: whole(name, engines[name], loop) for name, loop in loops.items()}
+    runs = {name: whole_images(name, engine) for name, engine in engines.items()}
     if eager:
-        runs["eager"] = torch_image(model, slots, steps)
+        runs["eager"] = torch_images(model, slots, steps)
     timings = interleave(runs, rounds, least=0)
     base = uncached_image(model, slots, steps, min(rounds, 3))
     result: dict[str, Any] = {"slots": slots, "steps": steps, "uncached": base}
@@ -176,23 +156,23 @@ def images_bench(
     return result
 
 
-def open_engines(model: Model, folders: list[str], threads: int) -> dict[str, Generator]:
+def open_engines(model: Model, folders: Sequence[str], threads: int) -> dict[str, Engine]:
     """Engines by the format of their weights.
 
     Raises:
         InputError: two have the same.
         ConfigError: one was made from another model.
     """
-    found: dict[str, Generator] = {}
+    engines: dict[str, Engine] = {}
     for folder in folders:
-        generator = Generator(folder, threads=threads)
-        name = generator.manifest.weights
-        if name in found:
-            raise InputError(f"two engines have {name} weights, {found[name].path} and {folder}; give one of each")
-        if generator.layout != model.layout:
+        engine = Engine.open(folder, threads=threads)
+        name = engine.manifest.weights
+        if name in engines:
+            raise InputError(f"two engines have {name} weights, {engines[name].path} and {folder}; give one of each")
+        if engine.layout != model.layout:
             raise ConfigError(f"engine {folder} has another token layout than the checkpoint; export it anew")
-        found[name] = generator
-    return found
+        engines[name] = engine
+    return engines
 
 
 def report(result: dict[str, Any]) -> str:
@@ -239,13 +219,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="write all numbers to this JSON file")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint).eval().requires_grad_(False)
-    if model.tokenizer is None or model.transformer is None:
-        raise ExportError("the checkpoint lacks a stage; the benchmark needs both")
-    if args.threads:
+    longest = model.both()[1].layout.max_length
+    length = longest // 2 if args.length is None else whole("--length", args.length, 0, longest - 1)
+    tokens = [longest * 5 // 8] if args.tokens is None else [whole("--tokens", n, 1, longest) for n in args.tokens]
+    for name, values in (
+        ("--slots", args.slots),
+        ("--rounds", [args.rounds]),
+        ("--image-rounds", [args.image_rounds]),
+        ("--threads", [1 if args.threads is None else args.threads]),
+    ):
+        for value in values:
+            whole(name, value, 1, MOST)
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
-    engines = open_engines(model, args.engine, args.threads or torch.get_num_threads())
-    longest = model.layout.max_length
-    length = longest // 2 if args.length is None else args.length
+    engines = open_engines(model, args.engine, torch.get_num_threads())
     began = time.monotonic()
     result: dict[str, Any] = {
         "machine": {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads()},
@@ -254,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         "image": [
             images_bench(model, engines, b, steps, args.image_rounds, args.eager_images)
             for b in args.slots
-            for steps in ([longest * 5 // 8] if args.tokens is None else args.tokens)
+            for steps in tokens
         ],
     }
     result |= {"peak_bytes": peak_memory(), "minutes": (time.monotonic() - began) / 60}

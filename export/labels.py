@@ -22,8 +22,8 @@ def keep_labels(model: Model, names: Sequence[str]) -> Model:
     Raises:
         ExportError: a name is unknown or given twice, or the model has no named labels.
     """
-    net, layout = model.transformer, model.layout
-    assert net is not None
+    vae, net = model.both()
+    layout = net.layout
     if not names or not set(names) <= set(model.class_names) or len(set(names)) != len(names):
         raise ExportError(f"labels {list(names)} must be different ones of {list(model.class_names)}")
     kept = [model.class_names.index(name) for name in names] + [layout.classes] * layout.null_label
@@ -32,15 +32,15 @@ def keep_labels(model: Model, names: Sequence[str]) -> Model:
     content = rows(layout.content_sos, kept)
     local = [positions(layout, s, kept) for s in range(layout.segments)]
     joint = torch.cat([ids + layout.position_offset(s) for s, ids in enumerate(local)])
-    chosen = {
+    kept_rows = {
         "content_emb.weight": content,
         "content_head.linear.weight": content,
         "position_emb.weight": joint,
         "position_head.linear.weight": local[-1],
     }
     result = StackedTransformer(net.config, smaller)
-    result.load_state_dict({k: v[chosen[k]] if k in chosen else v for k, v in net.state_dict().items()})
-    return Model(model.tokenizer, result.eval(), tuple(names), model.defaults).eval()
+    result.load_state_dict({k: v[kept_rows[k]] if k in kept_rows else v for k, v in net.state_dict().items()})
+    return Model(vae, result.eval(), tuple(names), model.defaults).eval()
 
 
 def rows(start: int, kept: Sequence[int]) -> Tensor:

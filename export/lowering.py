@@ -1,17 +1,5 @@
-"""Cached attention, the one operation that each export target computes its own way; and an operator that the exporter
-lacks.
-
-Every form of attention appends one token to a cache and attends over what the cache then holds:
-
-    qkv float [B, 1, 3 C] (query, key and value side by side), keys and values float [B, H, Tmax, D],
-    length int32 [B] (tokens already cached, less than Tmax), heads H, scales None
-    -> output float [B, 1, C], and both caches with the new token in row ``length``
-
-Rows beyond ``length`` never count. Caches start at zero. With ``scales`` float32 [2, H, 1, D], of keys and of values,
-``GroupQueryAttention`` caches int8, value / scale to the nearest. In PyTorch floats are cached, which
-``export.quantization.weights.CachedProjection`` rounds to such multiples; the other exported forms are not for
-quantised models.
-"""
+"""A form of ``training.step.Attention`` for each export target, and an operator that the exporter lacks. The forms here
+are for tracing only: they compute nothing in PyTorch."""
 
 from __future__ import annotations
 
@@ -23,31 +11,15 @@ from onnxscript import FLOAT, INT64
 from onnxscript import opset20 as op
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+from training.step import Attention, reference_attention
+
 OPSET, TENSORRT_OPSET = 20, 24
-
-
-def reference_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard operators only: what PyTorch runs, and what is exported where no fused kernel fits (CUDA, float32).
-
-    The scatters are in place when an engine binds one buffer on both sides.
-    """
-    b, _, width = qkv.shape
-    q, k, v = qkv.view(b, 3, heads, 1, width // 3 // heads).unbind(1)  # [B, H, 1, D]
-    at = length.long()[:, None, None, None]
-    keys, values = keys.scatter(2, at.expand_as(k), k), values.scatter(2, at.expand_as(v), v)
-    scores = (q @ keys.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, 1, Tmax]
-    seen = torch.arange(keys.shape[2], device=qkv.device) <= at
-    weight = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-    return (weight @ values).view(b, 1, width // 3), keys, values
 
 
 def grouped_query_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ONNX Runtime's ``GroupQueryAttention`` (CPU). For tracing only; it computes nothing in PyTorch.
+    """ONNX Runtime's ``GroupQueryAttention`` (CPU), the one form for quantized models, whose caches it holds as int8.
 
     ``total_sequence_length`` is the whole cache, so that no slot's arithmetic depends on another slot's length.
     """
@@ -71,7 +43,7 @@ def grouped_query_attention(
 def scatter_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Opset 24's ``TensorScatter`` and ``Attention`` (TensorRT). For tracing only; it computes nothing in PyTorch.
+    """Opset 24's ``TensorScatter`` and ``Attention`` (TensorRT).
 
     TensorRT makes native cache updates and attention of them where each cache is an input of the graph, updated once,
     and the result an output. What may be seen is said by the mask alone: TensorRT's parser drops ``nonpad_kv_seqlen``.

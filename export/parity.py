@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,20 +12,22 @@ from numpy.typing import NDArray
 
 from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
 from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import free_params, verify
-from export.torch_program import draw_tokens, teacher_forced
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
 from training.sampling import sample_tokens
+from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
 IMAGES, STEPS = 4, 24
 LARGE = 100_000_000
-"""Parameters from which the uncached oracle would take hours: two golden sequences then hold
-random codes, and one free run is drawn with caches. Logits come from the uncached forward for every size."""
+"""Parameters from which drawing takes minutes even with caches: two golden sequences then hold random codes, and there
+is one free run. Logits come from the uncached forward for every size."""
+ORACLE_TOKENS = 16
+"""Tokens of each free run that the uncached sampler draws too."""
 
 
 def check_engine(model: Model, folder: Path, manifest: Manifest, limit: int | None = None) -> Manifest:
@@ -53,94 +56,88 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     Args:
         model: in float32.
         limit: None gives the cells of free runs. A number gives their tokens, at most so many; if images can be longer,
-            the other sequences are random ones, since drawing takes long without a cache. They are whole, and some of
-            the steps lie before the limit.
+            the other sequences are random ones, since drawing takes long. They are whole, and some of the steps lie
+            before the limit.
+
+    Raises:
+        ExportError: PyTorch with caches draws otherwise than without.
     """
-    vae, net, layout = model.tokenizer, model.transformer, model.layout
-    assert vae is not None and net is not None
+    vae, net = model.both()
+    layout = net.layout
     short = limit is not None and limit < layout.max_length
+    large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
+    labels = [i % layout.starts for i in range(count)]
+
+    # encoder and decoder
     images = smooth_images(vae.config.image_size, count)
     codes, grain = vae.encode_maps(torch.from_numpy(images))
     decoded = vae.decode_maps(codes)
 
-    drawn = SamplingParams(positions="drawn")
-    large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
-    labels = [i % layout.starts for i in range(count)][: 2 if large else None]
-    rows = random_rows(layout, labels) if short or large else sample_tokens(net, labels, drawn, seed=1)
-    content, position = (padded([np.array(row[i]) for row in rows]) for i in range(2))
-    length = content.shape[1]
-    steps = np.unique(np.linspace(0, length - 2, STEPS).astype(np.int64))
-    if short:
-        assert limit is not None
-        steps = np.union1d(steps, np.arange(0, min(limit, length - 1), 4))
-    logits = {head: np.zeros((len(rows), len(steps), width), np.float32) for head, width in heads(model).items()}
-    for i, (c, p) in enumerate(rows):
-        reached = steps[steps < len(c) - 1]
-        for head, values in zip(("position", "content"), teacher_forced(net, c, p), strict=True):
+    # logits along given sequences, at steps spread over the longest
+    if short or large:
+        rows = random_rows(layout, labels[:2])
+    else:
+        drawn = SamplingParams(positions="drawn")
+        rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1)]
+    longest = max(len(row.content) for row in rows)
+    steps = np.unique(np.linspace(0, longest - 2, STEPS).astype(np.int64))
+    if limit is not None and short:
+        steps = np.union1d(steps, np.arange(0, min(limit, longest - 1), 4))
+    widths = {"position": layout.position_head, "content": layout.content_vocabulary}
+    logits = {head: np.zeros((len(rows), len(steps), widths[head]), np.float32) for head in HEADS}
+    for i, row in enumerate(rows):
+        reached = steps[steps < len(row.content) - 1]
+        for head, values in teacher_forced(net, row).items():
             logits[head][i, : len(reached)] = values[reached].numpy()
 
-    free_labels, cells, free = [], [], []
-    for i in range(1 if large else 2):
-        label = labels[i]
-        params = free_params(layout, model.defaults, label, few=limit is not None)
-        if large and params.guidance == 1:
-            tokens = draw_tokens(net, [label], params, seed=0, first_image=i)[0]
-        else:
-            tokens = sample_tokens(net, [label], params, seed=0, first_image=i, limit=limit)[0]
-        coded = np.flatnonzero(np.array(tokens[0]) < layout.codebook_size)  # an engine is done with the last of them
-        free.append([np.array(part if short else part[: coded[-1] + 1]) for part in tokens])
-        free_labels.append(label)
-        if limit is None:
-            free_codes, free_grain = layout.to_map(*tokens)
-            segments = layout.grain_of_cells(free_grain).clip(0)
-            cells.append(free_codes.reshape(-1) + segments * layout.codebook_size)
-    runs: dict[str, NDArray[np.generic]] = {
-        f"free_{name}": padded([row[i] for row in free]) for i, name in enumerate(("content", "position"))
-    }
+    # free runs
+    free_labels = labels[: 1 if large else 2]
+    runs = [free_run(model, label, i, limit) for i, label in enumerate(free_labels)]
+    free: dict[str, NDArray[Any]]
     if limit is None:
-        runs = {"free_cells": np.stack(cells).astype(np.int32)}
+        free = {"free_cells": np.stack([cells for _, cells in runs])}
+    else:
+        free = {f"free_{head}": padded([getattr(tokens, head) for tokens, _ in runs]) for head in HEADS}
     return {
         "images": images,
         "codes": codes.numpy(),
         "grain": grain.numpy(),
         "decoded": decoded.numpy(),
-        "content": content,
-        "position": position,
+        **{head: padded([getattr(row, head) for row in rows]) for head in HEADS},
         "steps": steps,
-        "position_logits": logits["position"],
-        "content_logits": logits["content"],
+        **{f"{head}_logits": values for head, values in logits.items()},
         "free_labels": np.array(free_labels, dtype=np.int64),
-        **runs,
+        **free,
     }
 
 
-def random_rows(layout: TokenLayout, labels: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Whole token sequences (content, joint position) with random codes at random places, one per label."""
-    rng, found = np.random.default_rng(1), []
-    for i, label in enumerate(labels):
-        grain = np.zeros(layout.sides[0] ** 2, dtype=np.int64)
-        if layout.kept is not None:
-            grain[rng.permutation(grain.size)[layout.kept :]] = -1
-        else:
-            finer = rng.permutation(grain.size)[: grain.size * (i + 1) // (len(labels) + 1)]
-            grain[finer] = rng.integers(1, layout.segments, finer.size) if layout.segments > 1 else 0
-        tokens = layout.to_tokens(rng.integers(0, layout.codebook_size, layout.cells), grain, label)
-        found.append((tokens.content.tolist(), tokens.position.tolist()))
-    return found
+def free_run(model: Model, label: int, image: int, limit: int | None) -> tuple[Tokens, NDArray[np.int32]]:
+    """Tokens and cells of an image that PyTorch draws with caches, its beginning compared with the uncached sampler.
+
+    Raises:
+        ExportError: the two differ.
+    """
+    _, net = model.both()
+    params = free_params(net.layout, model.defaults, label, few=limit is not None)
+    (event,) = sample_events(net, [label], params, first=image, limit=limit)
+    tokens = drawn_tokens(net.layout, event)
+    oracle = sample_tokens(net, [label], params, first_image=image, limit=min(limit or ORACLE_TOKENS, ORACLE_TOKENS))
+    for head, expected in zip(("content", "position"), oracle[0], strict=True):
+        given = getattr(tokens, head)[: len(expected)].tolist()
+        if given != expected[: len(given)]:
+            raise ExportError(f"PyTorch draws other tokens with caches than without: {head} {given}, not {expected}")
+    return tokens, event.cells
 
 
-def padded(rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Rows of any length side by side, int64 [N, longest], -1 after their end."""
-    table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
-
-
-def heads(model: Model) -> dict[str, int]:
-    """Width of both heads."""
-    return {"position": model.layout.position_head, "content": model.layout.content_vocabulary}
+def random_rows(layout: TokenLayout, labels: list[int]) -> list[Tokens]:
+    """Whole sequences of random codes at random places, one per label, with an evenly growing share of finer grains."""
+    rng, cells = np.random.default_rng(1), layout.sides[0] ** 2
+    shares = (cells * (i + 1) // (len(labels) + 1) / cells for i in range(len(labels)))
+    return [
+        layout.random_tokens(rng, label, layout.random_grain(rng, share))
+        for label, share in zip(labels, shares, strict=True)
+    ]
 
 
 def smooth_images(size: int, count: int) -> NDArray[np.float32]:

@@ -42,7 +42,14 @@ class Binding(Protocol):
         """Execute once; outputs are complete, or in order on the device, when this returns."""
 
 
-class Program(Protocol):
+class Bindable(Protocol):
+    """What can be tied to buffers and run over and over."""
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
+        """Tie all inputs and outputs to buffers of the program's device."""
+
+
+class Program(Bindable, Protocol):
     """A loaded graph."""
 
     @property
@@ -56,15 +63,23 @@ class Program(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Execute on host arrays."""
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
-        """Tie all inputs and outputs to buffers of this backend."""
 
-
-class Backend(Protocol):
-    """One execution device."""
+class Device(Protocol):
+    """What gives out buffers."""
 
     poll: int
     """Steps to take before looking at a device value again: reading costs a synchronisation on a GPU."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """A zeroed buffer.
+
+        Raises:
+            BackendError: the device has no room for it.
+        """
+
+
+class Backend(Device, Protocol):
+    """A device that runs graph files."""
 
     suffix: str
     """How the names of its graph files end."""
@@ -81,11 +96,4 @@ class Backend(Protocol):
         Raises:
             EngineError: a file is missing, or not as listed.
             BackendError: the bytes are no graph that this backend runs.
-        """
-
-    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """A zeroed buffer.
-
-        Raises:
-            BackendError: the device has no room for it.
         """

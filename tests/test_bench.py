@@ -11,12 +11,10 @@ from dvq_rt import bench
 from dvq_rt.__main__ import main
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
-from dvq_rt.sampling import SamplingParams
 from export import bench as export_bench
-from export.torch_program import TorchStep, draw_tokens, teacher_forced
-from runtimes.errors import ExportError, InputError
+from runtimes.errors import InputError
 from training.checkpoint import Model, save_checkpoint
-from training.sampling import sample_tokens
+from training.torch_program import decode_loop
 
 
 def test_interleave_takes_turns() -> None:
@@ -51,7 +49,7 @@ def test_engine_step_stays_at_its_length(generator: Generator) -> None:
     step = bench.EngineStep(generator, 2, 20)
     for _ in range(3):
         step.run()
-        assert step._loop.read("length").tolist() == [21, 21] and not step._loop.read("done").any()
+        assert step.loop.read("length").tolist() == [21, 21] and not step.loop.read("done").any()
     with pytest.raises(InputError, match=r"length is 67; this engine takes 0 to 66"):
         bench.EngineStep(generator, 1, 67)
 
@@ -99,53 +97,14 @@ def test_bench_command(class_engine: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 # --- the PyTorch baselines -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("positions", ["ordered", "drawn"])
-def test_cached_pytorch_draws_the_oracles_tokens(class_model: Model, positions: str) -> None:
-    """The baseline computes the same model: ragged free runs equal the uncached sampler's until the image is whole."""
-    net, params = class_model.transformer, SamplingParams(1.1, 12, 0.9, positions=positions)
-    assert net
-    wanted = sample_tokens(net, [0, 1, 2, 3], params, seed=5)
-    found = draw_tokens(net, [0, 1, 2, 3], params, seed=5)
-    assert len({len(content) for content, _ in found}) > 1
-    for (content, position), (want_content, want_position) in zip(found, wanted, strict=True):
-        assert content == want_content[: len(content)] and position == want_position[: len(position)]
-        assert all(c >= class_model.layout.codebook_size for c in want_content[len(content) :])
-    with pytest.raises(InputError, match="guidance is 2"):
-        draw_tokens(net, [0], SamplingParams(guidance=2))
-
-
 def test_static_cache_equals_the_engine(class_model: Model, generator: Generator) -> None:
     """At one length, on zeroed caches, the baseline's logits are the engine's: both time the same work."""
-    assert class_model.transformer
-    ours, theirs = bench.EngineStep(generator, 2, 30), TorchStep(class_model.transformer, 2)
-    ours.run()
-    theirs.place(bench.middle_state(generator.layout, 2, 30), 30)
-    theirs.run()
-    got, want = ours._loop.report("position_logits"), theirs.reports[0].numpy()
+    loops = [generator.engine.loop(2), decode_loop(class_model.both()[1], 2)]
+    for loop in loops:
+        loop.set_state(bench.middle_state(loop.table, 2, 30))
+        loop.step()
+    want, got = (loop.read("position_logits") for loop in loops)
     assert np.abs(got - want).max() <= 2e-4 * np.abs(want).max() and want.std() > 0.1
-
-
-def test_compiled_baseline_must_be_compiled(class_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch.compile that silently runs eager PyTorch is refused."""
-    assert class_model.transformer
-    monkeypatch.setattr(torch, "compile", lambda module: module)
-    step = TorchStep(class_model.transformer, 1, compiled=True)
-    step.place(bench.middle_state(class_model.layout, 1, 9), 9)
-    with pytest.raises(ExportError, match=r"made 0 graphs and 0 kernels"):
-        step.run()
-
-
-def test_teacher_forced_is_the_forward(class_model: Model) -> None:
-    """Segments are found from joint positions."""
-    assert class_model.transformer
-    layout = class_model.layout
-    tokens = bench.given_tokens(layout, 40, np.random.default_rng(0), label=1)
-    content, position, segment = (torch.from_numpy(part)[None] for part in tokens)
-    with torch.no_grad():
-        want = class_model.transformer(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:])
-    found = teacher_forced(class_model.transformer, tokens.content.tolist(), tokens.position.tolist())
-    for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a, b[0])
 
 
 def test_export_bench_command(

@@ -310,7 +310,7 @@ def test_cache_stays_within_its_bound(root: Path) -> None:
     large = ImageFolder(root, 8)
     for index in range(18):
         assert np.array_equal(small.pixels(index), large.pixels(index))
-    assert len(small._cache) == 3 and len(large._cache) == 18
+    assert small.cached == 3 and large.cached == 18
     with pytest.raises(ValueError, match="read-only"):
         large.pixels(0)[0, 0] = 0
 

@@ -9,10 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from small_models import (
     BOUND,
-    HEADS,
     Logits,
     cells_of,
     engine_logits,
@@ -20,18 +19,19 @@ from small_models import (
     ragged_tokens,
     relative_error,
     small_model,
-    steps_of,
 )
 
 import export.to_onnx as to_onnx
+import export.tracing as tracing
 from dvq_rt.codes import Codes
-from dvq_rt.decoding import Job
+from dvq_rt.decoding import Request, Scheduler
+from dvq_rt.engine import Engine
 from dvq_rt.generator import Generator
-from dvq_rt.layout import Tokens
+from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
-from dvq_rt.sampling import SamplingParams, uniforms
+from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
-from runtimes.errors import EngineError, ExportError, InputError
+from runtimes.errors import CheckpointError, DvqError, EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
 from training.checkpoint import Model, save_checkpoint
@@ -50,23 +50,20 @@ MODES = {
 GENERATORS = {"class": "generator", "plain": "plain_generator", "mq": "mq_generator"}
 
 
-def largest_error(model: Model, rows: Sequence[Tokens], found: dict[int, Logits]) -> float:
+def largest_error(model: Model, rows: Sequence[Tokens], found: Sequence[Logits]) -> float:
     """Over both heads and all positions of every row, each relative to the row's largest logit."""
-    assert model.transformer is not None
-    wanted = [full_logits(model.transformer, row) for row in rows]
+    wanted = [full_logits(model.both()[1], row) for row in rows]
     return float(np.max([relative_error(found[i][h], want[h]) for i, want in enumerate(wanted) for h in HEADS]))
 
 
-def check_tokens(model: Model, generator: Generator, params: SamplingParams, labels: Sequence[int | None]) -> None:
+def check_tokens(model: Model, engine: Engine, params: SamplingParams, labels: Sequence[int | None]) -> None:
     """A free run gives the oracle's tokens."""
-    layout, net = model.layout, model.transformer
-    assert net is not None
+    layout, net = model.layout, model.both()[1]
     starts = [layout.classes if label is None else label for label in labels]
-    samples = generator.sample(len(labels), labels if layout.classes else None, seed=9, params=params)
-    for codes, sequence in zip(samples.codes, sample_tokens(net, starts, params, seed=9), strict=True):
-        segment = layout.grain_of_cells(codes.grain)
-        cells = np.where(segment < 0, -1, codes.codes.reshape(-1) + segment * layout.codebook_size)
-        np.testing.assert_array_equal(cells, cells_of(layout, sequence))
+    requests = [Request(start, params, seed=9, image=i, key=i) for i, start in enumerate(starts)]
+    cells = {event.request.key: event.cells for event in engine.draw(requests)}
+    for i, sequence in enumerate(sample_tokens(net, starts, params, seed=9)):
+        np.testing.assert_array_equal(cells[i], cells_of(layout, sequence))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
@@ -76,8 +73,8 @@ def test_engine_logits_equal_pytorch(kind: str, slots: int, request: pytest.Fixt
     model: Model = request.getfixturevalue(f"{kind}_model")
     generator: Generator = request.getfixturevalue(GENERATORS[kind])
     rows = ragged_tokens(model.layout, 8)
-    assert len({steps_of(model.layout, row) for row in rows}) > 5 or not model.layout.covering
-    error = largest_error(model, rows, engine_logits(generator, rows, slots))
+    assert len({model.layout.steps_of(row) for row in rows}) > 5 or not model.layout.covering
+    error = largest_error(model, rows, engine_logits(generator.engine, rows, slots))
     print(f"\n{kind} engine, {slots} slots: largest relative logit error {error:.1e}")
     assert error <= BOUND
 
@@ -87,13 +84,13 @@ def test_engine_logits_equal_pytorch(kind: str, slots: int, request: pytest.Fixt
 def test_engine_tokens_equal_the_oracle(kind: str, mode: str, request: pytest.FixtureRequest) -> None:
     """A dozen images of all labels and none, drawn freely with the same random numbers, are the oracle's."""
     model, generator = request.getfixturevalue(f"{kind}_model"), request.getfixturevalue(GENERATORS[kind])
-    check_tokens(model, generator, MODES[mode], [0, 1, 2, None] * 3)
+    check_tokens(model, generator.engine, MODES[mode], [0, 1, 2, None] * 3)
 
 
 @pytest.mark.parametrize("mode", ["ordered", "drawn", "filtered"])
 def test_plain_engine_tokens_equal_the_oracle(mode: str, plain_model: Model, plain_generator: Generator) -> None:
     """The same without labels, region-first, on standard operators and weights stored as float16."""
-    check_tokens(plain_model, plain_generator, MODES[mode], [None] * 12)
+    check_tokens(plain_model, plain_generator.engine, MODES[mode], [None] * 12)
 
 
 @pytest.mark.parametrize("kind", ["class", "mq"])
@@ -146,9 +143,8 @@ def test_rows_beyond_the_length_are_never_read(class_model: Model, generator: Ge
             return buffer
 
     rows = ragged_tokens(class_model.layout, 4)
-    planted = Generator(generator.path, threads=1)
-    planted._backend = Planted(threads=1)
-    clean, found = engine_logits(generator, rows, 4), engine_logits(planted, rows, 4)
+    planted = Engine(generator.path, generator.manifest, Planted(threads=1))
+    clean, found = engine_logits(generator.engine, rows, 4), engine_logits(planted, rows, 4)
     assert Planted.caches == 6
     for i in range(4):
         for head in HEADS:
@@ -159,16 +155,16 @@ def test_rare_polling_changes_nothing(class_model: Model, class_engine: Path, ge
     """A device that is looked at every eighth step runs on past the end of an image, and gives the same."""
     rows = ragged_tokens(class_model.layout, 5)
     rare = Generator(class_engine, slots=4, threads=1)
-    rare._backend.poll = 8
+    rare.engine.backend.poll = 8
     scores = [[s.total for s in g.score(generator.sample(9, seed=1).codes)] for g in (generator, rare)]
     assert scores[0] == scores[1]
     codes = [g.sample(9, seed=4, params=SamplingParams()).codes for g in (generator, rare)]
     assert codes[0] == codes[1]
     for slots in (2, 5):
-        often, seldom = engine_logits(generator, rows, slots), engine_logits(rare, rows, slots)
+        often, seldom = engine_logits(generator.engine, rows, slots), engine_logits(rare.engine, rows, slots)
         for i, row in enumerate(rows):
             for head in HEADS:
-                np.testing.assert_array_equal(often[i][head], seldom[i][head][: steps_of(class_model.layout, row)])
+                np.testing.assert_array_equal(often[i][head], seldom[i][head][: class_model.layout.steps_of(row)])
 
 
 def test_what_is_in_the_folder(class_engine: Path, plain_engine: Path) -> None:
@@ -207,11 +203,11 @@ def test_published_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     for check in generator.verify():
         assert check.ok, check
     rows = ragged_tokens(model.layout, 4)
-    error = largest_error(model, rows, engine_logits(generator, rows, 4))
+    error = largest_error(model, rows, engine_logits(generator.engine, rows, 4))
     print(f"\npublished model: largest relative logit error {error:.1e}")
     assert error <= BOUND
     for mode in ("ordered", "filtered"):
-        check_tokens(model, generator, MODES[mode], [0, 3, 1, 2])
+        check_tokens(model, generator.engine, MODES[mode], [0, 3, 1, 2])
 
 
 def test_published_stackformer_without_an_order(tmp_path: Path) -> None:
@@ -225,7 +221,7 @@ def test_published_stackformer_without_an_order(tmp_path: Path) -> None:
     generator = Generator(tmp_path / "engine", threads=1)
     made = generator.sample(3, seed=1)
     assert made.params.positions == "drawn" and [c.length for c in made.codes] == [32] * 3
-    check_tokens(model, generator, SamplingParams(positions="drawn"), [None] * 4)
+    check_tokens(model, generator.engine, SamplingParams(positions="drawn"), [None] * 4)
     with pytest.raises(InputError, match="was trained on no order of the cells; use positions='drawn'"):
         generator.sample(1, params=SamplingParams())
     with pytest.raises(InputError, match="codes cannot be scored or trained on"):
@@ -253,10 +249,9 @@ def test_kept_labels_draw_the_same(class_model: Model) -> None:
 def graphs_of(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``export_onnx`` take the graphs of an engine instead of tracing."""
 
-    def copy(model: Model, folder: Path, target: str, half_weights: bool) -> dict[str, Any]:
+    def copy(model: Model, folder: Path, *_: Any, **options: Any) -> None:
         for name in ("encoder.onnx", "decoder.onnx", "step.onnx"):
             shutil.copy(engine / name, folder)
-        return read_engine(engine).step
 
     monkeypatch.setattr(to_onnx, "write_graphs", copy)
 
@@ -288,9 +283,9 @@ def test_right_graphs_get_a_name_once(
 
 def test_half_a_model_is_refused(class_model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stage-1 checkpoint, a wrong target and a missing folder each get their own error, and no engine."""
-    with pytest.raises(ExportError, match="has no transformer"):
+    with pytest.raises(CheckpointError, match="holds stage 1 only; train stage 2"):
         to_onnx.export_onnx(Model(class_model.tokenizer), tmp_path / "engine")
-    with pytest.raises(ExportError, match="has no tokenizer"):
+    with pytest.raises(CheckpointError, match="holds stage 2 only"):
         to_onnx.export_onnx(Model(None, class_model.transformer), tmp_path / "engine")
     with pytest.raises(ExportError, match="target is 'tpu'; it must be one of"):
         to_onnx.export_onnx(class_model, tmp_path / "engine", target="tpu")
@@ -298,6 +293,78 @@ def test_half_a_model_is_refused(class_model: Model, tmp_path: Path, capsys: pyt
         to_onnx.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "engine")])
     assert "nowhere is no checkpoint folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slots": 0}, "slots is 0; it must be an integer from 1 to 4096"),
+        ({"slots": 4097}, "slots is 4097; it must be an integer from 1 to 4096"),
+        ({"slots": float("nan")}, "slots is nan; it must be an integer"),
+        ({"slots": True}, "slots is True; it must be an integer"),
+        ({"slots": None}, "slots is None; it must be an integer"),
+        ({"weights": ["fp16"]}, r"weights is \['fp16'\]; it must be one of"),
+        ({"target": {}}, r"target is \{\}; it must be one of"),
+    ],
+)
+def test_bad_options_are_refused_before_work(
+    options: dict[str, Any], words: str, class_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are none or out of range, and things that are no names: an error that names option and value."""
+    monkeypatch.setattr(to_onnx, "write_engine", None)
+    with pytest.raises(DvqError, match=words):
+        to_onnx.export_onnx(class_model, tmp_path / "engine", **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--default", "temperature"], "--default 'temperature' is not NAME=VALUE, such as temperature=0.8"),
+        (["--default", "temperature=Infinity"], "temperature is inf; it must be"),
+        (["--default", "temperature=1e999"], "temperature is inf; it must be"),
+        (["--default", "guidance=NaN"], "guidance is nan; it must be"),
+        (["--default", "top_k=1.5"], "top_k is 1.5; it must be"),
+        (["--default", "top_k=" + "[" * 100_000], "top_k is '[[["),
+        (["--default", "warmth=1"], "unknown fields ['warmth']"),
+        (["--default", "guidance=2"], "defaults.guidance is 2.0; it must be 1: there is no null label"),
+        (["--labels", ""], "labels [''] must be different ones of []"),
+        (["--out", ""], "exists already"),
+        (["--slots", "0"], "slots is 0; it must be an integer from 1 to 4096"),
+    ],
+)
+def test_bad_arguments_of_the_command(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Recommended parameters that no engine could open with, and empty shell variables, are refused before tracing."""
+    save_checkpoint(small_model(), tmp_path / "checkpoint")
+    monkeypatch.setattr(to_onnx, "write_graphs", None)
+    with pytest.raises(SystemExit) as caught:
+        to_onnx.main([str(tmp_path / "checkpoint"), *arguments])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and words in error and len(error) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_libraries_raise_names_the_file(tmp_path: Path) -> None:
+    """Tracing, writing and reading a graph: whatever PyTorch, onnx or the disk says becomes an ExportError."""
+
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match=r"step\.onnx cannot be traced: .*data-dependent"):
+        tracing.trace(Branching(), {"x": torch.zeros(2)}, ["y"], tmp_path / "step.onnx")
+    with pytest.raises(ExportError, match=r"graph\.onnx cannot be written: No such file or directory"):
+        tracing.save(onnx.ModelProto(), tmp_path / "nowhere" / "graph.onnx")
+    (tmp_path / "graph.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(ExportError, match=r"graph\.onnx cannot be read: "):
+        tracing.load_graph(tmp_path / "graph.onnx")
+    with pytest.raises(ExportError, match=r"missing\.onnx cannot be read: No such file or directory"):
+        tracing.load_graph(tmp_path / "missing.onnx")
 
 
 def retouched(source: Path, target: Path, change: Any, external: int | None = None) -> Path:
@@ -308,7 +375,7 @@ def retouched(source: Path, target: Path, change: Any, external: int | None = No
             shutil.copy(source / name, folder)
         proto = onnx.load(source / "step.onnx")
         change(proto)
-        to_onnx.save(proto, folder / "step.onnx")
+        tracing.save(proto, folder / "step.onnx")
         return read_engine(source)
 
     write_engine(target, build)
@@ -332,7 +399,7 @@ def test_verify_notices_changed_weights(factor: float, class_engine: Path, tmp_p
 
 def test_external_weights(class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph too large for one file keeps its weights beside it: listed, hashed, and the images are the same."""
-    monkeypatch.setattr(to_onnx, "EXTERNAL_ABOVE", 10_000)
+    monkeypatch.setattr(tracing, "EXTERNAL_ABOVE", 10_000)
     folder = retouched(class_engine, tmp_path / "external", lambda proto: None)
     assert read_engine(folder).files["step.onnx.data"]["bytes"] > 10_000
     samples = [Generator(path, threads=1).sample(3, seed=2) for path in (class_engine, folder)]
@@ -348,20 +415,19 @@ def test_guided_pairs_draw_the_same(class_model: Model, generator: Generator) ->
     """Both slots of a pair take the same position and content at every step but for the label's own start tokens, and
     the label does matter."""
     layout, params = class_model.layout, SamplingParams(guidance=3.0, positions="drawn")
-    loop = generator._new_loop(4)
-    jobs = [Job(i, i, uniforms(1, i, layout.max_length), params) for i in range(2)]
+    scheduler = Scheduler(generator.engine.loop(4))
+    handles = [scheduler.submit(Request(label, params, seed=1, image=label)) for label in range(2)]
+    guided: dict[int, NDArray[np.int32]] = {}
     steps = 0
-
-    def watch(active: dict[int, Job]) -> None:
-        nonlocal steps
-        content, position, cells = (loop.read(name) for name in ("content", "position", "cells"))
-        for slot in active:
-            np.testing.assert_array_equal(cells[slot], cells[slot + 1])
-            if content[slot] < layout.content_sos:
-                assert content[slot] == content[slot + 1] and position[slot] == position[slot + 1]
+    while scheduler.busy:
+        events = scheduler.step()
+        guided |= {event.request.image: event.cells for event in events}
+        content, position, cells = (scheduler.loop.read(name) for name in ("content", "position", "cells"))
+        for one, other in (handle.slots for handle in handles):
+            np.testing.assert_array_equal(cells[one], cells[other])
+            if content[one] < layout.content_sos:
+                assert content[one] == content[other] and position[one] == position[other]
                 steps += 1
-
-    guided = {event.job.index: event.cells for event in loop.run(jobs, watch=watch)}
     assert steps > 30
     plain = generator.sample(2, [0, 1], seed=1, params=SamplingParams(positions="drawn"))
     assert any((plain.codes[i].codes.reshape(-1) != guided[i] % layout.codebook_size).any() for i in range(2))

@@ -229,11 +229,11 @@ def test_heic_needs_a_plugin(monkeypatch):
     plugin = types.ModuleType("pillow_heif")
     plugin.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    images._readers.cache_clear()
+    images.readers.cache_clear()
     try:
         assert open_rgb(file).size == image_size(file) == (3, 5) and pixel(file) == (0, 255, 0)
     finally:
-        images._readers.cache_clear()
+        images.readers.cache_clear()
 
 
 @pytest.mark.parametrize("orientation", range(10))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvq_rt.__main__ import _labels, _table, main, psnr
+from dvq_rt.__main__ import main, pick_labels, psnr, table
 from dvq_rt.codes import Codes
 from dvq_rt.images import grid
 from dvq_rt.layout import TokenLayout
@@ -60,7 +60,7 @@ class FakeGenerator:
         self.calls.append(("sample", options))
         if self.failure:
             raise self.failure
-        progress(options["n"], options["n"])
+        assert isinstance(progress, bool)
         return FakeSamples(options["n"])
 
     def encode(self, images) -> list[Codes]:
@@ -179,13 +179,13 @@ def test_bad_use_exits_2(fake, arguments):
 def test_labels():
     """Labels are shared out evenly and in order; names win over indices, also names with commas or digits."""
     names = ("cat", "a,b", "7")
-    assert _labels(None, 4, (), 0) is None
-    assert _labels(None, 2, names, 4) == [0, 2]
-    assert _labels("7, 1 ,cat", 3, names, 3) == ["7", 1, "cat"]
-    assert _labels("a,b", 2, names, 3) == ["a,b", "a,b"]
-    assert _labels("-1", 1, names, 3) == [-1]
+    assert pick_labels(None, 4, (), 0) is None
+    assert pick_labels(None, 2, names, 4) == [0, 2]
+    assert pick_labels("7, 1 ,cat", 3, names, 3) == ["7", 1, "cat"]
+    assert pick_labels("a,b", 2, names, 3) == ["a,b", "a,b"]
+    assert pick_labels("-1", 1, names, 3) == [-1]
     with pytest.raises(InputError, match="names 3 labels, but --n is 2"):
-        _labels("0,1,2", 2, names, 3)
+        pick_labels("0,1,2", 2, names, 3)
 
 
 def test_reconstruct(fake, capsys):
@@ -250,4 +250,4 @@ def test_small_texts():
     black = np.zeros((2, 2, 3), dtype=np.uint8)
     assert psnr(black, black) == float("inf")
     assert psnr(black, black + 255) == 0
-    assert _table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+    assert table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"

@@ -1,4 +1,4 @@
-"""Integer weights: their arithmetic, what calibration buys, the kernel against PyTorch, and quantised engines."""
+"""Integer weights: their arithmetic, what calibration buys, the kernel against PyTorch, and quantized engines."""
 
 import copy
 from collections import Counter
@@ -15,26 +15,27 @@ from torch import Tensor
 
 from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
-from export.accuracy import choices, compare, decoder_psnr, engine_logits
-from export.lowering import LOWERINGS, Attention, reference_attention
-from export.quantization.calibration import padded, tune
+from export.accuracy import choices, compare, decoder_psnr
+from export.lowering import LOWERINGS
+from export.quantization.calibration import calibration_sequences, observe
+from export.quantization.model import quantize_transformer
+from export.quantization.tuning import tune
 from export.quantization.weights import (
     BLOCK,
     CachedProjection,
     QuantLinear,
-    dequantise,
-    observe,
-    own_rows,
+    dequantize,
     pack,
-    quantise,
-    quantise_weight,
+    quantize_weight,
     round_activations,
 )
-from export.to_onnx import export_onnx, trace
-from export.torch_program import teacher_forced
-from runtimes.errors import ExportError
+from export.to_onnx import export_onnx
+from export.tracing import trace
+from runtimes.errors import ConfigError, ExportError, InputError
 from training.checkpoint import Model
 from training.models.transformer import StackedTransformer
+from training.step import Attention, reference_attention
+from training.torch_program import stacked
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.008), (4, 0.12)])
@@ -43,8 +44,8 @@ def test_round_to_nearest(bits: int, bound: float) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 2 * BLOCK) * torch.tensor([1e-3, 1, 30, 1, 1, 1])[:, None]
     weight[3] = 0
-    levels, scales = quantise_weight(weight, bits)
-    found = dequantise(levels, scales, bits)
+    levels, scales = quantize_weight(weight, bits)
+    found = dequantize(levels, scales, bits)
     error = (found - weight).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-9)
     assert error.max() < bound and error[0] > 0
     assert (found[3] == 0).all()
@@ -67,8 +68,8 @@ def test_calibration_lowers_the_output_error() -> None:
     want = inputs @ weight.T
     errors = []
     for moments in (None, inputs.T @ inputs / 512):
-        levels, scales = quantise_weight(weight, 4, moments)
-        errors.append(float((inputs @ dequantise(levels, scales, 4).T - want).norm() / want.norm()))
+        levels, scales = quantize_weight(weight, 4, moments)
+        errors.append(float((inputs @ dequantize(levels, scales, 4).T - want).norm() / want.norm()))
     assert errors[1] < 0.6 * errors[0]
 
 
@@ -77,8 +78,8 @@ def test_kernel_equals_pytorch(bits: int, tmp_path: Path) -> None:
     """The runtime's kernel computes what QuantLinear does, rounding of activations included, for rows alone and
     together."""
     torch.manual_seed(bits)
-    layer = QuantLinear(*quantise_weight(torch.randn(48, 96), bits), bits, torch.randn(48)).eval()
-    trace(layer, {"x": torch.zeros(2, 1, 96)}, ["y"], tmp_path / "layer.onnx", False)
+    layer = QuantLinear(*quantize_weight(torch.randn(48, 96), bits), bits, torch.randn(48)).eval()
+    trace(layer, {"x": torch.zeros(2, 1, 96)}, ["y"], tmp_path / "layer.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
     x = torch.randn(5, 1, 96)
     together = session.run(None, {"x": x.numpy()})[0]
@@ -101,28 +102,28 @@ def test_moments_are_of_the_inputs(class_model: Model) -> None:
     assert net
     tokens = ragged_tokens(class_model.layout, 2)[1]
 
-    found, scales = observe(net, [(tokens.content.tolist(), tokens.position.tolist())], moments=True)
+    found, scales = observe(net, [tokens], moments=True)
     assert len(found) == 4 * 3 + 2 and len(scales) == 3
     assert all(m.shape[0] == m.shape[1] and torch.equal(m, m.T) for m in found.values())
     assert not any(m._forward_hooks for m in net.modules())
 
 
 @pytest.fixture(scope="module", params=["int8", "int4", "int4 mq", "int8 uncalibrated", "int4 tuned"])
-def quantised(
+def quantized(
     request: pytest.FixtureRequest, class_model: Model, mq_model: Model, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Generator, Model]:
     weights, _, kind = request.param.partition(" ")
-    folder = tmp_path_factory.mktemp("quantised") / "engine"
+    folder = tmp_path_factory.mktemp("quantized") / "engine"
     model = mq_model if kind == "mq" else class_model
     calibrate, tuning = 0 if kind == "uncalibrated" else 4, 2 if kind == "tuned" else 0
     export_onnx(model, folder, slots=4, weights=weights, calibrate=calibrate, tuning=tuning)
     return Generator(folder, threads=1), model
 
 
-def test_quantised_engine(quantised: tuple[Generator, Model], generator: Generator) -> None:
+def test_quantized_engine(quantized: tuple[Generator, Model], generator: Generator) -> None:
     """The engine says what it is, its checks pass, and it is near the float model, 8 bits nearer than 4. Weights,
     caches and the decoder's convolutions are integers in the file."""
-    engine, model = quantised
+    engine, model = quantized
     weights = engine.manifest.weights
     operators = {
         part: Counter(node.op_type for node in onnx.load(engine.path / f"{part}.onnx").graph.node)
@@ -133,14 +134,14 @@ def test_quantised_engine(quantised: tuple[Generator, Model], generator: Generat
     interface = engine.manifest.step
     assert {s["dtype"] for s in interface["inputs"] if s["name"] in dict(interface["caches"])} == {"int8"}
     if model.layout == generator.layout:
-        assert 4 * step_bytes(engine, 2, 9)["caches"] == step_bytes(generator, 2, 9)["caches"]
+        assert 4 * step_bytes(engine.engine, 2, 9)["caches"] == step_bytes(generator.engine, 2, 9)["caches"]
     checks = {c.name: c for c in engine.verify()}
     assert all(c.ok for c in checks.values()), checks
     assert "step: share of most probable tokens that differ" in checks
     assert not any(name.startswith("free run") for name in checks)
     rows = ragged_tokens(model.layout, 6)
-    found = compare(model, rows, engine_logits(engine, rows))
-    images = decoder_psnr(model, engine, rows)
+    found = compare(model, rows, engine.engine.force(rows))
+    images = decoder_psnr(model, engine.engine, rows)
     print({name: f"{found['both'][name]:.3g}" for name in ("top1", "logit_error", "draw")}, f"{images:.1f} dB")
     # measured: top-1 0.98 to 0.99 of both, logits 0.03 and 0.04, draws 0.82 and 0.70 at least, 43 dB at least
     low, high, drawn = {"int8": (0.97, 0.05, 0.77), "int4": (0.95, 0.1, 0.6)}[weights]
@@ -153,9 +154,9 @@ def test_quantised_engine(quantised: tuple[Generator, Model], generator: Generat
 def test_accuracy_of_the_float_engine(generator: Generator, class_model: Model) -> None:
     """Nothing is lost where nothing was rounded, and every choice is counted once: coarse positions and all codes."""
     rows = ragged_tokens(class_model.layout, 5)
-    found = compare(class_model, rows, engine_logits(generator, rows))
+    found = compare(class_model, rows, generator.engine.force(rows))
     assert found["both"]["top1"] == found["both"]["draw"] == 1 and found["both"]["logit_error"] < 2e-4
-    assert abs(found["both"]["nll_change"]) < 1e-5 and decoder_psnr(class_model, generator, rows) > 50
+    assert abs(found["both"]["nll_change"]) < 1e-5 and decoder_psnr(class_model, generator.engine, rows) > 50
     for row in rows:
         parts = choices(class_model, row)
         assert len(parts["content"][0]) == int((row.content < class_model.layout.codebook_size).sum())
@@ -175,9 +176,16 @@ def test_refusals(class_model: Model, tmp_path: Path) -> None:
     narrow.transformer = StackedTransformer(replace(net.config, width=40), net.layout)
     with pytest.raises(ExportError, match=r"qkv has 40 inputs; int4 needs a multiple of 32, so use --weights fp32"):
         export_onnx(narrow, tmp_path / "engine", weights="int4")
-    for calibrate, tuning in [(-1, 0), (4, -1), (0, 5)]:
-        with pytest.raises(ExportError, match=f"calibrate is {calibrate} and tuning {tuning}; neither can be negative"):
-            export_onnx(class_model, tmp_path / "engine", weights="int8", calibrate=calibrate, tuning=tuning)
+    for options, words in (
+        ({"calibrate": -1}, "calibrate is -1; it must be an integer from 0 to"),
+        ({"calibrate": 10**30}, "calibrate is an integer of over 20 digits; it must be an integer from 0 to"),
+        ({"calibrate": True}, "calibrate is True; it must be an integer"),
+        ({"tuning": -1}, "tuning is -1; it must be an integer from 0 to"),
+        ({"tuning": float("nan")}, "tuning is nan; it must be an integer"),
+        ({"calibrate": 0, "tuning": 5}, "tuning is 5 and calibrate 0; tuning needs images"),
+    ):
+        with pytest.raises((InputError, ConfigError), match=words):
+            export_onnx(class_model, tmp_path / "engine", weights="int8", **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -186,12 +194,12 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
     others; integers stay integers, and the models given are not changed."""
     net = class_model.transformer
     assert net
-    rows, other = own_rows(net, 16), own_rows(net, 8, seed=1)
-    start = quantise(net, "int4", rows)
+    rows, other = calibration_sequences(net, 16)[0], calibration_sequences(net, 8, seed=1)[0]
+    start = quantize_transformer(net, "int4", rows)
     before = start.content_blocks[0].mlp[2].packed.clone()
 
     def distance(student: torch.nn.Module) -> float:
-        inputs, used = padded(net.layout, other)
+        inputs, used = stacked(net.layout, other)
         with torch.no_grad():
             parts = [
                 torch.nn.functional.kl_div(
@@ -209,26 +217,12 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
     assert all(isinstance(m.weight, torch.nn.Parameter) for m in [net.position_blocks[0].mlp[0]])
 
 
-def test_padding_changes_nothing(class_model: Model) -> None:
-    """Sequences side by side give what they give alone, at the places that are used."""
-    net = class_model.transformer
-    assert net
-    rows = own_rows(net, 3)
-    inputs, used = padded(net.layout, rows)
-    assert used.sum(1).tolist() == [len(content) - 1 for content, _ in rows]
-    together = net(*inputs)
-    for i, row in enumerate(rows):
-        alone = teacher_forced(net, *row)
-        for a, b in zip(together, alone, strict=True):
-            torch.testing.assert_close(a[i][used[i]], b, rtol=1e-4, atol=1e-4)
-
-
 def test_layers_that_keep_8_bits() -> None:
     """With 4 bits the heads, the block that all others build on and half of each MLP keep 8; the model given is not
     changed."""
     net = small_model().transformer
     assert net
-    found = quantise(net, "int4", own_rows(net, 1), feed_back=False)
+    found = quantize_transformer(net, "int4", calibration_sequences(net, 1)[0], feed_back=False)
     bits = {name: m.bits for name, m in found.named_modules() if isinstance(m, QuantLinear)}
     kept = {name for name, b in bits.items() if b == 8}
     first = {name for name in bits if name.startswith("position_blocks.0.")}
@@ -244,7 +238,7 @@ def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
     assert net
     heads, width = 2, 128
     scales = torch.rand(2, heads, 1, width // heads) / 100 + 0.01
-    nothing, ranges = observe(net, own_rows(net, 2), moments=False)
+    nothing, ranges = observe(net, calibration_sequences(net, 2)[0], moments=False)
     seen = ranges["position_blocks.0.attn.qkv"]
     assert not nothing
     assert seen.shape == (2, net.config.heads, 1, net.config.width // net.config.heads) and 0 < seen.max() < 1
@@ -264,7 +258,7 @@ def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
     length = torch.tensor([0, 5, 11, 7], dtype=torch.int32)
     keys, values = (torch.randint(-128, 128, shape, dtype=torch.int8) for _ in range(2))
     inputs = {"qkv": qkv, "keys": keys, "values": values, "length": length}
-    trace(Attend(LOWERINGS["cpu"]), inputs, ["y", "keys_out", "values_out"], tmp_path / "attend.onnx", False)
+    trace(Attend(LOWERINGS["cpu"]), inputs, ["y", "keys_out", "values_out"], tmp_path / "attend.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "attend.onnx")
     y, *new = session.run(None, {name: x.numpy() for name, x in inputs.items()})
     want, *want_new = Attend(reference_attention)(qkv, keys * scales[0], values * scales[1], length)

@@ -10,9 +10,9 @@ import torch
 from small_models import masked_model, small_model
 from torch import nn
 
-from export.quantization.decoder import QuantConv, affine, convolutions, quantise_decoder
-from export.steps import DecoderGraph
-from export.to_onnx import trace
+from export.graphs import DecoderGraph
+from export.quantization.decoder import QuantConv, affine, convolutions, quantize_decoder
+from export.tracing import trace
 
 
 def test_affine() -> None:
@@ -37,7 +37,7 @@ def test_kernel_equals_pytorch(bias: bool, tmp_path: Path) -> None:
     x[0] = x.max() * 1.5
     y = conv(x)
     layer = QuantConv(conv, (float(x[1].min()), float(x[1].max())), (float(y[1].min()), float(y[1].max()))).eval()
-    trace(layer, {"x": x}, ["y"], tmp_path / "layer.onnx", False)
+    trace(layer, {"x": x}, ["y"], tmp_path / "layer.onnx")
     found = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": x.numpy()})[0]
     differ = np.abs(found - layer(x).numpy()) / layer.scale_out
     print(f"integer convolution: {(differ > 0.5).mean():.2e} of the levels differ, by {differ.max():.1f}")
@@ -49,19 +49,19 @@ def test_kernel_equals_pytorch(bias: bool, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("make", [small_model, masked_model])
 def test_decoders(make: object, tmp_path: Path) -> None:
-    """A quantised decoder stays near the float one, in PyTorch and in the runtime; the runtime really computes
+    """A quantized decoder stays near the float one, in PyTorch and in the runtime; the runtime really computes
     integers; an image is the same alone and beside others; the model given is not changed."""
     model = make(("ant", "bee", "cat"))  # type: ignore[operator]
     vae, side = model.tokenizer, model.layout.sides[-1]
     torch.manual_seed(0)
     maps = torch.randint(0, model.layout.codebook_size, (6, side, side))
     before = vae.decode_maps(maps)
-    made = quantise_decoder(vae, list(maps[:4]))
+    made = quantize_decoder(vae, list(maps[:4]))
     assert torch.equal(vae.decode_maps(maps), before)
     count = len(list(convolutions(vae)))
     assert count == sum(isinstance(layer, QuantConv) for layer in made.modules()) >= 6
     path = tmp_path / "decoder.onnx"
-    trace(DecoderGraph(made), {"codes": maps[:2]}, ["images"], path, False)
+    trace(DecoderGraph(made), {"codes": maps[:2]}, ["images"], path)
     assert sum(node.op_type == "QLinearConv" for node in onnx.load(path).graph.node) == count
     session = onnxruntime.InferenceSession(path)
     together = session.run(None, {"codes": maps.numpy()})[0]

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from small_models import BOUND, HEADS, cells_of, full_logits, ragged_tokens, relative_error, small_transformer, steps_of
+from small_models import BOUND, cells_of, full_logits, ragged_tokens, relative_error, small_transformer
 from torch import Tensor
 
-from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.layout import HEADS, TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
-from export.steps import REPORTS, STATE, Step, example_inputs
+from dvq_rt.step import CACHE, STATE
 from training.models.transformer import StackedTransformer
 from training.sampling import sample_tokens
+from training.step import Step, example_inputs, step_table
 
 LAYOUTS = {
     "row-first": TokenLayout(32, (4, 8), classes=3, null_label=True),
@@ -38,19 +39,21 @@ class Slots:
     """The step over a batch: every slot starts afresh with its label, and state is carried from step to step."""
 
     def __init__(self, net: StackedTransformer, labels: Sequence[int]) -> None:
-        self.step = Step(net).eval()
-        self.inputs = example_inputs(net, len(labels))
-        self.inputs["reset"] = torch.ones(len(labels), dtype=torch.bool)
-        self.inputs["label"] = torch.tensor(labels)
+        self.step, self.table = Step(net).eval(), step_table(net)
+        inputs = example_inputs(self.table, len(labels))
+        self.ports, self.caches = inputs["ports"], inputs["caches"]
+        self.ports["reset"] = torch.ones(len(labels), dtype=torch.bool)
+        self.ports["label"] = torch.tensor(labels)
 
     @torch.no_grad()
     def advance(self, **controls: Tensor) -> dict[str, Tensor]:
-        """One token; ``controls`` stay as they are until given again."""
-        self.inputs.update(controls)
-        out = self.step(**self.inputs)
-        named = dict(zip([*STATE, *REPORTS], out, strict=False))
-        self.inputs.update({name: named[name] for name in STATE}, caches=list(out[len(named) :]))
-        self.inputs["reset"] = torch.zeros_like(self.inputs["reset"])
+        """One token, and state and reports after it; ``controls`` stay as they are until given again."""
+        self.ports.update(controls)
+        out = self.step(self.ports, self.caches)
+        named = {port.name: tensor for port, tensor in zip(self.table.outputs, out, strict=True)}
+        self.ports.update({port.name: named[port.name] for port in self.table.role(STATE)})
+        self.caches = [named[port.name] for port in self.table.role(CACHE)]
+        self.ports["reset"] = torch.zeros_like(self.ports["reset"])
         return named
 
 
@@ -59,15 +62,15 @@ def forced_logits(net: StackedTransformer, rows: Sequence[Tokens]) -> list[dict[
     layout = net.layout
     slots = Slots(net, [int(row.content[0]) - layout.content_sos for row in rows])
     seen = []
-    for t in range(max(steps_of(layout, row) for row in rows)):
+    for t in range(max(layout.steps_of(row) for row in rows)):
         at = [min(t + 1, len(row.content) - 1) for row in rows]
         forced_position = torch.tensor([int(row.position[i]) for row, i in zip(rows, at, strict=True)])
         forced_content = torch.tensor([int(row.content[i]) for row, i in zip(rows, at, strict=True)])
         seen.append(slots.advance(forced_position=forced_position, forced_content=forced_content))
-        done = [t + 1 >= steps_of(layout, row) for row in rows]
-        assert slots.inputs["done"].tolist() == done
+        done = [t + 1 >= layout.steps_of(row) for row in rows]
+        assert slots.ports["done"].tolist() == done
     return [
-        {h: torch.stack([out[f"{h}_logits"][i] for out in seen[: steps_of(layout, row)]]).numpy() for h in HEADS}
+        {h: torch.stack([out[f"{h}_logits"][i] for out in seen[: layout.steps_of(row)]]).numpy() for h in HEADS}
         for i, row in enumerate(rows)
     ]
 
@@ -82,28 +85,19 @@ def free_run(
     count = len(starts)
     own = torch.arange(count)
     numbers = np.stack([uniforms(seed, i // width, layout.max_length) for i in range(count)])
-    controls = {
-        "uniforms": torch.from_numpy(numbers),
-        "temperature": torch.full((count,), params.temperature),
-        "top_k": torch.full((count,), params.top_k or layout.content_vocabulary),
-        "top_p": torch.full((count,), params.top_p),
-        "top_k_position": torch.full((count,), params.top_k_position or layout.position_head),
-        "top_p_position": torch.full((count,), params.top_p_position),
-        "ordered": torch.full((count,), params.positions == "ordered"),
-        "partner": own ^ 1 if guided else own,
-        "partner_weight": torch.full((count,), params.guidance),
-    }
+    settings = {name: torch.full((count,), value) for name, value in slots.table.settings(params).items()}
+    controls = {"uniforms": torch.from_numpy(numbers), "partner": own ^ 1 if guided else own, **settings}
     tokens: list[list[tuple[int, int]]] = [[] for _ in labels]
     done = torch.zeros(count, dtype=torch.bool)
     while not done.all():
         slots.advance(**controls)
-        content, position = slots.inputs["content"], slots.inputs["position"]
+        content, position = slots.ports["content"], slots.ports["position"]
         for i in range(len(labels)):
             if not done[i * width]:
                 tokens[i].append((int(content[i * width]), int(position[i * width])))
-        assert torch.equal(slots.inputs["done"][::width], slots.inputs["done"][width - 1 :: width])
-        done = slots.inputs["done"]
-    return slots.inputs["cells"].numpy()[::width], tokens
+        assert torch.equal(slots.ports["done"][::width], slots.ports["done"][width - 1 :: width])
+        done = slots.ports["done"]
+    return slots.ports["cells"].numpy()[::width], tokens
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -111,7 +105,7 @@ def test_cached_step_equals_the_full_forward(name: str) -> None:
     """The caches, indices, segments and start tokens of every position, with rows of different lengths together."""
     net = small_transformer(LAYOUTS[name])
     rows = ragged_tokens(net.layout, 7)
-    assert len({steps_of(net.layout, row) for row in rows}) > 4 or not net.layout.covering
+    assert len({net.layout.steps_of(row) for row in rows}) > 4 or not net.layout.covering
     found, worst = forced_logits(net, rows), 0.0
     for got, row in zip(found, rows, strict=True):
         want = full_logits(net, row)

@@ -15,30 +15,33 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from small_models import BOUND, HEADS, engine_logits, full_logits, ragged_tokens, relative_error, small_model
+from small_models import BOUND, engine_logits, full_logits, ragged_tokens, relative_error, small_model
 from test_export import GOLDEN, MODES, check_tokens, largest_error
 
+import export.tensorrt.plans as plans
 import export.to_tensorrt as to_tensorrt
 import runtimes.tensorrt_api as tensorrt_api
 from dvq_rt.__main__ import main
+from dvq_rt.engine import GRAPHS, Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.manifest import Manifest, read_engine
 from dvq_rt.verify import BOUNDS, verify
-from export.lowering import TENSORRT_OPSET, reference_attention
+from export.lowering import TENSORRT_OPSET
 from export.parity import golden_values
-from export.steps import Step, example_inputs
 from export.tensorrt.check import check_graph, check_network, specs
 from export.tensorrt.precision import narrow
-from export.to_onnx import trace
+from export.tracing import trace
 from runtimes.cuda import driver_version
-from runtimes.errors import BackendError, ConfigError, EngineError, ExportError
+from runtimes.errors import BackendError, CheckpointError, ConfigError, EngineError, ExportError, InputError
+from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.tensorrt_api import TensorRT, choose_flavor
 from training.checkpoint import Model, save_checkpoint
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.step import Step, example_inputs, reference_attention, step_table
 
 TARGETS = ["sm86", "sm89", "sm120"]
 SLOTS = 4
@@ -89,14 +92,16 @@ class Traced:
         if (family, precision) not in self.done:
             folder, model = self.folder / f"{family}-{precision}", self.models[family]
             folder.mkdir()
-            interface = to_tensorrt.write_graphs(narrow(model, precision), folder, SLOTS)
-            manifest = to_tensorrt.describe(model, interface, SLOTS, precision, Api, TARGETS)  # type: ignore[arg-type]
+            traced = narrow(model, precision)
+            table = step_table(traced.both()[1])
+            to_tensorrt.trace_graphs(traced, folder, table, SLOTS)
+            manifest = to_tensorrt.describe_plans(model, table, SLOTS, precision, Api, TARGETS)  # type: ignore[arg-type]
             write_tensors(folder / "golden.safetensors", golden_values(model, model.layout.max_length))
             self.done[family, precision] = (folder, manifest)
         return self.done[family, precision]
 
-    def generator(self, family: str, precision: str) -> Generator:
-        return Generator.of_folder(*self.graphs(family, precision))
+    def engine(self, family: str, precision: str) -> Engine:
+        return Engine(*self.graphs(family, precision), OnnxRuntimeBackend())
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +116,7 @@ def test_graphs_agree_with_pytorch(family: str, precision: str, traced: Traced) 
     """All checks of ``verify`` on the graphs that TensorRT gets: encoder, decoder with its bytes, both heads' logits,
     slots that do not disturb one another, free-running tokens; float32 within 2e-4, float16 within 2e-2."""
     assert BOUNDS["fp32"].logits == BOUND == 2e-4 and BOUNDS["fp16"].logits == 2e-2
-    checks = verify(traced.generator(family, precision))
+    checks = verify(traced.engine(family, precision))
     for check in checks:
         print(f"\n{family} {precision} {check.name}: {check.measured:.2g} (at most {check.bound:.2g})", end="")
     assert [check for check in checks if not check.ok] == []
@@ -125,8 +130,8 @@ def test_lowering_equals_the_other(precision: str, traced: Traced, generator: Ge
     model = traced.models["dq"]
     assert model.transformer is not None
     rows = ragged_tokens(model.layout, 8)
-    found, fused = (engine_logits(g, rows, SLOTS) for g in (traced.generator("dq", precision), generator))
-    error = max(relative_error(found[i][h], fused[i][h]) for i in found for h in HEADS)
+    found, fused = (engine_logits(e, rows, SLOTS) for e in (traced.engine("dq", precision), generator.engine))
+    error = max(relative_error(one[h], other[h]) for one, other in zip(found, fused, strict=True) for h in HEADS)
     exact = largest_error(model, rows, found)
     print(f"\n{precision}: {error:.1e} from the fused lowering, {exact:.1e} from PyTorch")
     assert max(error, exact) <= BOUNDS[precision].logits
@@ -136,17 +141,17 @@ def test_lowering_equals_the_other(precision: str, traced: Traced, generator: Ge
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_tokens_equal_the_oracle(mode: str, traced: Traced) -> None:
     """Free runs of the float32 graphs are the uncached sampler's, token for token, guided and filtered."""
-    check_tokens(traced.models["dq"], traced.generator("dq", "fp32"), MODES[mode], [0, 1, 2, None] * 2)
+    check_tokens(traced.models["dq"], traced.engine("dq", "fp32"), MODES[mode], [0, 1, 2, None] * 2)
 
 
 def test_bytes_of_the_device_are_the_images(traced: Traced) -> None:
-    """The decoder's second output is what the host would make of the first; a generator hands it out."""
-    generator = traced.generator("dq", "fp32")
-    codes = generator.sample(2, seed=3).codes
-    for code in codes:
-        out = generator._program("decoder").run({"codes": code.codes[None]})
+    """The decoder's second output is what the host would make of the first; an engine hands it out."""
+    engine = traced.engine("dq", "fp32")
+    side = engine.layout.sides[-1]
+    for codes in np.random.default_rng(3).integers(0, engine.layout.codebook_size, (2, 1, side, side)):
+        out = engine.program("decoder").run({"codes": codes})
         np.testing.assert_array_equal(out["pixels"], to_uint8(out["images"]))
-        np.testing.assert_array_equal(generator.decode(code), out["pixels"])
+        np.testing.assert_array_equal(engine.decode(codes), out["pixels"])
         assert out["pixels"].std() > 1
 
 
@@ -158,14 +163,14 @@ def test_bf16_in_pytorch(family: str, traced: Traced) -> None:
     narrowed = narrow(model, "bf16")
     outputs = []
     for each in (model, narrowed):
-        assert each.transformer is not None
-        inputs = example_inputs(each.transformer, SLOTS)
-        inputs["caches"] = [c.to(next(each.transformer.parameters()).dtype) for c in inputs["caches"]]
-        inputs.update(reset=torch.ones(SLOTS, dtype=torch.bool), label=torch.arange(SLOTS))
-        out = Step(each.transformer)(**inputs)
+        net = each.both()[1]
+        inputs = example_inputs(step_table(net), SLOTS)
+        ports, caches = inputs["ports"], inputs["caches"]
+        ports.update(reset=torch.ones(SLOTS, dtype=torch.bool), label=torch.arange(SLOTS))
+        out = Step(net)(ports, caches)
         outputs.append([part.numpy() for part in out[5:7]])
         assert all(part.dtype == torch.float32 for part in out[5:9])
-        assert all(cache.dtype == inputs["caches"][0].dtype for cache in out[9:])
+        assert all(cache.dtype == next(net.parameters()).dtype for cache in out[9:])
     error = max(relative_error(got, want) for want, got in zip(*outputs, strict=True))
     print(f"\n{family}: largest relative logit error in bfloat16 {error:.1e}")
     assert 1e-4 < error <= BOUNDS["bf16"].logits
@@ -177,7 +182,7 @@ def test_what_stays_float32(traced: Traced) -> None:
     found: dict[str, set[int]] = {}
     for family in MODELS:
         folder, _ = traced.graphs(family, "fp16")
-        for name in to_tensorrt.GRAPHS:
+        for name in GRAPHS:
             proto = onnx.shape_inference.infer_shapes(onnx.load(folder / f"{name}.onnx"))
             kinds = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.input)}
             kinds |= {t.name: t.data_type for t in proto.graph.initializer}
@@ -279,14 +284,13 @@ def test_misreadable_graphs_are_refused(fault: str, traced: Traced) -> None:
 
 def test_an_export_runs_the_check(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lowering that loses the mask stops the whole export, before anything is built, and nothing is left."""
-    real = to_tensorrt.write_graphs
+    real = to_tensorrt.trace_graphs
 
-    def spoilt(model: Model, folder: Path, slots: int) -> dict[str, Any]:
-        interface = real(model, folder, slots)
+    def spoilt(model: Model, folder: Path, *rest: Any) -> None:
+        real(model, folder, *rest)
         proto = onnx.load(folder / "step.onnx")
         plant_nonpad(proto)
         onnx.save(proto, folder / "step.onnx")
-        return interface
 
     class Stub(Api):
         ahead_of_time = True
@@ -294,7 +298,7 @@ def test_an_export_runs_the_check(traced: Traced, tmp_path: Path, monkeypatch: p
         def check_targets(self, targets: list[str]) -> None:
             pass
 
-    monkeypatch.setattr(to_tensorrt, "write_graphs", spoilt)
+    monkeypatch.setattr(to_tensorrt, "trace_graphs", spoilt)
     monkeypatch.setattr(to_tensorrt, "choose_flavor", lambda *_: Stub())
     with pytest.raises(ExportError, match=r"would misread this graph.*nonpad_kv_seqlen"):
         to_tensorrt.export_tensorrt(traced.models["dq"], tmp_path / "engine", slots=SLOTS, targets=["sm86"])
@@ -325,11 +329,11 @@ def test_the_parser_misreads_and_the_network_check_notices(fault: str, traced: T
 def test_a_decomposed_step_is_noticed(traced: Traced, tmp_path: Path) -> None:
     """The same step on standard operators has neither native cache updates nor native attention."""
     folder, manifest = traced.graphs("dq", "fp32")
-    model = traced.models["dq"]
-    assert model.transformer is not None
+    net = traced.models["dq"].both()[1]
     names = [[spec["name"] for spec in manifest.step[side]] for side in ("inputs", "outputs")]
-    step, inputs = Step(model.transformer, reference_attention), example_inputs(model.transformer, SLOTS)
-    trace(step, inputs, names[1], tmp_path / "plain.onnx", False, fixed=True, opset=TENSORRT_OPSET)
+    step, inputs = Step(net, reference_attention), example_inputs(step_table(net), SLOTS)
+    path = tmp_path / "plain.onnx"
+    trace(step, inputs, names[1], path, names=names[0], fixed=True, opset=TENSORRT_OPSET)
     network = TensorRT("tensorrt-rtx").parse(tmp_path / "plain.onnx")
     with pytest.raises(ExportError, match=r"0 native cache updates and 0 native attentions, not 6 and 3.*decomposed"):
         check_network(network, manifest.step, 3)
@@ -368,7 +372,8 @@ def test_whole_exports(
 ) -> None:
     """The command, from a checkpoint to plans for three kinds of GPU, without any GPU: its summary, an engine folder
     that ``inspect`` reads, and what opening it says here."""
-    monkeypatch.setattr(to_tensorrt, "driver_version", lambda: None)
+    for module in (to_tensorrt, plans):
+        monkeypatch.setattr(module, "driver_version", lambda: None)
     monkeypatch.setattr("runtimes.cuda.driver_version", lambda: None)
     save_checkpoint(traced.models[family], tmp_path / "checkpoint")
     to_tensorrt.main([str(tmp_path / "checkpoint"), "--precision", precision, "--slots", "4", "--check-tokens", "12"])
@@ -413,13 +418,16 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = tmp_path / "engine"
     for words, error, options in (
         ("slots is 1; a plan needs at least 2", ConfigError, {"slots": 1}),
+        ("slots is 2.5; it must be an integer", InputError, {"slots": 2.5}),
+        ("slots is 0; it must be an integer", InputError, {"slots": 0}),
+        ("slots is 5000; it must be an integer from 1 to 4096", InputError, {"slots": 5000}),
         ("precision is 'int8'; it must be one of", ConfigError, {"precision": "int8"}),
-        ("check_tokens is 0", ConfigError, {"check_tokens": 0}),
+        ("check_tokens is 0; it must be an integer from 1", InputError, {"check_tokens": 0}),
         ("flavor is 'rt'; it must be one of", BackendError, {"flavor": "rt"}),
     ):
         with pytest.raises(error, match=words):
             to_tensorrt.export_tensorrt(model, out, **options)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="has no transformer"):
+    with pytest.raises(CheckpointError, match="holds stage 1 only; train stage 2"):
         to_tensorrt.export_tensorrt(Model(model.tokenizer), out)
     monkeypatch.setattr("runtimes.cuda.driver_version", lambda: None)
 
@@ -431,14 +439,14 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
             return ["sm86", "sm89"]
 
     with pytest.raises(BackendError, match="no NVIDIA driver"):
-        to_tensorrt.choose_targets(Stub(), ["current"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["current"])  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"target is 'sm90'; tensorrt-rtx 0 builds for \['sm86', 'sm89'\], one or sev"
     ):
-        to_tensorrt.choose_targets(Stub(), ["sm90"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["sm90"])  # type: ignore[arg-type]
     monkeypatch.setattr(Stub, "ahead_of_time", False)
     with pytest.raises(ConfigError, match="builds for the GPU of this machine only: use --target current"):
-        to_tensorrt.choose_targets(Stub(), ["sm86"])  # type: ignore[arg-type]
+        plans.choose_targets(Stub(), ["sm86"])  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -487,9 +495,8 @@ def test_neither_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_full_logits_are_finite(traced: Traced) -> None:
     """The reference that the comparisons lean on has no NaN, which a maximum would hide."""
     model = traced.models["dq"]
-    assert model.transformer is not None
     for row in ragged_tokens(model.layout, 3):
-        assert all(np.isfinite(values).all() for values in full_logits(model.transformer, row).values())
+        assert all(np.isfinite(values).all() for values in full_logits(model.both()[1], row).values())
 
 
 @pytest.mark.gpu

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvq_rt.files import guard, new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder, short
+from dvq_rt.files import new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import CheckpointError, ConfigError
+from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer

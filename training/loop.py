@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dvq_rt.files import short
 from dvq_rt.progress import progress_bar
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 from training.checkpoint import (
     Model,
     TrainingState,

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dvq_rt.files import guard, open_regular, parse_json, read_json, restore_folder, short, write_file
-from runtimes.errors import ConfigError
+from dvq_rt.files import open_regular, parse_json, read_json, restore_folder, write_file
+from runtimes.errors import ConfigError, guard, short
 from training.checkpoint import checkpoint_step
 from training.data.folder import ImageFolder
 from training.data.listing import some

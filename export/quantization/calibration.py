@@ -1,107 +1,76 @@
-"""Tuning of integer weights: the quantised model learns the float model's distributions on images that the latter
-draws.
-
-Integers stay integers: each has a float beside it that gradients move, and is that float rounded (a straight-through
-estimator). Scales are fixed. Norms, biases and embedding tables, which stay float32, are tuned along.
-"""
+"""What quantization is calibrated with: sequences that a model draws for itself, and what they do to its layers."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from numpy.typing import NDArray
+from torch import Tensor
 
-from dvq_rt.layout import TokenLayout
-from export.quantization.weights import BLOCK, QuantLinear, Rows, round_activations
+from dvq_rt.decoding import cells_to_maps
+from dvq_rt.layout import UNORDERED, TokenLayout, Tokens
+from dvq_rt.sampling import SamplingParams
+from export.parity import random_rows
+from export.quantization.layers import linear_layers, watching
 from training.models.transformer import StackedTransformer
+from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
-BATCH = 8
-LEVEL_RATE, FLOAT_RATE = 0.02, 5e-5
-"""Largest change per step of an integer's float, in levels, and of other parameters."""
-
-
-class TunedLinear(nn.Module):
-    """A QuantLinear whose levels can be trained: ``levels`` float [N, K] around 0."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.bits, self.scales = layer.bits, layer.scales
-        self.levels = nn.Parameter(layer.weight / layer.scales.repeat_interleave(BLOCK, 1))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
-
-    def integers(self) -> Tensor:
-        """The levels as they will be stored, float [N, K] around 0."""
-        half = 2 ** (self.bits - 1)
-        return self.levels.clamp(-half, half - 1).round()
-
-    def forward(self, x: Tensor) -> Tensor:
-        levels = self.levels + (self.integers() - self.levels).detach()
-        rounded = x + (round_activations(x) - x).detach()
-        return F.linear(rounded, levels * self.scales.repeat_interleave(BLOCK, 1), self.bias)
-
-    def finished(self) -> QuantLinear:
-        """The layer to export."""
-        levels = (self.integers() + 2 ** (self.bits - 1)).detach().to(torch.uint8)
-        return QuantLinear(levels, self.scales, self.bits, self.bias)
+CALIBRATION = 64
+"""Images that a model draws to be calibrated with."""
+UNCALIBRATED = 4
+"""Images that ranges come from if none are to be drawn: of random codes, or drawn where codes have no sequence."""
 
 
-def tune(teacher: StackedTransformer, student: StackedTransformer, rows: Rows, steps: int) -> StackedTransformer:
-    """A copy of a quantised model, tuned to the float model's distributions of both heads.
+def calibration_sequences(
+    model: StackedTransformer, images: int, seed: int = 2**32
+) -> tuple[list[Tokens], list[NDArray[np.int64]]]:
+    """Sequences and code maps [side, side] of images that the model draws for itself, with labels from the first to the
+    last. With 0 images a few of random codes, or drawn where codes have no sequence."""
+    layout = model.layout
+    if not images and layout.order != UNORDERED:
+        rows = random_rows(layout, spread_labels(layout, UNCALIBRATED))
+        return rows, [layout.to_map(row.content.tolist(), row.position.tolist())[0] for row in rows]
+    labels = spread_labels(layout, images or UNCALIBRATED)
+    events = sample_events(model, labels, SamplingParams(), seed=seed)
+    return [drawn_tokens(layout, e) for e in events], [cells_to_maps(layout, e.cells)[0] for e in events]
+
+
+def spread_labels(layout: TokenLayout, images: int) -> list[int]:
+    """Start labels for so many images: the first, the last, which is the null label if there is one, and others
+    evenly between them."""
+    return [round(i * (layout.starts - 1) / max(1, images - 1)) for i in range(images)]
+
+
+@torch.no_grad()
+def observe(
+    model: StackedTransformer, rows: Sequence[Tokens], *, moments: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What ``rows`` do to a model, by names of linear layers.
 
     Args:
-        teacher: the float model; student: with QuantLinear layers.
-        rows: (content, joint position) sequences to tune on.
-        steps: optimisation steps of ``BATCH`` sequences.
+        moments: whether to measure second moments, which takes long for large models; there are none if not.
+
+    Returns:
+        second moments, the mean of x x^T over the inputs x of every layer, float32 [K, K]; and the scales of the
+        caches' channels, float32 [2, H, 1, D] by projection to query, key and value: the largest key or value that
+        occurs becomes 127.
     """
-    net = copy.deepcopy(student).requires_grad_(True)
-    swap(net, QuantLinear, TunedLinear)
-    levels = [m.levels for m in net.modules() if isinstance(m, TunedLinear)]
-    others = [p for name, p in net.named_parameters() if not name.endswith(".levels")]
-    groups = [{"params": levels, "lr": LEVEL_RATE}, {"params": others, "lr": FLOAT_RATE}]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1.0, (i + 1) / 10) * (0.5 + 0.5 * float(np.cos(np.pi * i / steps)))
-    )
-    rng = np.random.default_rng(0)
-    by_length = sorted(rows, key=lambda row: len(row[0]))
-    for _ in tqdm(range(steps), desc="tuning integers", dynamic_ncols=True):
-        start = int(rng.integers(0, max(1, len(rows) - BATCH + 1)))
-        inputs, used = padded(teacher.layout, by_length[start : start + BATCH])
-        with torch.no_grad():
-            wanted = teacher(*inputs)
-        loss = torch.zeros(())
-        for want, got in zip(wanted, net(*inputs), strict=True):
-            target, found = F.log_softmax(want[used], -1), F.log_softmax(got[used], -1)
-            loss = loss + F.kl_div(found, target, log_target=True, reduction="batchmean")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    swap(net, TunedLinear, TunedLinear.finished)
-    return net.eval().requires_grad_(False)
+    sums: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
 
+    def look(name: str, x: Tensor, y: Tensor) -> None:
+        if moments:
+            x = x.flatten(0, -2)
+            sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])) + x.T @ x
+        if name.endswith("attn.qkv"):
+            keys_and_values = y[..., y.shape[-1] // 3 :].abs().flatten(0, -2).amax(0)
+            largest[name] = torch.maximum(largest.get(name, keys_and_values), keys_and_values)
 
-def swap(model: nn.Module, kind: type, make: object) -> None:
-    """Replace every layer of a kind by what ``make`` makes of it."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(layer))  # type: ignore[operator]
-
-
-def padded(layout: TokenLayout, rows: Rows) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``StackedTransformer.forward``'s inputs, int64 [B, T] each, of sequences padded on the right, and which of their
-    places are used, bool [B, T]."""
-    length = max(len(content) for content, _ in rows)
-    content, joint = torch.zeros(2, len(rows), length, dtype=torch.long)
-    used = torch.zeros(len(rows), length - 1, dtype=torch.bool)
-    for i, (values, positions) in enumerate(rows):
-        content[i, : len(values)], joint[i, : len(values)] = torch.tensor(values), torch.tensor(positions)
-        used[i, : len(values) - 1] = True
-    offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-    segment = (joint[..., None] >= offsets[1:]).sum(-1)
-    following = joint if layout.first == "position" else content
-    return (content[:, :-1], joint[:, :-1], segment[:, :-1], following[:, 1:]), used
+    with watching(linear_layers(model), look):
+        for row in rows:
+            teacher_forced(model, row)
+    tokens, heads = sum(len(row.content) - 1 for row in rows), model.config.heads
+    scales = {name: (top.clamp_min(1e-6) / 127).view(2, heads, 1, -1) for name, top in largest.items()}
+    return {name: total / tokens for name, total in sums.items()}, scales

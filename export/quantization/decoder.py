@@ -9,6 +9,7 @@ the de-masker of MQ stay float32. The encoder stays float32 as a whole: rounding
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.quantization.weights import watching
+from export.quantization.layers import replace_layer, watching
 from training.models.tokenizer import Tokenizer
 
-Ranges = tuple[float, float]
+Range = tuple[float, float]
+"""Least and largest value."""
 WEIGHT_LEVELS = 63
 """Largest weight. 7 bits, because processors without VNNI add two products in 16 bits: 2 * 255 * 63 < 2**15."""
 LARGEST_BIAS = 2**22
@@ -31,17 +33,18 @@ class QuantConv(nn.Module):
 
     Args:
         conv: the float convolution.
-        taken, given: least and largest value of its input and of its output.
+        input_range, output_range: of its input and of its output.
     """
 
     levels: Tensor
     scales: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, taken: Ranges, given: Ranges) -> None:
+    def __init__(self, conv: nn.Conv2d, input_range: Range, output_range: Range) -> None:
         super().__init__()
         assert (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        (self.scale_in, self.zero_in), (self.scale_out, self.zero_out) = affine(*taken), affine(*given)
+        self.scale_in, self.zero_in = affine(*input_range)
+        self.scale_out, self.zero_out = affine(*output_range)
         largest = conv.weight.detach().abs().amax((1, 2, 3)).clamp_min(1e-12)
         bias = torch.zeros_like(largest) if conv.bias is None else conv.bias.detach()
         least = bias.abs() / (self.scale_in * LARGEST_BIAS)
@@ -52,11 +55,10 @@ class QuantConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             return self.traced(x)
-        zero = self.zero_in
-        taken = ((x / self.scale_in).round() + zero).clamp(0, 255) - zero
-        sums = F.conv2d(taken, self.levels.to(x.dtype), self.bias.to(x.dtype), padding=1)
-        given = (sums * (self.scales * (self.scale_in / self.scale_out))[:, None, None]).round() + self.zero_out
-        return (given.clamp(0, 255) - self.zero_out) * self.scale_out
+        levels_in = ((x / self.scale_in).round() + self.zero_in).clamp(0, 255) - self.zero_in
+        sums = F.conv2d(levels_in, self.levels.to(x.dtype), self.bias.to(x.dtype), padding=1)
+        levels_out = (sums * (self.scales * (self.scale_in / self.scale_out))[:, None, None]).round() + self.zero_out
+        return (levels_out.clamp(0, 255) - self.zero_out) * self.scale_out
 
     def traced(self, x: Tensor) -> Tensor:
         """The runtime's operators. For tracing only; it computes nothing in PyTorch."""
@@ -69,12 +71,12 @@ class QuantConv(nn.Module):
         def constants(scale: float, zero: int) -> tuple[Tensor, Tensor]:
             return torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8)
 
-        taken, given = constants(self.scale_in, self.zero_in), constants(self.scale_out, self.zero_out)
+        grid_in, grid_out = constants(self.scale_in, self.zero_in), constants(self.scale_out, self.zero_out)
         weight = self.levels, self.scales, torch.zeros_like(self.scales, dtype=torch.int8)
-        y = operator("QuantizeLinear", [x, *taken], torch.uint8, x.shape[1])
-        inputs = [y, *taken, *weight, *given, self.bias]
+        y = operator("QuantizeLinear", [x, *grid_in], torch.uint8, x.shape[1])
+        inputs = [y, *grid_in, *weight, *grid_out, self.bias]
         y = operator("QLinearConv", inputs, torch.uint8, len(self.levels), pads=[1] * 4)
-        return operator("DequantizeLinear", [y, *given], torch.float32, len(self.levels))
+        return operator("DequantizeLinear", [y, *grid_out], torch.float32, len(self.levels))
 
 
 def affine(least: float, largest: float) -> tuple[float, int]:
@@ -84,18 +86,17 @@ def affine(least: float, largest: float) -> tuple[float, int]:
     return scale, round(-least / scale)
 
 
-def quantise_decoder(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> Tokenizer:
+def quantize_decoder(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> Tokenizer:
     """A copy of a tokenizer with QuantConv layers in its decoder.
 
     Args:
         maps: int64 [h, w] code maps of typical images, which the ranges of activations come from.
     """
-    made = copy.deepcopy(tokenizer)
-    ranges = activation_ranges(made, maps)
-    for name, conv in list(convolutions(made)):
-        parent, _, last = name.rpartition(".")
-        setattr(made.get_submodule(parent), last, QuantConv(conv, *ranges[name]))
-    return made.eval().requires_grad_(False)
+    quantized = copy.deepcopy(tokenizer)
+    ranges = activation_ranges(quantized, maps)
+    for name, conv in list(convolutions(quantized)):
+        replace_layer(quantized, name, QuantConv(conv, *ranges[name]))
+    return quantized.eval().requires_grad_(False)
 
 
 def convolutions(tokenizer: Tokenizer) -> Iterator[tuple[str, nn.Conv2d]]:
@@ -107,16 +108,19 @@ def convolutions(tokenizer: Tokenizer) -> Iterator[tuple[str, nn.Conv2d]]:
 
 
 @torch.no_grad()
-def activation_ranges(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> dict[str, tuple[Ranges, Ranges]]:
+def activation_ranges(tokenizer: Tokenizer, maps: Sequence[Tensor]) -> dict[str, tuple[Range, Range]]:
     """Least and largest input and output of each of those layers over all maps."""
-    seen: dict[str, list[Ranges]] = {}
+    ranges: dict[str, tuple[Range, Range]] = {}
+
+    def wider(one: Range, values: Tensor) -> Range:
+        return min(one[0], float(values.min())), max(one[1], float(values.max()))
 
     def look(name: str, x: Tensor, y: Tensor) -> None:
-        found = [(float(values.min()), float(values.max())) for values in (x, y)]
-        old = seen.get(name, found)
-        seen[name] = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(old, found, strict=True)]
+        empty = (math.inf, -math.inf)
+        input_range, output_range = ranges.get(name, (empty, empty))
+        ranges[name] = wider(input_range, x), wider(output_range, y)
 
     with watching(convolutions(tokenizer), look):
         for codes in maps:
             tokenizer.decode_maps(codes[None])
-    return {name: (taken, given) for name, (taken, given) in seen.items()}
+    return ranges

@@ -52,14 +52,13 @@ def narrow(model: Model, precision: str) -> Model:
     Raises:
         ConfigError: the precision is another one.
     """
-    if precision not in PRECISIONS:
+    if precision not in list(PRECISIONS):
         raise ConfigError(f"precision is {precision!r}; it must be one of {sorted(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if precision == "fp32":
         return model
-    vae, net = model.tokenizer, model.transformer
-    assert vae is not None and net is not None
+    vae, net = model.both()
     decoder = vae.get_submodule("decoder")
     for name, part in list(decoder.named_children()):
         if name.startswith("position_bias"):  # a constant: computed wide, rounded once

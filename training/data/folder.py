@@ -100,6 +100,11 @@ class ImageFolder:
         """The number of images, N."""
         return len(self.paths)
 
+    @property
+    def cached(self) -> int:
+        """The number of images kept in memory."""
+        return len(self._cache)
+
     def relative(self, index: int) -> str:
         """The path of image ``index`` below ``base``, with ``/``; whole if it lies elsewhere."""
         path = self.paths[index]

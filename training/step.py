@@ -1,42 +1,68 @@
-"""The functions that get traced: encoder, decoder and the decode step, as wrappers around the models.
+"""The decode step in PyTorch: one token of every slot, with key/value caches. What is exported, and what PyTorch itself
+draws with (``training.torch_program``).
 
-The step does one whole token for B slots. Every slot has its own state, label, sampling parameters and random numbers;
-nothing of one slot reaches another but the logits of its named partner (classifier-free guidance).
+Every slot has its own state, label, sampling parameters and random numbers; nothing of one slot reaches another but the
+logits of its named partner (classifier-free guidance).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dvq_rt.layout import HEADS
-from export.lowering import Attention, reference_attention
+from dvq_rt.step import CACHE, StepTable
 from runtimes.errors import ConfigError
-from training.models.tokenizer import Tokenizer
 from training.models.transformer import Block, StackedTransformer
 
-STATE = ("content", "position", "length", "done", "cells")
-REPORTS = ("position_logits", "content_logits", "position_logprob", "content_logprob")
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+"""Cached attention, which each backend computes its own way. It appends one token to a cache and attends over what the
+cache then holds:
+
+    qkv float [B, 1, 3 C] (query, key and value side by side), keys and values float [B, H, Tmax, D],
+    length int32 [B] (tokens already cached, less than Tmax), heads H, scales None
+    -> output float [B, 1, C], and both caches with the new token in row ``length``
+
+Rows beyond ``length`` never count. Caches start at zero. With ``scales`` float32 [2, H, 1, D], of keys and of values,
+an exported cache may hold int8, value / scale to the nearest; in PyTorch it holds floats all the same."""
+NARROW = {torch.bfloat16: "uint16"}
+"""Names that number formats which numpy lacks go by in a step table."""
+
+
+def reference_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain form of ``Attention``, of standard operators only.
+
+    The scatters are in place when an engine binds one buffer on both sides.
+    """
+    b, _, width = qkv.shape
+    q, k, v = qkv.view(b, 3, heads, 1, width // 3 // heads).unbind(1)  # [B, H, 1, D]
+    at = length.long()[:, None, None, None]
+    keys, values = keys.scatter(2, at.expand_as(k), k), values.scatter(2, at.expand_as(v), v)
+    scores = (q @ keys.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, 1, Tmax]
+    seen = torch.arange(keys.shape[2], device=qkv.device) <= at
+    weight = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    return (weight @ values).view(b, 1, width // 3), keys, values
 
 
 class Step(nn.Module):
-    """One token of every slot.
+    """One token of every slot. Names, shapes and number formats of its tensors are in ``dvq_rt.step``.
 
-    State (in and out): ``content`` and joint ``position`` int64 [B] of the last token, ``length`` int32 [B] tokens
-    cached, ``done`` bool [B], ``cells`` int32 [B, cells] with -1 where no code stands yet and segment * K + code
-    elsewhere; and the caches [B, H, Tmax, D], two per block, those of the first stack first.
+    State (in and out): ``content`` and joint ``position`` of the last token, ``length`` tokens cached, ``done``,
+    ``cells`` with -1 where no code stands yet and segment * K + code elsewhere; and the caches, two per block, those of
+    the first stack first.
 
-    Controls (in): ``reset`` bool [B] starts a slot afresh with ``label`` int64 [B]; ``uniforms`` float32
-    [B, Tmax, 2] holds the random numbers of each step and head; sampling parameters per slot (``top_k`` of the
-    vocabulary's size or more switches it off); ``ordered`` bool [B] takes the positions of the last segment in
-    order; ``partner`` int64 [B] and ``partner_weight`` float32 [B], see ``mix``; ``forced_position`` (joint) and
-    ``forced_content`` int64 [B] override the draws of slots that are not done, where they are not negative.
+    Controls (in): ``reset`` starts a slot afresh with ``label``; ``uniforms`` holds the random numbers of each step and
+    head; sampling parameters per slot (``top_k`` of the vocabulary's size or more switches it off); ``ordered`` takes
+    the positions of the last segment in order; ``partner`` and ``partner_weight``, see ``mix``; ``forced_position``
+    (joint) and ``forced_content`` override the draws of slots that are not done, where they are not negative.
 
-    Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of what
-    was taken under the mask at temperature 1, [B] each.
+    Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of each
+    token under the mask at temperature 1.
     """
 
     place: Tensor  # [segments, cells], the position of each segment that covers a cell
@@ -58,7 +84,7 @@ class Step(nn.Module):
         segments = range(layout.segments)
         tables = {
             "place": torch.from_numpy(place),
-            "offset": torch.tensor([layout.position_offset(s) for s in segments]),
+            "offset": torch.from_numpy(layout.offsets),
             "eos": torch.tensor([layout.position_eos(s) for s in segments]),
             "sos": torch.tensor([layout.position_sos(s) for s in segments]),
             "ranks": torch.from_numpy(layout.ordered_positions(layout.segments - 1)).argsort(),
@@ -68,50 +94,46 @@ class Step(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
-    def forward(
-        self,
-        content: Tensor,
-        position: Tensor,
-        length: Tensor,
-        done: Tensor,
-        cells: Tensor,
-        reset: Tensor,
-        label: Tensor,
-        uniforms: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        top_k_position: Tensor,
-        top_p_position: Tensor,
-        ordered: Tensor,
-        partner: Tensor,
-        partner_weight: Tensor,
-        forced_position: Tensor,
-        forced_content: Tensor,
-        caches: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
+    def forward(self, ports: Mapping[str, Tensor], caches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """
+        Args:
+            ports: state and controls by name.
+            caches: in order.
+
+        Returns:
+            state, reports and caches, in the order of ``StepTable.outputs``.
+        """
         layout, model = self.layout, self.model
+        label, reset = ports["label"], ports["reset"]
+
+        # A slot that is reset forgets its image: its last token is the start of the first segment.
         start_content = layout.content_sos + label
         start_local = label if layout.label_in_position else torch.zeros_like(label)
-        content = torch.where(reset, start_content, content)
-        position = torch.where(reset, self.sos[0] + start_local, position)
-        length = torch.where(reset, torch.zeros_like(length), length)
-        done = done & ~reset
-        cells = torch.where(reset[:, None], torch.full_like(cells, -1), cells)
+        content = torch.where(reset, start_content, ports["content"])
+        position = torch.where(reset, self.sos[0] + start_local, ports["position"])
+        length = torch.where(reset, torch.zeros_like(ports["length"]), ports["length"])
+        done = ports["done"] & ~reset
+        cells = torch.where(reset[:, None], torch.full_like(ports["cells"], -1), ports["cells"])
 
-        # where this token's draw belongs
+        # Where the next token belongs: to the segment of the last one or, after its end, to the following one.
         here = (position[:, None] >= self.offset[1:]).sum(1)  # segment of the last token
-        starting = position == (self.offset + self.eos)[here]  # it closed a segment: the next one's start follows
+        starting = position == (self.offset + self.eos)[here]  # it ended its segment: the start of the next follows
         segment = here + starting.long()
         eos, offset, start = self.eos[segment], self.offset[segment], self.sos[segment] + start_local
-        random = uniforms.gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
-        filters = {"position": (top_k_position, top_p_position), "content": (top_k, top_p)}
-        forced = {"position": forced_position, "content": forced_content}
 
+        # This step's random number of each head, and how each head draws.
+        random = ports["uniforms"].gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        filters = {
+            "position": (ports["top_k_position"], ports["top_p_position"]),
+            "content": (ports["top_k"], ports["top_p"]),
+        }
+        forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
+
+        # Embed the last token; each stack reads its caches and draws one half of the next token.
         x = model.embed(content, position, here, length.long())[:, None]
         unused, new_caches = list(caches), []
         logits: dict[str, Tensor] = {}
-        taken: dict[str, Tensor] = {}
+        token: dict[str, Tensor] = {}
         logprob: dict[str, Tensor] = {}
         for head in layout.heads:
             blocks, project, embedding = model.parts(head)
@@ -119,32 +141,34 @@ class Step(nn.Module):
                 assert isinstance(block, Block)
                 x, *new = self.block(block, x, unused.pop(0), unused.pop(0), length)
                 new_caches += new
-            logits[head] = mix(project(x)[:, 0], partner, partner_weight)
+            logits[head] = mix(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
-                allowed = self.allowed_positions(cells, segment, starting, eos, start, ordered, position)
+                allowed = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], position)
             else:
-                allowed = self.allowed_contents(starting, start_content, taken.get("position", start), offset + eos)
-            taken[head], logprob[head] = draw(
+                allowed = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
+            token[head], logprob[head] = draw(
                 logits[head],
                 allowed,
                 random[:, HEADS.index(head)],
-                temperature,
+                ports["temperature"],
                 *filters[head],
                 forced[head] - offset if head == "position" else forced[head],
                 (forced[head] >= 0) & ~done,
             )
-            if head == "position":
-                taken[head] = taken[head] + offset
-            x = x + embedding(taken[head])[:, None]  # what the second stack reads
+            if head == "position":  # drawn as a local id
+                token[head] = token[head] + offset
+            x = x + embedding(token[head])[:, None]  # what the second stack reads
 
-        # advance; a slot that was done stays as it is
-        local = taken["position"] - offset
+        # A code fills the cells that its position covers; an image is done when no code is to come.
+        local = token["position"] - offset
         covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~done)[:, None]
-        new_cells = torch.where(covered, (taken["content"] + segment * layout.codebook_size).int()[:, None], cells)
+        new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
+
+        # A slot that was done stays as it is.
         return (
-            torch.where(done, content, taken["content"]),
-            torch.where(done, position, taken["position"]),
+            torch.where(done, content, token["content"]),
+            torch.where(done, position, token["position"]),
             length + (~new_done).int(),  # stays below Tmax
             new_done,
             new_cells,
@@ -155,7 +179,7 @@ class Step(nn.Module):
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""
         attn = block.attn
-        scales = getattr(attn.qkv, "cache_scales", None)  # a quantised model's
+        scales = getattr(attn.qkv, "cache_scales", None)  # a quantized model's
         y, keys, values = self.attention(attn.qkv(block.ln1(x)), keys, values, length, attn.heads, scales)
         x = x + attn.proj(y)
         return x + block.mlp(block.ln2(x)), keys, values
@@ -251,11 +275,15 @@ def draw(
         token ids int64 [B], the forced one where asked, and their log-probability under the mask alone [B].
     """
     masked = logits.masked_fill(~allowed, -torch.inf)
+
+    # Top-k and top-p, in descending order of probability; ties with the k-th stay.
     ordered, ids = torch.topk(masked / temperature[:, None], logits.shape[-1])
     kth = ordered.gather(1, top_k[:, None].clamp(1, logits.shape[-1]) - 1)
     probabilities = torch.softmax(ordered.masked_fill(ordered < kth, -torch.inf), dim=-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities * ((before < top_p[:, None]) | (top_p[:, None] >= 1))
+
+    # The token at which the cumulative probability passes the random number.
     cumulative = probabilities.cumsum(-1)
     rank = (cumulative <= uniform[:, None] * cumulative[:, -1:]).long().sum(-1, keepdim=True)
     last = (probabilities > 0).long().sum(-1, keepdim=True) - 1
@@ -263,65 +291,24 @@ def draw(
     return token, torch.log_softmax(masked, dim=-1).gather(1, token[:, None]).squeeze(1)
 
 
-class EncoderGraph(nn.Module):
-    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, h, w], grain int64 [B, hc, wc] (``Tokenizer``)."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.vae = tokenizer
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vae.encode_maps(images)
-
-
-class DecoderGraph(nn.Module):
-    """codes int64 [B, h, w], -1 for cells without one -> images float32 [B, 3, S, S], about [-1, 1], not clamped."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.vae = tokenizer
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.vae.decode_maps(codes)
-
-
-def example_inputs(model: StackedTransformer, slots: int) -> dict[str, Tensor | list[Tensor]]:
-    """Inputs of ``Step.forward`` for an idle engine: every slot done, caches zero."""
-    b, layout, config = slots, model.layout, model.config
-    tmax = cache_length(model)
-    whole = torch.zeros(b, dtype=torch.long)
-    cache = (b, config.heads, tmax, config.width // config.heads)
-    return {
-        "content": whole.clone(),
-        "position": whole.clone(),
-        "length": torch.zeros(b, dtype=torch.int32),
-        "done": torch.ones(b, dtype=torch.bool),
-        "cells": torch.full((b, layout.cells), -1, dtype=torch.int32),
-        "reset": torch.zeros(b, dtype=torch.bool),
-        "label": whole.clone(),
-        "uniforms": torch.zeros(b, tmax, 2),
-        "temperature": torch.ones(b),
-        "top_k": torch.full((b,), layout.content_vocabulary),
-        "top_p": torch.ones(b),
-        "top_k_position": torch.full((b,), layout.position_head),
-        "top_p_position": torch.ones(b),
-        "ordered": torch.ones(b, dtype=torch.bool),
-        "partner": torch.arange(b),
-        "partner_weight": torch.ones(b),
-        "forced_position": torch.full((b,), -1),
-        "forced_content": torch.full((b,), -1),
-        "caches": [torch.zeros(cache) for _ in range(2 * (config.position_blocks + config.content_blocks))],
-    }
-
-
-def cache_length(model: StackedTransformer) -> int:
-    """Tmax: the longest sequence the grammar allows.
+def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> StepTable:
+    """The interface of a model's step; ``cache`` is the number format of the caches, None that of the weights.
 
     Raises:
-        ConfigError: the model's position table is shorter.
+        ConfigError: the model's position table is shorter than the longest sequence that the grammar allows.
     """
-    if model.config.block_size < model.layout.max_length:
-        raise ConfigError(
-            f"transformer.block_size is {model.config.block_size}; this layout needs up to {model.layout.max_length}"
-        )
-    return model.layout.max_length
+    config, layout = model.config, model.layout
+    if config.block_size < layout.max_length:
+        raise ConfigError(f"transformer.block_size is {config.block_size}; this layout needs up to {layout.max_length}")
+    cache = cache or model.content_emb.weight.dtype
+    name = NARROW.get(cache) or str(cache).removeprefix("torch.")
+    blocks = config.position_blocks + config.content_blocks
+    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name)
+
+
+def example_inputs(table: StepTable, slots: int) -> dict[str, dict[str, Tensor] | list[Tensor]]:
+    """Inputs of ``Step.forward`` for idle slots."""
+    dtypes = {name: dtype for dtype, name in NARROW.items()}
+    tensors = {port.name: torch.from_numpy(port.idle_values(slots)) for port in table.inputs}
+    caches = [(tensors.pop(port.name), dtypes.get(port.dtype)) for port in table.role(CACHE)]
+    return {"ports": tensors, "caches": [values.view(dtype or values.dtype) for values, dtype in caches]}
