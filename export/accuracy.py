@@ -56,9 +56,9 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     if names and folder.classes != list(names):
         raise ConfigError(f"the checkpoint's labels are {list(names)}, the data's {folder.classes}; reorder --config")
     folder.check_held_out()
-    chosen = folder.val[:images]
-    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(chosen, 16))
-    codes = tokenize(vae, chunks, len(chosen), "tokenizing held-out images")
+    indices = folder.val[:images]
+    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(indices, 16))
+    codes = tokenize(vae, chunks, len(indices), "tokenizing held-out images")
     starts = codes.labels if names else np.zeros_like(codes.labels)
     return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
 
