@@ -5,6 +5,7 @@
 >>> samples.grid().save("faces.png")
 """
 
+from dvq_rt import packages  # noqa: F401  first, because importing it refuses a stranger named runtimes
 from dvq_rt.codes import Codes, load_codes, save_codes
 from dvq_rt.generator import Generator, Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams

@@ -32,6 +32,7 @@ INTEGER_FLOOR = (1, 28)
 INSTALL = "pip install 'dvq-rt[cpu]', or 'dvq-rt[gpu]' for CUDA"
 LEAST_CAP = 64
 """Threads that may be asked for on any machine, so that settings of a larger one work on a smaller one."""
+IN_MEMORY = "add_external_initializers_from_files_in_memory"
 DTYPES = {"float": "float32", "double": "float64"}
 """numpy's names of number formats where ONNX Runtime's differ."""
 Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
@@ -50,7 +51,7 @@ def import_onnxruntime() -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise BackendError(f"onnxruntime is not installed; {INSTALL}") from None
         raise BackendError(
-            f"onnxruntime is installed but broken ({error or type(error).__name__}); reinstall it: {INSTALL}"
+            f"onnxruntime is installed but broken ({str(error) or type(error).__name__}); reinstall it: {INSTALL}"
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):  # a folder of that name, or what an uninstallation left
         raise BackendError(
@@ -78,9 +79,9 @@ def onnxruntime_version(module: ModuleType) -> tuple[int, int]:
 def installed_builds(module: ModuleType) -> list[str]:
     """Name and version of every distribution that holds the module's own files: onnxruntime, -gpu, nightlies, ..."""
     folder = Path(module.__file__ or "").parents[1]
-    paths = [*folder.glob("onnxruntime*.dist-info"), *folder.glob("ort_*.dist-info")]
-    found = [d for d in map(Distribution.at, paths) if "onnxruntime/__init__.py," in (d.read_text("RECORD") or "")]
-    return sorted(f"{d.metadata['Name']} {d.version}" for d in found)
+    builds = [Distribution.at(path) for kind in ("onnxruntime*", "ort_*") for path in folder.glob(f"{kind}.dist-info")]
+    own = [build for build in builds if "onnxruntime/__init__.py" in map(str, build.files or ())]
+    return sorted(f"{build.metadata['Name']} {build.version}" for build in own)
 
 
 def check_weights(weights: str, engine: str | os.PathLike[str]) -> None:
@@ -303,15 +304,14 @@ class OnnxRuntimeBackend:
         beside = {
             name: read_file(path.with_name(name), files, mapped=True) for name in sorted(external_files(path, graph))
         }
-        if beside:
-            if not hasattr(options, "add_external_initializers_from_files_in_memory"):
-                raise BackendError(
-                    f"{path} keeps weights in {', '.join(beside)}, which needs onnxruntime 1.24 or newer; installed is "
-                    f"{self._ort.__version__}: pip install -U onnxruntime"
-                )
-            options.add_external_initializers_from_files_in_memory(
-                list(beside), list(beside.values()), [len(data) for data in beside.values()]
+        if beside and not hasattr(options, IN_MEMORY):
+            raise BackendError(
+                f"{path} keeps weights in {', '.join(beside)}, which needs onnxruntime 1.24 or newer; installed is "
+                f"{self._ort.__version__}: pip install -U onnxruntime"
             )
+        if beside:  # not by path: newer versions refuse links
+            sizes = [len(data) for data in beside.values()]
+            getattr(options, IN_MEMORY)(list(beside), list(beside.values()), sizes)
         try:
             with IN_FLIGHT:
                 session = self._ort.InferenceSession(graph, options, providers=list(self._providers), enable_fallback=0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,13 @@ import runtimes.cuda as cuda
 import runtimes.tensorrt as backend
 from dvq_rt.__main__ import main
 from dvq_rt.generator import Generator
-from dvq_rt.manifest import Manifest, write_engine
+from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.to_tensorrt import GRAPHS
 from runtimes.cuda import CudaPythonDevice, Gpu, TorchDevice, find_gpu
 from runtimes.errors import BackendError, EngineError, InputError
+from runtimes.graph_files import check_interface
+from runtimes.protocol import TensorSpec
 from runtimes.tensorrt import GpuBuffer, binding_table, check_machine, explain, row_parts
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (13, 0))
@@ -219,7 +220,7 @@ def test_each_direction_becomes_one_graph(engine: Path, host: HostDevice) -> Non
     """The two bindings of a loop run once plainly, are captured at once, and from then on only launch; no step waits
     for the device but the eighth."""
     ours = Generator(engine)
-    loop = ours._new_loop(1)
+    loop = ours.engine.loop(1)
     assert loop.slots == SLOTS
     host.log.clear()
     for _ in range(6):
@@ -237,13 +238,13 @@ def test_graphs_wait_until_the_context_is_ready(
 ) -> None:
     """A context that cannot be captured yet is asked again after further plain runs, and given up with a warning."""
     monkeypatch.setattr(HostApi, "ready_after", 3)
-    loop = Generator(engine)._new_loop(1)
+    loop = Generator(engine).engine.loop(1)
     host.log.clear()
     for _ in range(7):
         loop.step()
     assert host.log == ["execute"] * 3 + ["execute", "capture"] * 2 + ["launch"] * 2
     monkeypatch.setattr(HostApi, "ready_after", 10**6)
-    loop = Generator(engine)._new_loop(1)
+    loop = Generator(engine).engine.loop(1)
     host.log.clear()
     with pytest.warns(UserWarning, match=r"step\.plan cannot be captured as a CUDA graph"):
         for _ in range(12):
@@ -251,12 +252,25 @@ def test_graphs_wait_until_the_context_is_ready(
     assert host.log == ["execute"] * 12
 
 
+def test_plans_are_what_their_manifests_say(engine: Path, host: HostDevice) -> None:
+    """A plan's tensors are compared with the manifest's as a graph's are, fixed sizes included."""
+    step = read_engine(engine).step
+    inputs, outputs = (
+        {t["name"]: TensorSpec(t["dtype"], tuple(t["shape"])) for t in step[side]} for side in ("inputs", "outputs")
+    )
+    program = backend.TensorRTBackend("tensorrt-rtx", HostApi.version, "sm89").load(engine / "step.plan")
+    check_interface(engine / "step.plan", program, inputs, outputs)
+    inputs["done"] = TensorSpec("bool", (SLOTS + 1,))
+    with pytest.raises(EngineError, match=r"'done' is bool \[5\] in the manifest, bool \[4\] in the graph"):
+        check_interface(engine / "step.plan", program, inputs, outputs)
+
+
 def test_memory_goes_back(engine: Path, host: HostDevice) -> None:
     """A dropped loop gives its buffers back, and only those."""
     ours = Generator(engine)
-    ours._program("step")
+    ours.engine.program("step")
     before = set(host.memory)
-    loop = ours._new_loop(1)
+    loop = ours.engine.loop(1)
     assert len(host.memory) > len(before) + 30
     del loop
     assert set(host.memory) == before
@@ -282,9 +296,8 @@ def test_changed_plans_are_not_opened(engine: Path, host: HostDevice, tmp_path: 
     finally:
         (engine / "step.plan").write_bytes(plan)
     (tmp_path / "empty.plan").write_bytes(b"")
-    ours._backend._digests["empty.plan"] = hashlib.sha256(b"").hexdigest()  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match=r"cannot open .*empty\.plan: the plan was built for another GPU.*--target"):
-        ours._backend.load(tmp_path / "empty.plan")
+        ours.engine.backend.load(tmp_path / "empty.plan")
 
 
 # --- the parts -------------------------------------------------------------------------------------------------

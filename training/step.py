@@ -59,8 +59,8 @@ class Step(nn.Module):
     Controls (in): ``reset`` starts a slot afresh with ``label``; ``uniforms`` holds the random numbers of each step and
     head; sampling parameters per slot (``top_k`` of the vocabulary's size or more switches it off); ``ordered`` takes
     the positions of the last segment in order, and those of the segments between it and the first (``whole_cells``);
-    ``partner`` and ``partner_weight``, see ``mix``; ``forced_position`` (joint) and ``forced_content`` override the
-    draws of slots that are not done, where they are not negative.
+    ``partner`` and ``partner_weight``, see ``apply_guidance``; ``forced_position`` (joint) and ``forced_content``
+    override the draws of slots that are not done, where they are not negative.
 
     Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of each
     token under the mask at temperature 1.
@@ -147,12 +147,12 @@ class Step(nn.Module):
                 assert isinstance(block, Block)
                 x, *new = self.block(block, x, unused.pop(0), unused.pop(0), length)
                 new_caches += new
-            logits[head] = mix(project(x)[:, 0], ports["partner"], ports["partner_weight"])
+            logits[head] = apply_guidance(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
                 allowed = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], position)
             else:
                 allowed = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
-            token[head], logprob[head] = draw(
+            token[head], logprob[head] = sample_token(
                 logits[head],
                 allowed,
                 random[:, HEADS.index(head)],
@@ -282,7 +282,7 @@ def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return (condition & yes) | (~condition & no)
 
 
-def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
+def apply_guidance(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     """Classifier-free guidance over pairs of slots, float [B, V].
 
     Of a slot and its partner the lower one is conditional, the higher one unconditional; both get
@@ -294,7 +294,7 @@ def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     return high + weight[:, None] * (low - high)
 
 
-def draw(
+def sample_token(
     logits: Tensor,
     allowed: Tensor,
     uniform: Tensor,

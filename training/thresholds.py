@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from dvq_rt.progress import progress_bar
 from runtimes.errors import CheckpointError, DataError
-from training.checkpoint import existing, load_checkpoint, load_training_state, save_checkpoint
+from training.checkpoint import STATE, load_checkpoint, load_training_state, save_checkpoint
 from training.cli import guarded
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
@@ -55,7 +56,9 @@ def folder_thresholds(folder: ImageFolder, config: DQVAEConfig, limit: int = 20_
     ``limit``."""
     subset = folder.train[:: max(1, len(folder.train) // limit)]
     images = (image for batch, _ in folder.chunks(subset, 64) for image in batch)
-    return threshold_table(tqdm(images, total=len(subset), desc="patch entropies"), config.stride, config.entropy_low)
+    return threshold_table(
+        progress_bar(images, total=len(subset), desc="patch entropies"), config.stride, config.entropy_low
+    )
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_checkpoint(args.checkpoint)
     if not isinstance(model.tokenizer, DQVAE):
         raise CheckpointError(f"{args.checkpoint} holds no DQ-VAE; give a checkpoint of training.train_tokenizer")
-    resumable = (existing(args.checkpoint) / "training.safetensors").exists()
+    resumable = (Path(args.checkpoint) / STATE).exists()
     state = load_training_state(args.checkpoint) if resumable else None
     vae, config = model.tokenizer, model.tokenizer.config
     fit_router(vae, ImageFolder(args.data, config.image_size, val_fraction=0))
