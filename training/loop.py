@@ -93,8 +93,10 @@ class TrainConfig:
         for name in ("warmup", "shift", "weight_decay"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"training.{name} is {short(getattr(self, name))}; it must be in 0..{MOST}")
-        if not 0 < self.lr < math.inf or not 0 < self.clip < math.inf:
-            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive and finite")
+        if not 0 < self.lr <= MOST or not 0 < self.clip <= MOST:
+            raise ConfigError(
+                f"training.lr {short(self.lr)} and training.clip {short(self.clip)} must be positive, {MOST} at most"
+            )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 from training.losses import adaptive_weight, hinge_loss, reconstruction_loss
 from training.models.discriminator import PatchDiscriminator
 
@@ -41,26 +41,19 @@ class StageOneConfig:
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quantizer_weight < math.inf or not 0 <= self.min_perplexity < 1:
-            raise ConfigError(
-                f"stage.quantizer_weight {self.quantizer_weight} must be at least 0 and finite, "
-                f"stage.min_perplexity {self.min_perplexity} in [0, 1)"
-            )
-        if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
-            raise ConfigError(
-                f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "
-                f"stage.adversarial_start {self.adversarial_start} in [0, 1)"
-            )
-        if self.discriminator_width < 1 or self.discriminator_layers < 1:
-            raise ConfigError(
-                f"stage.discriminator_width {self.discriminator_width} and stage.discriminator_layers "
-                f"{self.discriminator_layers} must be at least 1"
-            )
-        if not 0 <= self.warmup_fraction < 1 or not 0 < self.val_fraction < 1:
-            raise ConfigError(
-                f"stage.warmup_fraction {self.warmup_fraction} must be in [0, 1), "
-                f"stage.val_fraction {self.val_fraction} in (0, 1)"
-            )
+        for name, least, most in (
+            ("quantizer_weight", 0, 1e9),
+            ("adversarial_weight", 0, 1e9),
+            ("discriminator_width", 1, 1 << 16),
+            ("discriminator_layers", 1, 16),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"stage.{name} is {short(getattr(self, name))}; it must be in {least}..{most:g}")
+        for name in ("warmup_fraction", "adversarial_start", "min_perplexity"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"stage.{name} is {short(getattr(self, name))}; it must be in [0, 1)")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"stage.val_fraction is {short(self.val_fraction)}; it must be in (0, 1)")
 
 
 def starts(stage: StageOneConfig, steps: int, has_codes: bool = False) -> dict[str, int]:
