@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_models import TOKENIZER, small_model
-from small_runs import STEPS, log, stage_2
+from small_runs import STEPS, stage_2
 
 from dvq_rt.files import read_dataclass
 from training import cli, thresholds, train_tokenizer, train_transformer
@@ -112,54 +112,6 @@ def test_bad_training_commands(
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.startswith("error: ") and words in error
     assert not list(tmp_path.iterdir())
-
-
-def test_runs_are_not_mixed(first: Path, data: Path, configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run is neither started over, also not when a crash left only its old checkpoint, nor resumed with other
-    settings; it stays as it was."""
-    before = log(first)
-    base = [str(data), "--out", str(first), "--config", str(configs / "one.json")]
-    (first / "checkpoint").rename(first / "checkpoint.old")
-    with pytest.raises(SystemExit):
-        train_tokenizer.main(base)
-    assert "already holds a run; add --resume to go on with it" in capsys.readouterr().err
-    (first / "checkpoint.old").rename(first / "checkpoint")
-    for options, words in (
-        ([], "already holds a run; add --resume to go on with it, or choose another --out"),
-        (["--resume", "--set", "training.lr=0.5"], "was started with other settings"),
-        (["--resume", "--set", "training.steps=90"], "was started with other settings"),
-    ):
-        with pytest.raises(SystemExit):
-            train_tokenizer.main([*base, *options])
-        assert words in capsys.readouterr().err
-    assert log(first) == before
-
-
-def test_changed_inputs_are_noticed(
-    first: Path, second: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run is not resumed on other images, nor stage 2 on another tokenizer, even of the same sizes."""
-    more = tmp_path / "more"
-    shutil.copytree(data, more)
-    shutil.copy(more / "bars" / "00.png", more / "discs" / "zz.png")
-    other = load_checkpoint(first / "best")
-    assert other.tokenizer is not None
-    other.tokenizer.entropy_thresholds += 1e-3
-    save_checkpoint(other, tmp_path / "other")
-    one = ["--out", str(first), "--config", str(configs / "one.json"), "--resume"]
-    two = [*stage_2(data, configs, first, second), "--resume"]
-    for main, arguments, words in (
-        (train_tokenizer.main, [str(more), *one], f"was not started with the images that {more} holds now"),
-        (train_transformer.main, [str(more), *two[1:]], f"was not started with the images that {more} holds now"),
-        (
-            train_transformer.main,
-            [*two, "--tokenizer", str(tmp_path / "other")],
-            f"was not started with the tokenizer that {tmp_path / 'other'} holds now",
-        ),
-    ):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert words in capsys.readouterr().err
 
 
 def test_truncated_images_and_no_labels(
