@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvq_rt.files import guard, new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder, short
+from dvq_rt.files import new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import CheckpointError, ConfigError
+from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer
@@ -184,8 +184,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def load_training_state(folder: str | Path) -> TrainingState:
-    """The training state beside a checkpoint.
+def checkpoint_step(folder: str | Path) -> int:
+    """The number of steps after which a checkpoint that can be resumed was saved; errors as ``load_training_state``."""
+    return load_training_state(folder, tensors=False).step
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights."""
+    total = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+def load_training_state(folder: str | Path, tensors: bool = True) -> TrainingState:
+    """The training state beside a checkpoint; without its tensors if ``tensors`` is false.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -198,6 +211,8 @@ def load_training_state(folder: str | Path) -> TrainingState:
         step, values = state["step"], state["values"]
         if type(step) is not int or step < 0 or not isinstance(values, dict):
             raise ValueError(f"step {short(step)} or values {short(values)} are none")
+        if not tensors:
+            return TrainingState(step, values)
         _check_hash(path, _read_config(folder))
         return TrainingState(step, values, {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
 

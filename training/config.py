@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dvq_rt.files import parse_json, read_dataclass, read_json, short
-from runtimes.errors import ConfigError
+from dvq_rt.files import parse_json, read_dataclass, read_json
+from runtimes.errors import ConfigError, short
 
 CONFIGS = Path(__file__).parent / "configs"
 

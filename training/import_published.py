@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dvq_rt.files import short
-from runtimes.errors import CheckpointError, ConfigError
+from runtimes.errors import CheckpointError, ConfigError, short
 from training.checkpoint import Model, save_checkpoint
 from training.cli import guarded
 from training.models.dqvae import DQVAE

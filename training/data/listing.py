@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dvq_rt.files import guard, open_regular, short
-from runtimes.errors import DataError
+from dvq_rt.files import open_regular
+from runtimes.errors import DataError, guard, short
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"})
 LISTS = frozenset({".txt", ".tsv", ".lst"})

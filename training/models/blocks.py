@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dvq_rt.files import short
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 
 SIZES = (
     *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dvq_rt.files import short
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 
 
 @dataclass(frozen=True, slots=True)

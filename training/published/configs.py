@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dvq_rt.files import guard, open_regular, parse_json, short
+from dvq_rt.files import open_regular, parse_json
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, guard, short
 from training.models.transformer import TransformerConfig
 
 KINDS = {

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dvq_rt.files import short
 from dvq_rt.layout import ORDERS, TokenLayout
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 from training.models.dqvae import DQVAEConfig
 from training.models.transformer import TransformerConfig
 from training.published import configs

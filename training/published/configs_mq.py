@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dvq_rt.files import short
 from dvq_rt.layout import UNORDERED, TokenLayout
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, short
 from training.models.mqvae import MQVAEConfig
 from training.models.transformer import TransformerConfig
 from training.published import configs

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dvq_rt.files import guard, read_json, short
+from dvq_rt.files import read_json
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import CheckpointError, ConfigError
+from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.checkpoint import compare_shapes, load_strictly, new_module, not_finite
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
