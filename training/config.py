@@ -64,9 +64,9 @@ def build(cls: Any, given: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: unknown fields {unknown}; there are {sorted(known)}")
     kinds: dict[str, Any] = {"int": int, "float": int | float, "bool": bool, "str": str, "dict": dict, "tuple": list}
     for name, value in given.items():
-        kind = known[name].partition("[")[0]
-        good = isinstance(value, kinds[kind]) or (kind == "tuple" and isinstance(value, tuple))
-        if not good or (isinstance(value, bool) and kind != "bool"):
+        allowed = [alternative.partition("[")[0] for alternative in known[name].split(" | ")]
+        good = any(isinstance(value, kinds[kind]) or (kind == "tuple" and isinstance(value, tuple)) for kind in allowed)
+        if not good or (isinstance(value, bool) and "bool" not in allowed):
             raise ConfigError(f"{where}: {name} is {value!r}; it must be of type {known[name]}")
     try:
         return cls(**given)

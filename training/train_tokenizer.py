@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dvq_rt.images import grain_overlay, grid, to_uint8
-from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_tokenizer, new_tokenizer
 from training.cli import guarded
 from training.config import build, read_config
@@ -43,11 +42,7 @@ def train_tokenizer(
     Raises:
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
-    if stage.adversarial_weight and tokenizer.image_size < 3 * 2**stage.discriminator_layers:
-        raise ConfigError(
-            f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
-            f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
-        )
+    stage.check_size(tokenizer.image_size)
     folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
@@ -79,7 +74,7 @@ def train_tokenizer(
             y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
-                parts["loss"] = (x - y).abs().mean((1, 2, 3))
+                parts |= objective.error(x, y)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums
