@@ -12,27 +12,35 @@ import json
 import math
 import os
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.files import write_file
+from dvq_rt.files import MAX_JSON_BYTES, FileName, open_regular, parse_json, write_file
+from dvq_rt.labels import as_index, whole
 from dvq_rt.layout import TokenLayout, Tokens
-from runtimes.errors import ConfigError, DvqError, InputError
+from runtimes.errors import ConfigError, DvqError, InputError, guard, short
 
 FORMAT = "dvq-codes"
 SCHEMA = 1
 SUFFIXES = (".npz", ".json")
+MAX_CODES = 1 << 26
+"""Codes in one file, such as those of 65,536 images of 32 x 32 cells: half a GiB in memory."""
+MAX_IMAGES = 1 << 20
+MAX_HEADER_BYTES = 64 << 20
+MAX_DIRECTORY_BYTES = 1024
+"""Of an archive, whose three members take less than 200."""
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Codes:
-    """The codes of one image. Arrays are copied and cannot be written to.
+    """The codes of one image. Arrays are copied and cannot be written to. Iterating gives (segment, row, column, code)
+    of every code, coarse to fine, on the segment's own grid.
 
     Args:
         codes: int [h, w] of the finest grid, each in 0..K-1; the cells of one coarser position hold one code. Where
@@ -52,18 +60,21 @@ class Codes:
 
     def __post_init__(self) -> None:
         layout = self.layout
+        if not isinstance(layout, TokenLayout):
+            raise InputError(f"layout is {short(layout)}; it must be a TokenLayout")
         least = 0 if layout.covering else -1
         codes = _checked("codes", self.codes, layout.sides[-1], least, layout.codebook_size, np.int64)
         grain = _checked("grain", self.grain, layout.sides[0], least, layout.segments, np.int8)
         object.__setattr__(self, "codes", codes)
         object.__setattr__(self, "grain", grain)
         if self.label is not None:
-            if isinstance(self.label, bool) or not isinstance(self.label, int | np.integer):
-                raise InputError(f"label is {self.label!r}; it must be an integer or None")
-            if not 0 <= self.label < layout.classes:
+            label = as_index(self.label)
+            if label is None:
+                raise InputError(f"label is {short(self.label)}; it must be an integer or None")
+            if not 0 <= label < layout.classes:
                 allowed = f"0..{layout.classes - 1} or None" if layout.classes else "None: the model has no labels"
-                raise InputError(f"label is {self.label}; it must be {allowed}")
-            object.__setattr__(self, "label", int(self.label))
+                raise InputError(f"label is {short(label)}; it must be {allowed}")
+            object.__setattr__(self, "label", label)
         grain_of_cell = layout.grain_of_cells(grain)
         if ((codes.reshape(-1) < 0) != (grain_of_cell < 0)).any():
             raise InputError("codes and grain must be -1 in the same cells, those without a code")
@@ -85,12 +96,24 @@ class Codes:
         same = self.layout == other.layout and self.label == other.label
         return same and np.array_equal(self.codes, other.codes) and np.array_equal(self.grain, other.grain)
 
+    def __repr__(self) -> str:
+        return f"Codes({self.length} codes on grids {self.layout.sides}, label={self.label})"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """(segment, row, column, code) of every code, coarsest first, row by row of its segment's grid."""
+        flat, segment_of_cell = self.codes.reshape(-1), self.layout.grain_of_cells(self.grain)
+        for s, side in enumerate(self.layout.sides):
+            first = self.layout.covered_cells(s)[:, 0]
+            for position in np.flatnonzero(segment_of_cell[first] == s):
+                yield s, int(position) // side, int(position) % side, int(flat[first[position]])
+
     @property
     def length(self) -> int:
         """Number of codes that the image needs: the positions of each segment that are in use."""
-        coarsest = self.layout.sides[0]
-        per_cell = [(side // coarsest) ** 2 for side in self.layout.sides]
-        return int(np.asarray(per_cell)[self.grain[self.grain >= 0]].sum())
+        return int(self.layout.count_codes(self.grain))
 
     @property
     def bits(self) -> float:
@@ -106,9 +129,7 @@ class Codes:
 
     def bits_per_pixel(self, image_size: int) -> float:
         """``bits`` over the pixels of an image of ``image_size`` x ``image_size``."""
-        if image_size < 1:
-            raise InputError(f"image_size is {image_size}; it must be at least 1")
-        return self.bits / image_size**2
+        return self.bits / whole("image_size", image_size, 1, 1 << 32) ** 2
 
     def tokens(self, label: int | None = None) -> Tokens:
         """The codes as a token sequence, each part int64 [T + 1] (``TokenLayout.to_tokens``).
@@ -126,87 +147,85 @@ class Codes:
             if layout.classes and not layout.null_label:
                 raise InputError(f"these codes have no label; pass one of 0..{layout.classes - 1}")
             start = layout.classes
-        if not 0 <= start < layout.starts:
-            raise InputError(f"label is {start}; it must be in 0..{layout.starts - 1}")
+        start = whole("label", start, 0, layout.starts - 1)
         try:
             return layout.to_tokens(self.codes, self.grain, start)
         except ConfigError as error:
             raise InputError(str(error)) from None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: FileName) -> None:
         """Write a file of one image (see ``save_codes``)."""
         save_codes(path, [self])
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Codes:
+    def load(cls, path: FileName) -> Codes:
         """Read a file of one image (see ``load_codes``).
 
         Raises:
             InputError: as ``load_codes``, or the file holds several images.
         """
-        found = load_codes(path)
-        if len(found) != 1:
-            raise InputError(f"{path} holds the codes of {len(found)} images; read it with load_codes")
-        return found[0]
+        several = load_codes(path)
+        if len(several) != 1:
+            raise InputError(f"{path} holds the codes of {len(several)} images; read it with load_codes")
+        return several[0]
 
 
-def save_codes(path: str | os.PathLike[str], codes: Sequence[Codes]) -> None:
+def save_codes(path: FileName, codes: Codes | Iterable[Codes]) -> None:
     """Write the codes of one or more images of one layout, atomically; the suffix chooses ``.npz`` or ``.json``.
 
     Raises:
-        InputError: another suffix, no codes, codes of several layouts, or the file cannot be written.
+        InputError: another suffix, no codes, codes of several layouts, more than ``load_codes`` reads (``MAX_CODES``
+            codes, ``MAX_IMAGES`` images, JSON of 64 MiB), or the file cannot be written.
     """
     suffix = _suffix(path)
-    if not codes:
+    with guard(InputError, "the codes cannot be listed"):
+        several = [codes] if isinstance(codes, Codes) else list(codes)
+    if not several:
         raise InputError("there are no codes to save; give at least one image's")
-    if any(c.layout != codes[0].layout for c in codes):
+    if odd := [c for c in several if not isinstance(c, Codes)]:
+        raise InputError(f"cannot save {short(odd[0])} as codes; give Codes, as encode and load_codes make them")
+    layout = several[0].layout
+    _check_count(layout, len(several))
+    if any(c.layout != layout for c in several):
         raise InputError("the codes have different layouts; save those of each model in a file of their own")
-    header = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "layout": codes[0].layout.to_dict(),
-        "labels": [c.label for c in codes],
-    }
-    maps, grains = np.stack([c.codes for c in codes]), np.stack([c.grain for c in codes])
+    header = {"format": FORMAT, "schema": SCHEMA, "layout": layout.to_dict(), "labels": [c.label for c in several]}
+    maps, grains = np.stack([c.codes for c in several]), np.stack([c.grain for c in several])
     if suffix == ".json":
-        text = json.dumps({**header, "codes": maps.tolist(), "grain": grains.tolist()})
-        write_file(Path(path), text.encode())
-        return
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, header=np.array(json.dumps(header)), codes=maps.astype(np.int32), grain=grains)
-    write_file(Path(path), buffer.getvalue())
+        data = json.dumps({**header, "codes": maps.tolist(), "grain": grains.tolist()}).encode()
+        if len(data) > MAX_JSON_BYTES:
+            raise InputError(f"{len(several)} images make a JSON file of {len(data)} bytes; save them as .npz")
+    else:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, header=np.array(json.dumps(header)), codes=maps.astype(np.int32), grain=grains)
+        data = buffer.getvalue()
+    write_file(path, data)
 
 
-def load_codes(path: str | os.PathLike[str]) -> list[Codes]:
-    """Read the codes that ``save_codes`` wrote.
+def load_codes(path: FileName) -> list[Codes]:
+    """Read the codes that ``save_codes`` wrote. All sizes are compared before anything is unpacked.
 
     Raises:
-        InputError: another suffix, no such file, or a damaged or newer one.
+        InputError: another suffix; no such file, or not a regular one; a damaged, newer or too large one.
     """
-    suffix = _suffix(path)
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the codes {path}: {error.strerror}") from error
-    try:
-        header, maps, grains = _parse_json(data) if suffix == ".json" else _parse_npz(data)
-        if header["format"] != FORMAT:
-            raise InputError(f"format is {header['format']!r}, not {FORMAT!r}")
-        if header["schema"] != SCHEMA:
-            raise InputError(f"schema is {header['schema']!r}, this dvq-rt reads {SCHEMA}; upgrade dvq-rt")
-        layout, labels = TokenLayout.from_dict(header["layout"]), header["labels"]
-        return [Codes(m, g, layout, label) for m, g, label in zip(maps, grains, labels, strict=True)]
-    except (DvqError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise InputError(f"{path} is not a readable file of codes: {error}; save the codes again") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, MemoryError) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path} is damaged: {reason}; save the codes again") from error
+    suffix, mend = _suffix(path), "save the codes again"
+    most = MAX_JSON_BYTES if suffix == ".json" else 4 * MAX_CODES + MAX_HEADER_BYTES
+    with (
+        guard(InputError, f"cannot read the codes {path}"),
+        open_regular(path, most) as file,
+        guard(InputError, f"{path} is not a readable file of codes", mend),
+    ):
+        try:
+            layout, labels, maps, grains = _parse_json(file) if suffix == ".json" else _parse_npz(file)
+            return [Codes(m, g, layout, label) for m, g, label in zip(maps, grains, labels, strict=True)]
+        except DvqError as cause:  # which does not name the file
+            raise ValueError(str(cause)) from cause
 
 
 def _checked(
     name: str, values: Any, side: int, least: int, count: int, dtype: type[np.signedinteger[Any]]
 ) -> NDArray[Any]:
-    array = np.asarray(values)
+    with guard(InputError, f"{name} cannot be read as an array"):
+        array = np.asarray(values)
     if array.shape != (side, side) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} is {array.dtype} {array.shape}; it must be integers of shape ({side}, {side})")
     low, high = int(array.min()), int(array.max())
@@ -217,22 +236,69 @@ def _checked(
     return kept
 
 
-def _suffix(path: str | os.PathLike[str]) -> str:
+def _suffix(path: FileName) -> str:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"the path of codes is {short(path)}; it must be a path")
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: codes are stored as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}")
     return suffix
 
 
-def _parse_json(data: bytes) -> tuple[dict[str, Any], Any, Any]:
-    header = json.loads(data)
-    return header, [np.asarray(m) for m in header["codes"]], [np.asarray(g) for g in header["grain"]]
+def _check_count(layout: TokenLayout, images: int) -> None:
+    if images > MAX_IMAGES or images * layout.cells > MAX_CODES:
+        raise InputError(
+            f"{images} images of {layout.cells} cells are too many for one file, which holds at most {MAX_CODES} "
+            f"codes and {MAX_IMAGES} images; split them"
+        )
 
 
-def _parse_npz(data: bytes) -> tuple[dict[str, Any], Any, Any]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        broken = archive.testzip()
-    if broken:
-        raise InputError(f"the checksum of {broken} is wrong")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return json.loads(str(arrays["header"])), arrays["codes"], arrays["grain"]
+def _parse_header(header: Any) -> tuple[TokenLayout, list[Any]]:
+    """Layout and labels, of which there is one per image."""
+    if not isinstance(header, dict) or not {"format", "schema", "layout", "labels"} <= set(header):
+        raise InputError("there is no header with format, schema, layout and labels")
+    if header["format"] != FORMAT:
+        raise InputError(f"format is {short(header['format'])}, not {FORMAT!r}")
+    if header["schema"] != SCHEMA:
+        raise InputError(f"schema is {short(header['schema'])}, this dvq-rt reads {SCHEMA}; upgrade dvq-rt")
+    layout = TokenLayout.from_dict(header["layout"])
+    if not isinstance(header["labels"], list):
+        raise InputError(f"labels is {short(header['labels'])}; it must be a list")
+    _check_count(layout, len(header["labels"]))
+    return layout, header["labels"]
+
+
+def _parse_json(file: IO[bytes]) -> tuple[TokenLayout, list[Any], Any, Any]:
+    content = parse_json(file.read())
+    layout, labels = _parse_header(content)
+    return layout, labels, content["codes"], content["grain"]
+
+
+def _parse_npz(file: IO[bytes]) -> tuple[TokenLayout, list[Any], Any, Any]:
+    file.seek(max(file.seek(0, os.SEEK_END) - 42, 0))
+    end = file.read().rjust(42)
+    listed = int.from_bytes(end[-10:-6], "little")  # the bytes that zipfile reads at once, if there is no longer form
+    if end[-22:-18] != b"PK\5\6" or end.startswith(b"PK\6\7") or listed > MAX_DIRECTORY_BYTES:
+        raise InputError("it is cut short, or no archive of header, codes and grain")
+    with zipfile.ZipFile(file) as archive:
+        layout, labels = _parse_header(parse_json(str(_member(archive, "header", ()))))
+        maps, grains = (
+            _member(archive, name, (len(labels), side, side))
+            for name, side in (("codes", layout.sides[-1]), ("grain", layout.sides[0]))
+        )
+    return layout, labels, maps, grains
+
+
+def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array of an archive, of a text without dimensions or of integers; unpacked only if its size is right."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{name} is packed in a way that save_codes does not use")
+    with archive.open(entry) as stream:
+        stored, columns_first, dtype = HEADERS[np.lib.format.read_magic(stream)](stream)
+        size = math.prod(shape) * dtype.itemsize
+        good = dtype.kind in "iu" if shape else dtype.kind == "U" and size <= MAX_HEADER_BYTES
+        if not good or stored != shape or entry.file_size != stream.tell() + size:
+            raise InputError(f"{name} is {dtype} {stored} in {entry.file_size} bytes; {shape} is needed")
+        content = stream.read()  # to the end, where the checksum is compared
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if columns_first else "C")

@@ -20,15 +20,18 @@ from numpy.typing import NDArray
 from dvq_rt.background import SharedBatch, Watch
 from dvq_rt.decoding import DecodeLoop, Event, Request, Scheduler
 from dvq_rt.images import to_uint8
+from dvq_rt.labels import whole
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.step import SLOTS, StepTable
-from runtimes.errors import InputError
+from runtimes.errors import ConfigError, EngineError, InputError
 from runtimes.graph_files import check_interface
 from runtimes.onnxruntime import Providers
 from runtimes.protocol import Backend, Program, TensorSpec
 from runtimes.registry import open_backend
 
+MOST_SLOTS = 4096
+"""Rows that exported graphs take at most."""
 GRAPHS = ("encoder", "decoder", "step")
 LOGITS = ("position_logits", "content_logits")
 LOGPROBS = ("position_logprob", "content_logprob")
@@ -48,12 +51,14 @@ class Engine:
     """
 
     def __init__(self, path: Path, manifest: Manifest, backend: Backend, slots: int | None = None) -> None:
-        if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
-            raise InputError(f"slots is {slots!r}; it must be a positive integer or None")
+        slots = None if slots is None else whole("slots", slots, 1, MOST_SLOTS)
         if manifest.fixed_slots and slots not in (None, manifest.slots):
             raise InputError(f"slots is {slots}; this engine has {manifest.slots}, fixed at its export; leave it out")
         self.path, self.manifest, self.layout = path, manifest, manifest.layout
-        self.table = StepTable.from_dict(manifest.layout, manifest.step)
+        try:
+            self.table = StepTable.from_dict(manifest.layout, manifest.step)
+        except ConfigError as error:
+            raise EngineError(f"engine {path}: its manifest contradicts itself: {error}; export it again") from error
         self.backend, self.slots = backend, slots or manifest.slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-import reprlib
+import re
 import secrets
 import shutil
 import types
@@ -27,10 +27,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.errors import ConfigError, DvqError, EngineError, InputError
+from runtimes.errors import ConfigError, DvqError, EngineError, InputError, guard, short
 
 T = TypeVar("T")
 FileName = str | os.PathLike[str]
+TEMPORARY, NEW, OLD = "dvq-tmp", "dvq-new", "dvq-old"
+"""Endings of the hidden names, beside a file or folder, that it has on the way and that an older folder waits under."""
 MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -38,35 +40,6 @@ DTYPES = {
     **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "?"},
 }
 """Number formats of safetensors, but for those that numpy lacks."""
-
-
-# --- errors ----------------------------------------------------------------------------------------------------
-def short(value: object) -> str:
-    """``repr`` of at most a few hundred characters, made in time that does not grow with the value."""
-    words = reprlib.Repr()
-    words.maxlevel, words.maxstring, words.maxother, words.maxlong = 3, 120, 120, 60
-    words.maxlist = words.maxtuple = words.maxdict = words.maxset = words.maxfrozenset = 12
-    try:
-        text = words.repr(value[:120] if isinstance(value, bytes | bytearray) else value)
-    except Exception:  # an integer of more digits than Python prints, or a broken __repr__
-        return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 400 else f"{text[:400]}..."
-
-
-@contextmanager
-def guard(error: type[DvqError], what: str, mend: str = "") -> Iterator[None]:
-    """Turn anything that the block raises, but for ``error`` itself, into ``error("{what}: {reason}; {mend}")``.
-
-    One such block stands at each boundary to a library, since what those raise on broken bytes has no end.
-    """
-    try:
-        yield
-    except error:
-        raise
-    except Exception as cause:
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-        reason = (reason or type(cause).__name__)[:500]
-        raise error(f"{what}: {reason}" + (f"; {mend}" if mend else "")) from cause
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -201,8 +174,10 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _is_finite(number: Any) -> bool:
-    largest = float(np.finfo(np.float64).max)
-    return bool(-largest <= number <= largest)  # NaN is not, nor an integer too large for a float
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that is too large for a float
+        return False
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -218,8 +193,8 @@ def write_file(path: FileName, data: bytes, *, error: type[DvqError] = InputErro
         if os.path.exists(final) and not final.is_file():
             raise error(f"cannot write {path}: it exists and is not a regular file")
         near = final.with_name(final.name[:60])  # room for more in a name of 255 bytes
-        _remove_dead(_hidden(near, "tmp"))
-        with _beside(near, "tmp", lambda name: name.open("xb").close()) as temporary:
+        _remove_dead(_hidden(near, TEMPORARY))
+        with _beside(near, TEMPORARY, lambda name: name.open("xb").close()) as temporary:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -255,10 +230,10 @@ def new_folder(target: FileName, *, overwrite: bool = False, error: type[DvqErro
     done = False
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(final.parent):
-            if name.startswith(f".{final.name}.") and name.endswith(".new"):
-                _remove_dead(final.with_name(name))
-        with _beside(final, "new", Path.mkdir) as temporary:
+        left = re.compile(rf"\.{re.escape(final.name)}(\.[0-9a-f]{{8}})?\.{NEW}")
+        for name in filter(left.fullmatch, os.listdir(final.parent)):
+            _remove_dead(final.with_name(name))
+        with _beside(final, NEW, Path.mkdir) as temporary:
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for path in (*(Path(folder, name) for name in names), Path(folder)):
@@ -280,7 +255,7 @@ def restore_folder(target: FileName) -> Path:
         ``target``; or the folder's present name where it cannot be renamed, such as on a disk that is read only.
     """
     final = Path(target)
-    if os.path.lexists(final) or not os.path.isdir(old := _hidden(final, "old")):
+    if os.path.lexists(final) or not os.path.isdir(old := _hidden(final, OLD)):
         return final
     with _locked(old, wait=True):  # a living process that is between two renames
         if os.path.lexists(final) or not os.path.isdir(old):
@@ -306,10 +281,17 @@ def sync(path: Path) -> None:
 
 
 def _swap(temporary: Path, final: Path, overwrite: bool) -> None:
-    """Give a new folder its name; the folder that had it takes the temporary name, to be removed."""
-    old = _hidden(final, "old")
-    with _locked(final, wait=True):
-        if os.path.lexists(final):
+    """Give a new folder its name, and remove the folder that had it."""
+    old = _hidden(final, OLD)
+    while True:
+        restore_folder(final)
+        with _locked(final, wait=True) as locked:
+            if locked is False:
+                continue  # another process has replaced it meanwhile
+            if not os.path.lexists(final):
+                temporary.rename(final)
+                sync(final.parent)
+                return
             if not overwrite:
                 raise FileExistsError(errno.EEXIST, "it has appeared meanwhile")
             _remove(old)
@@ -321,10 +303,10 @@ def _swap(temporary: Path, final: Path, overwrite: bool) -> None:
                     old.rename(final)
                 raise
             sync(final.parent)
-            old.rename(temporary)
-        else:
-            temporary.rename(final)
-            sync(final.parent)
+            dead = _hidden(final, f"{secrets.token_hex(4)}.{NEW}")  # swept like one if this process ends here
+            old.rename(dead)
+            _remove(dead)
+            return
 
 
 def _hidden(final: Path, ending: str) -> Path:
@@ -333,7 +315,7 @@ def _hidden(final: Path, ending: str) -> Path:
 
 @contextmanager
 def _beside(final: Path, ending: str, make: Callable[[Path], object]) -> Iterator[Path]:
-    """A new hidden file or folder beside ``final``, removed at the end unless it has been renamed.
+    """A new hidden file or folder beside ``final``, which the block renames; removed if the block raises.
 
     It has one name, so that the next process finds it if this one dies; or another one while a living process has
     that, or where the disk has no locks to tell.
@@ -345,24 +327,33 @@ def _beside(final: Path, ending: str, make: Callable[[Path], object]) -> Iterato
         except FileExistsError:
             continue
         with _locked(path) as locked:
+            if path == usual and not locked:
+                if locked is None:
+                    _remove(path)
+                continue  # otherwise somebody takes it for a dead one and removes it
             try:
-                if locked or path != usual:
-                    yield path
-                    return
-            finally:
+                yield path
+            except BaseException:
                 _remove(path)
+                raise
+            return
+    raise FileExistsError(errno.EEXIST, f"{path} exists already")
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Lock a file or folder against other processes, and say whether that worked. A process that dies unlocks."""
-    handle, locked = -1, False
+def _locked(path: Path, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a file or folder against other processes, and say whether that worked; None if there are no such locks, or
+    nothing to lock. A process that dies unlocks."""
+    handle, locked = -1, None
     with suppress(ImportError, OSError):
         import fcntl
 
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        locked = os.path.samestat(os.fstat(handle), os.lstat(path))  # or it was renamed while we waited
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = os.path.samestat(os.fstat(handle), os.lstat(path))  # not if it was renamed while we waited
+        except (BlockingIOError, FileNotFoundError):
+            locked = False
     try:
         yield locked
     finally:

@@ -19,7 +19,7 @@ from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
 from dvq_rt.layout import UNORDERED, TokenLayout
 from dvq_rt.manifest import Manifest
-from dvq_rt.progress import Progress, told
+from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
@@ -141,6 +141,9 @@ class Generator:
         Raises:
             InputError: an argument is out of range or unknown; nothing is drawn.
         """
+        check_progress(progress)
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token is {on_token!r}; it must be a function or None")
         indices, params, requests = self._requests(n, labels, seed, params, first)
         results: dict[int, tuple[Image.Image, Codes]] = {}
         watch = None if on_token is None else (lambda request, steps: on_token(request.key, steps))
@@ -150,7 +153,7 @@ class Generator:
                 results[event.request.key] = (Image.fromarray(self.decode(codes)[0]), codes)
                 tell(len(results))
         images, codes_list = zip(*(results[i] for i in range(len(requests))), strict=True)
-        return Samples(list(images), list(codes_list), indices, seed, params, first)
+        return Samples(list(images), list(codes_list), indices, requests[0].seed, params, requests[0].image)
 
     def stream(
         self,

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 
-from dvq_rt.files import guard, open_regular
+from dvq_rt.files import open_regular
 from dvq_rt.labels import whole
-from runtimes.errors import DvqError, InputError
+from runtimes.errors import DvqError, InputError, guard
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """Read as far as Pillow can here: AVIF from its version 11.3 on, HEIF (HEIC) where the package pillow-heif is there."""

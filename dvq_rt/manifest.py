@@ -24,18 +24,16 @@ import numpy as np
 from dvq_rt.files import (
     DTYPES,
     FileName,
-    guard,
     new_folder,
     open_regular,
     read_dataclass,
     read_json,
     restore_folder,
-    short,
     write_file,
 )
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import ConfigError, EngineError
+from runtimes.errors import ConfigError, EngineError, guard, short
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -45,6 +43,8 @@ FAMILIES = ("dq", "mq")
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "cuda")
 GPU_TARGETS = re.compile(r"sm\d{2,3}(,sm\d{2,3})*")
+CACHES = {"fp32": "float32", "fp16": "float16"}
+"""Number format of the caches by ``precision``; with weights of integers they are int8."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 DTYPE_NAMES = tuple(np.dtype(code).name for code in DTYPES.values())
 
@@ -128,6 +128,29 @@ class Manifest:
             plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST
             _check(plain, "files", name, "must be plain file names of letters, digits, '.', '_' and '-'")
         _check_step(self.step)
+        self._check_agreement()
+
+    def _check_agreement(self) -> None:
+        """What two fields say of the same thing must agree; the graphs themselves are not needed for that."""
+        kept = not self.layout.covering
+        _check(kept == (self.family == "mq"), "family", self.family, "must be 'mq' exactly where layout has a kept")
+        specs = {
+            spec["name"]: {**spec, "shape": list(spec["shape"])}
+            for side in ("inputs", "outputs")
+            for spec in self.step[side]
+        }
+        rows = {name: spec["shape"][:1] for name, spec in specs.items()}
+        even = all(row == ["B"] for row in rows.values()) or all(row == [self.slots] for row in rows.values())
+        even = even and all("B" not in spec["shape"][1:] for spec in specs.values())
+        _check(even, "step", rows, f"must have 'B', or everywhere the {self.slots} of slots, as the first size alone")
+        number = "int8" if self.weights.startswith("int") else CACHES.get(self.precision)
+        for name, _ in self.step["caches"]:
+            shape, dtype = specs[name]["shape"], specs[name]["dtype"]
+            long = shape[2:3] == [self.layout.max_length]
+            _check(
+                long, "step", specs[name], f"must have {self.layout.max_length}, layout's longest image, as 3rd size"
+            )
+            _check(number in (None, dtype), "step", specs[name], f"must be {number}: see precision and weights")
 
     @property
     def fixed_slots(self) -> bool:
@@ -174,6 +197,8 @@ def read_engine(path: FileName) -> Manifest:
         folder = restore_folder(path)
     remake = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
     if not os.path.isdir(folder):
+        if any(parent.is_file() for parent in folder.parents):
+            raise EngineError(f"engine {folder} lies inside an archive; engines are read from folders: unpack it")
         raise EngineError(f"engine folder {folder} does not exist; name none to use the bundled demo, or {remake}")
     values = read_json(
         folder / MANIFEST, error=EngineError, what=f"engine {folder}: {MANIFEST} is missing or unreadable", mend=remake
@@ -188,39 +213,20 @@ def read_engine(path: FileName) -> Manifest:
         raise EngineError(f"engine {folder}: {MANIFEST} is corrupted or edited (its own SHA-256 is wrong); {remake}")
     with guard(EngineError, f"engine {folder}: {MANIFEST} is wrong", remake):
         manifest = Manifest.from_dict(values)
-    for name in manifest.files:
-        read_engine_file(folder, manifest, name, content=False)
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry, remake)
     return manifest
 
 
-def read_engine_file(folder: Path, manifest: Manifest, name: str, *, content: bool = True) -> bytes:
-    """A file of an engine, after comparing first its size and then its SHA-256 with the manifest's.
-
-    What is returned has been hashed itself, so that a file which is replaced meanwhile is never taken for the one that
-    the manifest describes.
-
-    Args:
-        folder, manifest, name: the engine and which of its files.
-        content: whether it is returned; otherwise it is read in parts, and the result is empty.
-
-    Raises:
-        EngineError: the file is missing, not a regular file, or not the manifest's.
-    """
-    entry, data = manifest.files[name], b""
-    mend = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any], remake: str) -> None:
+    """Compare a file's size, and then its SHA-256, with what the manifest lists."""
     what = f"engine {folder}: {name} is missing or unreadable"
-    with guard(EngineError, what, mend), open_regular(folder / name) as file:
+    with guard(EngineError, what, remake), open_regular(folder / name) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry["bytes"]:
-            raise EngineError(f"engine {folder}: {name} has {size} bytes, not {entry['bytes']}; {mend}")
-        if content:
-            data = file.read(size)
-            digest = hashlib.sha256(data)
-        else:
-            digest = hashlib.file_digest(file, "sha256")
-    if digest.hexdigest() != entry["sha256"]:
-        raise EngineError(f"engine {folder}: {name} is corrupted (its SHA-256 is not the manifest's); {mend}")
-    return data
+            raise EngineError(f"engine {folder}: {name} has {size} bytes, not {entry['bytes']}; {remake}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise EngineError(f"engine {folder}: {name} is corrupted (its SHA-256 is not the manifest's); {remake}")
 
 
 def write_engine(target: FileName, build: Callable[[Path], Manifest], *, overwrite: bool = False) -> Manifest:
@@ -242,7 +248,8 @@ def write_engine(target: FileName, build: Callable[[Path], Manifest], *, overwri
     Raises:
         DvqError: the name is taken, ``build`` left something other than plain files, or the disk refused.
     """
-    final = restore_folder(os.path.abspath(target))
+    with guard(EngineError, f"cannot write engine {short(target)}"):
+        final = restore_folder(os.path.abspath(target))
     if overwrite and os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST).is_file()):
         raise EngineError(f"{final} is not an engine folder, so it is not overwritten; choose another name")
     with new_folder(target, overwrite=overwrite, error=EngineError) as folder:
@@ -278,7 +285,7 @@ def _is_int(value: Any, low: int) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
 def _is_file_entry(value: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from runtimes.errors import InputError
+
 LOG_SECONDS = 30.0
 """Between two lines in a log file."""
 Progress = bool | Callable[[int, int], None] | None
@@ -33,6 +35,15 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def check_progress(progress: Any) -> None:
+    """
+    Raises:
+        InputError: it is nothing that ``told`` takes.
+    """
+    if progress not in (None, True, False) and not callable(progress):
+        raise InputError(f"progress is {progress!r}; it must be True, False, None or a function")
 
 
 @contextmanager

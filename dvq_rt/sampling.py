@@ -7,7 +7,9 @@ neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.files import read_dataclass, short
+from dvq_rt.files import read_dataclass
 from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS
-from runtimes.errors import InputError
+from runtimes.errors import InputError, short
 
 POSITIONS = ("ordered", "drawn")
 
@@ -64,10 +66,13 @@ class SamplingParams:
         }
         for name, (low, high, words) in bounds.items():
             value: Any = getattr(self, name)
-            real = isinstance(value, Real) and not isinstance(value, bool)
-            if not real or not low <= value <= high:  # NaN fails this too
+            number = math.nan
+            if isinstance(value, Real) and not isinstance(value, bool):
+                with suppress(OverflowError):  # of an integer that is too large for a float
+                    number = float(value)
+            if not low <= number <= high:  # NaN fails this too
                 raise InputError(f"{name} is {short(value)}; it must be a number {words}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number)
         for name in ("top_k", "top_k_position"):
             value = getattr(self, name)
             if value is not None:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.engine import Engine
+from dvq_rt.files import write_file
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, Tokens
-from dvq_rt.manifest import write_file
 from dvq_rt.sampling import uniforms
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, load_checkpoint

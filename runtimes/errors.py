@@ -1,5 +1,9 @@
 """The error family. Everything a user can cause raises one of these, and its text names what to do."""
 
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DvqError(Exception):
     """Base of all errors that dvq-rt raises on purpose."""
@@ -31,3 +35,31 @@ class BackendError(DvqError):
 
 class ExportError(DvqError):
     """An export did not reach parity with PyTorch, or a graph could not be built."""
+
+
+def short(value: object) -> str:
+    """``repr`` of at most a few hundred characters, made in time that does not grow with the value."""
+    words = reprlib.Repr()
+    words.maxlevel, words.maxstring, words.maxother, words.maxlong = 3, 120, 120, 60
+    words.maxlist = words.maxtuple = words.maxdict = words.maxset = words.maxfrozenset = 12
+    try:
+        text = words.repr(value[:120] if isinstance(value, bytes | bytearray) else value)
+    except Exception:  # an integer of more digits than Python prints, or a broken __repr__
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+@contextmanager
+def guard(error: type[DvqError], what: str, mend: str = "") -> Iterator[None]:
+    """Turn anything that the block raises, but for ``error`` itself, into ``error("{what}: {reason}; {mend}")``.
+
+    One such block stands at each boundary to a library, since what those raise on broken bytes has no end.
+    """
+    try:
+        yield
+    except error:
+        raise
+    except Exception as cause:
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        reason = (reason or type(cause).__name__)[:500]
+        raise error(f"{what}: {reason}" + (f"; {mend}" if mend else "")) from cause

@@ -1,13 +1,18 @@
 """Codes: checks, cost, files."""
 
+import io
 import json
+import lzma
 import math
+import os
 import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dvq_rt.codes import Codes, load_codes, save_codes
+from dvq_rt.codes import MAX_CODES, Codes, load_codes, save_codes
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import InputError
 
@@ -133,10 +138,63 @@ def test_bad_values_are_named():
         ((codes, grain, DUAL, 3), r"label is 3; it must be 0..2 or None"),
         ((codes, grain, DUAL, 1.0), "label is 1.0"),
         ((np.zeros((8, 8), int), grain, TRIPLE, 0), "no labels"),
+        ((codes, grain, DUAL, True), "label is True"),
+        ((codes, grain, DUAL, "1"), "label is '1'"),
+        ((codes, grain, DUAL, 10**5000), r"label is a.*int.*; it must be 0\.\.2"),
+        ((None, grain, DUAL), "codes is object"),
+        ((codes, b"grain", DUAL), "grain is "),
+        (([[1], [1, 2]], grain, DUAL), "codes cannot be read as an array"),
+        ((codes.astype(object), grain, DUAL), "codes is object"),
+        ((codes, grain, None), "layout is None; it must be a TokenLayout"),
+        ((codes, grain, DUAL.to_dict()), "layout is {"),
     ):
         with pytest.raises(InputError, match=words):
             Codes(*arguments)
     Codes(uneven, np.array([[0, 1], [0, 0]]), DUAL)
+    made = Codes(codes.tolist(), grain.astype(np.uint8), DUAL, np.array(2))
+    assert made.label == 2 and type(made.label) is int
+    for call in (made.tokens, made.bits_per_pixel):
+        for bad in ("1", 1.5, [1], b"1", True):
+            with pytest.raises(InputError, match="it must be an integer"):
+                call(bad)
+
+
+def test_median_positions_may_differ_but_not_their_copies():
+    """A cell of the middle segment holds one code per position of that segment, each in all the cells it covers."""
+    grain = np.array([[1, 0], [2, 1]])
+    codes = np.zeros((8, 8), dtype=np.int64)
+    codes[:4, :4] = np.kron([[1, 2], [3, 4]], np.ones((2, 2), dtype=int))
+    codes[4:, :4] = np.arange(16).reshape(4, 4)
+    made = Codes(codes, grain, TRIPLE)
+    assert made.length == len(made) == 4 + 1 + 16 + 4
+    assert made.bits == pytest.approx(25 * 5 + 4 * math.log2(3))
+    for row, column, segment in ((1, 2, 1), (3, 3, 1), (5, 7, 1), (2, 6, 0), (0, 7, 0)):
+        uneven = codes.copy()
+        uneven[row, column] += 7
+        place = f"segment {segment} at row {row & -2 if segment else 0}, column {column & -2 if segment else 4}"
+        with pytest.raises(InputError, match=f"inside the cell of {place}"):
+            Codes(uneven, grain, TRIPLE)
+    finer = codes.copy()
+    finer[7, 1] += 7  # of the finest segment, where every cell is on its own
+    assert Codes(finer, grain, TRIPLE).tokens().content.size == 25 + 2 * 3
+
+
+def test_iteration_and_representation():
+    """Every code comes once with its place, coarse to fine; the text is one line whatever the size."""
+    codes = np.zeros((8, 8), dtype=np.int64)
+    codes[4:, :4] = np.kron([[1, 2], [3, 4]], np.ones((2, 2), dtype=int))
+    codes[:4, 4:] = np.arange(16).reshape(4, 4)
+    made = Codes(codes, np.array([[0, 2], [1, 0]]), TRIPLE)
+    rows = list(made)
+    assert rows[:6] == [(0, 0, 0, 0), (0, 1, 1, 0), (1, 2, 0, 1), (1, 2, 1, 2), (1, 3, 0, 3), (1, 3, 1, 4)]
+    assert rows[6:] == [(2, i // 4, 4 + i % 4, i) for i in range(16)]
+    assert repr(made) == "Codes(22 codes on grids (2, 4, 8), label=None)"
+    for layout in (DUAL, TRIPLE, KEPT):
+        made = random_codes(layout, 3)
+        assert len(list(made)) == made.length == len(made)
+        for segment, row, column, code in made:
+            block = layout.sides[-1] // layout.sides[segment]
+            assert made.codes[row * block, column * block] == code
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
@@ -157,6 +215,14 @@ def test_files_refuse_what_they_cannot_hold(tmp_path):
     one = random_codes(DUAL, 0)
     with pytest.raises(InputError, match=r"\.npz or \.json, not as \.pkl"):
         one.save(tmp_path / "codes.pkl")
+    for bad in (None, 3, [one, None], "codes", [b"codes"], object()):
+        with pytest.raises(InputError, match="codes"):
+            save_codes(tmp_path / "codes.npz", bad)
+    for path in (None, b"codes.npz", 3, "a\0b.npz", "\ud800.json"):
+        with pytest.raises(InputError):
+            one.save(path)
+        with pytest.raises(InputError):
+            load_codes(path)
     with pytest.raises(InputError, match="no codes"):
         save_codes(tmp_path / "codes.npz", [])
     with pytest.raises(InputError, match="different layouts"):
@@ -217,7 +283,142 @@ def test_foreign_files_are_refused(tmp_path):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=words):
             load_codes(path)
-    for text in ("", "[]", "3", "{", "[" * 100_000):
+    for text in ("", "[]", "3", "{", "[" * 100_000, '{"labels": 1, "labels": []}', "\ufeff", "NaN", "1" * 10_000):
         path.write_text(text)
         with pytest.raises(InputError, match=r"codes\.json"):
             load_codes(path)
+
+
+def rezipped(source: Path, target: Path, kind: int = zipfile.ZIP_DEFLATED, **members: bytes) -> None:
+    """An archive with some members replaced or added, packed in some way."""
+    with zipfile.ZipFile(source) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content.update({f"{name}.npy": data for name, data in members.items()})
+    with zipfile.ZipFile(target, "w", kind) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+def array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    save_codes(tmp_path / "good.npz", [random_codes(DUAL, i) for i in range(3)])
+    return tmp_path / "good.npz"
+
+
+def test_archives_of_other_makers(tmp_path, good):
+    """Another packer, other integers, another order in memory and members that are not asked for do no harm."""
+    path, codes = tmp_path / "codes.npz", np.stack([c.codes for c in load_codes(good)])
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        for array in (codes, codes.astype(np.uint8), codes.astype(">i2"), np.asfortranarray(codes)):
+            rezipped(good, path, kind, codes=array_file(array), notes=b"mine")
+            assert load_codes(path) == load_codes(good)
+
+
+def test_nothing_is_unpacked_before_its_size_is_right(tmp_path, good, monkeypatch):
+    """Archives that unpack to gigabytes, in any of their members, are refused by what they declare."""
+    path, read = tmp_path / "codes.npz", zipfile.ZipExtFile.read
+
+    def bounded(stream: zipfile.ZipExtFile, size: int = -1) -> bytes:
+        data = read(stream, size)
+        assert len(data) < 1 << 20
+        return data
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", bounded)
+    zeros = bytes(1 << 26)
+    bombs = {
+        "codes": array_file(np.zeros((1, 4, 4), np.int32)) + zeros,
+        "grain": array_file(np.zeros((3, 2, 2), np.int8)) + zeros,
+        "header": array_file(np.array("{}")) + zeros,
+    }
+    for name, data in bombs.items():
+        rezipped(good, path, **{name: data})
+        assert path.stat().st_size < 1 << 18
+        with pytest.raises(InputError, match=rf"codes\.npz is not a readable file of codes: {name} is "):
+            load_codes(path)
+    for array in (np.zeros((1 << 24, 4, 4), np.int8), np.zeros((3, 4, 1 << 20), np.int8)):
+        rezipped(good, path, codes=array_file(array))
+        with pytest.raises(InputError, match="codes is int8"):
+            load_codes(path)
+    odd = [np.zeros((3, 4, 4), dtype) for dtype in ("V8", "f8", "M8[s]", "c8", "?")]
+    for array in (*odd, np.zeros(3), np.zeros(()), np.zeros((3, 4, 5), np.int32)):
+        rezipped(good, path, codes=array_file(array))
+        with pytest.raises(InputError, match="codes is "):
+            load_codes(path)
+
+
+def test_files_that_are_too_large(tmp_path, good, monkeypatch):
+    """A file of a size that ours cannot have is not read, and we do not write what we would not read."""
+    for name in ("codes.npz", "codes.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(good.read_bytes())
+            file.truncate(1 << 40)
+        with pytest.raises(InputError, match=rf"{name}: it has 1099511627776 bytes; at most"):
+            load_codes(tmp_path / name)
+    wide = TokenLayout(16, (1 << 14,))
+    text = json.dumps({"format": "dvq-codes", "schema": 1, "layout": wide.to_dict(), "labels": [None]})
+    rezipped(good, tmp_path / "wide.npz", header=array_file(np.array(text)))
+    with pytest.raises(InputError, match=r"1 images of 268435456 cells are too many for one file.*split them"):
+        load_codes(tmp_path / "wide.npz")
+    one = random_codes(DUAL, 0)
+    for count in (MAX_CODES // DUAL.cells + 1, (1 << 20) + 1):
+        with pytest.raises(InputError, match="too many for one file"):
+            save_codes(tmp_path / "many.npz", [one] * count)
+    monkeypatch.setattr("dvq_rt.codes.MAX_JSON_BYTES", 1000)
+    with pytest.raises(InputError, match=r"20 images make a JSON file of \d+ bytes; save them as \.npz"):
+        save_codes(tmp_path / "many.json", [one] * 20)
+    assert not (tmp_path / "many.npz").exists() and not (tmp_path / "many.json").exists()
+
+
+def test_special_files(tmp_path, good):
+    """A pipe does not block, a device or folder is no file of codes, and links are followed."""
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "zero.npz").symlink_to("/dev/zero")
+    (tmp_path / "dangling.npz").symlink_to("/nowhere")
+    for name in ("pipe.npz", "folder.json", "zero.npz", "dangling.npz", "absent.npz"):
+        with pytest.raises(InputError, match=rf"cannot read the codes .*{name}: "):
+            load_codes(tmp_path / name)
+    (tmp_path / "link.npz").symlink_to(good)
+    assert load_codes(tmp_path / "link.npz") == load_codes(good)
+
+
+def test_odd_archives(tmp_path, good):
+    """Cut headers, other ways of packing, encryption, long lists of members: each is our error with the file's name."""
+    path, data = tmp_path / "codes.npz", good.read_bytes()
+    cases = {"nothing": b"", "only an end": data[-22:], "a comment": data + b"x", "cut": data[:-30] + data[-22:]}
+    end = bytearray(data)
+    end[-10:-6] = (1 << 20).to_bytes(4, "little")
+    cases["a list of a million bytes"] = bytes(end)
+    cases["a longer form of the end"] = data[:-22] + b"PK\6\7" + bytes(16) + data[-22:]
+    encrypted = bytearray(data)
+    encrypted[data.index(b"PK\1\2") + 8] |= 1
+    cases["encrypted"] = bytes(encrypted)
+    for words, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"codes\.npz is not a readable file of codes"):
+            load_codes(path)
+            raise AssertionError(words)
+    for member in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\0\xff\xff{", b"\x93NUMPY\x03\0" + bytes(99), lzma.compress(b"x")):
+        for name in ("header", "codes", "grain"):
+            rezipped(good, path, **{name: member})
+            with pytest.raises(InputError, match=r"codes\.npz is not a readable file of codes"):
+                load_codes(path)
+    for kind in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        rezipped(good, path, kind)
+        damaged = bytearray(path.read_bytes())
+        damaged[60] ^= 255
+        for content in (path.read_bytes(), bytes(damaged)):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=r"packed in a way that save_codes does not use|not a readable"):
+                load_codes(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(100):
+            archive.writestr(f"member{i}", b"")
+    with pytest.raises(InputError, match="no archive of header, codes and grain"):
+        load_codes(path)

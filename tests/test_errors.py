@@ -44,10 +44,10 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "float label": (lambda g: g.sample(labels=1.0), r"unknown label 1\.0; this model has ant"),
     "truth as label": (lambda g: g.sample(labels=True), "unknown label True; this model has ant"),
     "too few labels": (lambda g: g.sample(3, labels=[0, 1]), "2 labels for 3 images; give one label, or one per image"),
-    "no labels": (lambda g: g.sample(labels=[]), "n is 0; it must be a positive integer"),
-    "n zero": (lambda g: g.sample(0), "n is 0; it must be a positive integer"),
-    "n negative": (lambda g: g.sample(-4), "n is -4; it must be a positive integer"),
-    "n fraction": (lambda g: g.sample(1.5), r"n is 1\.5; it must be a positive integer"),
+    "no labels": (lambda g: g.sample(labels=[]), "labels is empty; give one label, or one per image"),
+    "n zero": (lambda g: g.sample(0), "n is 0; it must be an integer from 1"),
+    "n negative": (lambda g: g.sample(-4), "n is -4; it must be an integer from 1"),
+    "n fraction": (lambda g: g.sample(1.5), r"n is 1\.5; it must be an integer from 1"),
     "temperature zero": (lambda g: g.sample(params=SamplingParams(temperature=0)), "temperature is 0; it must be"),
     "temperature NaN": (lambda g: g.sample(params=SamplingParams(temperature=math.nan)), "temperature is nan; it must"),
     "top_k zero": (lambda g: g.sample(params=SamplingParams(top_k=0)), "top_k is 0; it must be an integer from 1"),
@@ -55,10 +55,27 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "top_p above 1": (lambda g: g.sample(params=SamplingParams(top_p=1.1)), r"top_p is 1\.1; it must be"),
     "plain dict": (lambda g: g.sample(params={"top_k": 3}), "params is a dict; it must be a SamplingParams"),
     "seed": (lambda g: g.sample(seed=-1), "seed is -1; it must be an integer from 0"),
-    "every": (lambda g: g.stream(every=0), "every is 0; it must be a positive number of tokens"),
+    "every": (lambda g: g.stream(every=0), "every is 0; it must be an integer from 1"),
     "stream label": (lambda g: g.stream(labels="emu"), "unknown label 'emu'; this model has ant"),
     "score label": (lambda g: g.score(g.sample().codes, "emu"), "unknown label 'emu'; this model has ant"),
-    "image mode": (lambda g: g.encode(Image.new("CMYK", (9, 9))), r"mode CMYK.*convert it .*convert\('RGB'\)"),
+    "n huge": (lambda g: g.sample(10**30), r"n is 1000.*; it must be an integer from 1 to"),
+    "n none of a number": (lambda g: g.sample(np.float32(2)), r"n is np\.float32\(2\.0\); it must be an integer"),
+    "n true": (lambda g: g.sample(np.bool_(True)), "n is np.True_; it must be an integer"),
+    "bytes as label": (lambda g: g.sample(labels=b"ant"), "unknown label b'ant'; this model has ant"),
+    "bytes among labels": (lambda g: g.sample(labels=["ant", b"bee"]), "unknown label b'bee'"),
+    "surrogate as label": (lambda g: g.sample(labels="\udcff"), "unknown label"),
+    "matrix as labels": (lambda g: g.sample(labels=np.zeros((2, 2), int)), "unknown label array"),
+    "object as label": (lambda g: g.sample(labels=object()), "unknown label <object object at"),
+    "seed text": (lambda g: g.sample(seed="1"), "seed is '1'; it must be an integer from 0"),
+    "seed huge": (lambda g: g.sample(seed=2**64), "seed is 18446744073709551616"),
+    "first": (lambda g: g.sample(first=-1), "first is -1; it must be an integer from 0"),
+    "on_token": (lambda g: g.sample(on_token=3), "on_token is 3; it must be a function"),
+    "progress": (lambda g: g.sample(progress="bar"), "progress is 'bar'; it must be True, False, None or a function"),
+    "codes none": (lambda g: g.decode(None), "got a NoneType; codes come from encode"),
+    "codes path": (lambda g: g.score("codes.npz"), "got a str; codes come from encode, sample or load_codes"),
+    "path with NUL": (lambda g: g.encode("a\0b.png"), "image"),
+    "image none": (lambda g: g.encode(None), "the image is a NoneType"),
+    "image mode": (lambda g: g.encode(Image.new("La", (9, 9))), r"mode La .*convert it .*convert\('RGB'\)"),
     "image path": (lambda g: g.encode("nowhere.png"), r"nowhere\.png does not exist"),
     "image size": (lambda g: g.encode("../huge.png"), r"huge\.png is 20000 x 20000 pixels.*scale it down first"),
     "image type": (lambda g: g.reconstruct([3]), "the image is a int; give a path"),
@@ -96,10 +113,10 @@ def test_labels_of_a_model_without(plain_generator: Generator, class_engine: Pat
     assert all(check.ok for check in alone.verify())
 
 
-@pytest.mark.parametrize("slots", [0, -1, 1.5, True, "4"])
+@pytest.mark.parametrize("slots", [0, -1, 1.5, True, "4", 10**9])
 def test_bad_slots(slots: Any, class_engine: Path) -> None:
     """A number of slots that is none is refused before anything is loaded."""
-    with pytest.raises(InputError, match=rf"slots is {slots!r}; it must be a positive integer"):
+    with pytest.raises(InputError, match=rf"slots is {slots!r}; it must be an integer from 1 to 4096"):
         Generator(class_engine, slots=slots)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from dvq_rt.files import (
     read_dataclass,
     read_json,
     restore_folder,
-    short,
     sync,
     write_file,
 )
-from runtimes.errors import CheckpointError, ConfigError, DataError, EngineError, InputError
+from runtimes.errors import CheckpointError, ConfigError, DataError, DvqError, EngineError, InputError, guard, short
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -149,6 +149,23 @@ def test_short_representations():
     assert short([1, "a", None]) == "[1, 'a', None]"
 
 
+def test_guard():
+    """Anything becomes the error that was asked for, with its cause; what is that error already, and what is no error
+    at all, passes."""
+    for cause in (RecursionError("deep"), MemoryError(), OSError(2, "No such file"), UnicodeError("odd"), Warning("w")):
+        expected = pytest.raises(EngineError, match=r"^it is broken: .+; mend it$")
+        with expected as caught, guard(EngineError, "it is broken", "mend it"):
+            raise cause
+        assert caught.value.__cause__ is cause
+    for passing in (EngineError("as it is"), KeyboardInterrupt(), SystemExit()):
+        with pytest.raises(type(passing)) as same, guard(EngineError, "it is broken"):
+            raise passing
+        assert same.value is passing
+    with pytest.raises(DvqError) as long, guard(DataError, "x"):
+        raise ValueError("y" * 10**6)
+    assert len(str(long.value)) < 600
+
+
 # --- writing ---------------------------------------------------------------------------------------------------
 def child(code: str, *arguments: Path) -> int:
     """Exit status of a process that runs some lines after importing ours; negative if a signal ended it."""
@@ -207,7 +224,7 @@ def test_killed_while_writing_a_file(tmp_path):
     files.write_file(sys.argv[1], b"newer")
     """
     assert child(code, path) == -9
-    assert path.read_bytes() == b"older" and names(tmp_path) == [".a.tmp", "a"]
+    assert path.read_bytes() == b"older" and names(tmp_path) == [".a.dvq-tmp", "a"]
     write_file(path, b"newest")
     assert path.read_bytes() == b"newest" and names(tmp_path) == ["a"]
 
@@ -224,6 +241,45 @@ def test_two_writers_of_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", interrupted)
     write_file(path, b"outer")
     assert path.read_bytes() == b"outer" and names(tmp_path) == ["a"]
+
+
+def test_many_writers_at_once(tmp_path):
+    """Writers that overlap all succeed, and what stands in the end is whole and alone."""
+    path, lengths = tmp_path / "a", (10, 200_000)
+
+    def write(number: int) -> None:
+        write_file(path, bytes([number]) * lengths[number % 2])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(64)))
+    data = path.read_bytes()
+    assert data == data[:1] * lengths[data[0] % 2] and names(tmp_path) == ["a"]
+    targets = [tmp_path / "folder"] * 16
+
+    def replace(target: Path) -> None:
+        with new_folder(target, overwrite=True) as folder:
+            fill(folder, "whole")
+
+    replace(targets[0])
+    with ThreadPoolExecutor(4) as threads:
+        done = [threads.submit(replace, target) for target in targets]
+    assert [job.exception() for job in done] == [None] * 16
+    assert content(targets[0]) == ["whole"] * 2 and names(tmp_path) == ["a", "folder"]
+
+
+def test_disks_without_locks(tmp_path, monkeypatch):
+    """Where files cannot be locked, writing works all the same and leaves nothing."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for text in ("one", "two"):
+        write_file(tmp_path / "a", text.encode())
+        with new_folder(tmp_path / "folder", overwrite=True) as folder:
+            fill(folder, text)
+        assert (tmp_path / "a").read_text() == text and content(tmp_path / "folder") == [text] * 2
+    assert names(tmp_path) == ["a", "folder"]
 
 
 def fill(folder: Path, text: str) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +13,10 @@ import pytest
 
 from dvq_rt.files import DTYPES, read_tensors, write_tensors
 from dvq_rt.layout import TokenLayout
-from dvq_rt.manifest import MANIFEST, Manifest, manifest_digest, read_engine, write_engine
+from dvq_rt.manifest import DEMOS, MANIFEST, Manifest, engine_folder, manifest_digest, read_engine, write_engine
 from runtimes.errors import ConfigError, DvqError, EngineError, ExportError, InputError
 
-CACHE = {"dtype": "float32", "shape": ["B", 4, 18, 8]}
+CACHE = {"dtype": "float32", "shape": ["B", 4, 19, 8]}
 STEP = {
     "inputs": [{"name": "token", "dtype": "int64", "shape": ["B"]}, {"name": "past.0", **CACHE}],
     "outputs": [{"name": "done", "dtype": "bool", "shape": ["B"]}, {"name": "present.0", **CACHE}],
@@ -82,8 +85,8 @@ def test_any_flipped_byte_is_noticed(engine):
     assert read_engine(engine) == good
 
 
-def test_missing_cut_and_linked_files(engine):
-    """A file that is gone, short or elsewhere is named, with the way out."""
+def test_missing_and_cut_files(engine):
+    """A file that is gone or short is named, with the way out."""
     path = engine / "step.onnx"
     data = path.read_bytes()
     path.write_bytes(data[:-1])
@@ -97,6 +100,73 @@ def test_missing_cut_and_linked_files(engine):
         read_engine(engine)
     with pytest.raises(EngineError, match="nowhere does not exist"):
         read_engine(engine.parent / "nowhere")
+
+
+def test_links_are_followed(engine):
+    """Engines open as package managers and download caches lay them out: linked file by file, out of the folder, under
+    other names, or as a whole folder; the hash alone decides, so a link to something else is refused."""
+    before, store = read_engine(engine), engine.parent / "store"
+    store.mkdir()
+    for i, path in enumerate(sorted(engine.iterdir())):
+        path.rename(store / f"blob{i}")
+        path.symlink_to(Path("..") / "store" / f"blob{i}")
+    (engine.parent / "linked").symlink_to(engine)
+    assert read_engine(engine) == read_engine(engine.parent / "linked") == before
+    (engine / "step.onnx").unlink()
+    (engine / "step.onnx").symlink_to(engine / "golden.safetensors")
+    with pytest.raises(EngineError, match=r"step\.onnx has 0 bytes, not 5"):
+        read_engine(engine)
+    (store / "other").write_bytes(b"graqh")
+    (engine / "step.onnx").unlink()
+    (engine / "step.onnx").symlink_to(store / "other")
+    with pytest.raises(EngineError, match=r"step\.onnx is corrupted"):
+        read_engine(engine)
+    (store / "other").unlink()
+    with pytest.raises(EngineError, match=r"step\.onnx is missing or unreadable: No such file"):
+        read_engine(engine)
+
+
+def test_special_and_grown_files(engine, monkeypatch):
+    """Pipes, devices and folders under an engine's names neither block nor are read; a file that grew to hundreds of
+    gigabytes is refused by its size, before it is hashed."""
+    for name in ("step.onnx", MANIFEST):
+        data = (engine / name).read_bytes()
+        for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+            (engine / name).unlink()
+            make(engine / name)
+            with pytest.raises(EngineError, match=rf"{name} is missing or unreadable: (it is not a regular|Is a dir)"):
+                read_engine(engine)
+            os.rmdir(engine / name) if (engine / name).is_dir() else (engine / name).unlink()
+            (engine / name).write_bytes(data)
+    assert read_engine(engine)
+    with (engine / "golden.safetensors").open("r+b") as file:  # the first that is hashed
+        file.truncate(300 << 30)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    with pytest.raises(EngineError, match=r"golden\.safetensors has 322122547200 bytes, not 0"):
+        read_engine(engine)
+    with (engine / MANIFEST).open("r+b") as file:
+        file.truncate(300 << 30)
+    with pytest.raises(EngineError, match=r"manifest\.json is missing or unreadable: it has 322122547200 bytes"):
+        read_engine(engine)
+
+
+@pytest.mark.parametrize("name", ["", b"", b"engine", 3, True, [], {}, Path, object()])
+def test_names_that_open_no_engine(name):
+    """An unset shell variable or a value of another kind does not open the demo."""
+    with pytest.raises(EngineError, match=r"the engine is .*; give the path of a folder, or demo:dq or demo:mq"):
+        engine_folder(name)
+
+
+def test_names_of_engines(tmp_path):
+    """Only no name at all is the demo; odd paths are engines that are not there."""
+    assert engine_folder(None) == engine_folder("demo:dq") == DEMOS["demo:dq"]
+    assert engine_folder(tmp_path) == engine_folder(str(tmp_path)) == tmp_path
+    for odd in ("a\0b", "\ud800", "x" * 5000, "demo:none", " "):
+        with pytest.raises(EngineError, match=r"does not exist|cannot be opened"):
+            read_engine(engine_folder(odd))
+    for bad in ("a\0b", "\ud800", None, 3, b"x"):
+        with pytest.raises(EngineError):
+            write_engine(bad, build)
 
 
 def test_schema(engine):
@@ -149,6 +219,7 @@ def test_values_are_checked():
         ({"class_names": ("a",)}, "class_names"),
         ({"class_names": ("a", "a")}, "class_names"),
         ({"class_names": "ab"}, "class_names"),
+        ({"class_names": ("a", "\ud800")}, "class_names"),
         ({"defaults": {"temperature": 0}}, "temperature is 0"),
         ({"defaults": {"top_q": 1}}, "top_q"),
         ({"defaults": {"top_k": [1]}}, "defaults"),
@@ -170,6 +241,95 @@ def test_values_are_checked():
             replace(MADE, **changes)
 
 
+def test_fields_that_disagree():
+    """What two fields say of one thing must agree, so that an engine whose manifest was changed, hash and all, is
+    refused by name instead of failing while it draws."""
+    fixed = json.loads(json.dumps(STEP).replace('"B"', "4"))
+    assert replace(MADE, step=fixed).fixed_slots
+    kept = replace(MADE.layout, sides=(4,), kept=5)
+    long = json.loads(json.dumps(STEP).replace("19", "20"))
+    eight = json.loads(json.dumps(STEP).replace("float32", "int8"))
+    assert replace(MADE, step=eight, weights="int4").weights == "int4"
+    for changes, words in (
+        ({"step": fixed, "slots": 8}, "everywhere the 8 of slots"),
+        ({"step": {**fixed, "inputs": [STEP["inputs"][0], fixed["inputs"][1]]}}, "everywhere the 4 of slots"),
+        ({"step": json.loads(json.dumps(STEP).replace('"B", 4', '"B", "B"'))}, "as the first size alone"),
+        ({"step": {**STEP, "inputs": [{**STEP["inputs"][0], "shape": []}, STEP["inputs"][1]]}}, "first size"),
+        ({"layout": replace(MADE.layout, sides=(2, 8)), "image_size": 64}, "must have 67, layout's longest image"),
+        ({"step": long}, "must have 19, layout's longest image"),
+        ({"step": eight}, "must be float32: see precision and weights"),
+        ({"weights": "int8"}, "must be int8: see precision and weights"),
+        ({"precision": "fp16"}, "must be float16: see precision and weights"),
+        ({"layout": kept}, "family is 'dq'; it must be 'mq' exactly where layout has a kept"),
+        ({"family": "mq"}, "family is 'mq'; it must be 'mq' exactly where layout has a kept"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            replace(MADE, **changes)
+
+
+def test_bundled_engines_agree_with_themselves():
+    """The checks above take what the exporter writes."""
+    for folder in DEMOS.values():
+        assert read_engine(folder).to_dict()["schema"] == 1
+
+
+@pytest.mark.parametrize("key", sorted(MADE.to_dict()))
+def test_any_value_in_a_manifest(engine, key):
+    """A field of another kind, with a right hash, is an EngineError that names the manifest, never another error."""
+    for value in (None, -1, 1.5, "text", "", [], [[]], {}, {"a": []}, [{}], True, 10**400, "\ud800", [["a", "b"]]):
+        rewrite(engine, **{key: value})
+        try:
+            read_engine(engine)
+        except EngineError as error:
+            assert MANIFEST in str(error) and len(str(error)) < 2000
+
+
+def test_any_step_in_a_manifest(engine):
+    """The same of the step's interface, part by part."""
+    odd = {"name": "x", "dtype": [], "shape": [{}]}
+    steps = [{"inputs": [{"name": []}]}, {"outputs": [odd]}, {"caches": [[[], {}]]}, {"caches": {}}, {"inputs": [3]}]
+    for step in steps:
+        rewrite(engine, step={**STEP, **step})
+        with pytest.raises(EngineError, match=r"manifest\.json is wrong"):
+            read_engine(engine)
+
+
+def test_killed_while_overwriting(engine):
+    """Between the two renames of an overwriting export the name stands for nothing; opened, it is the old engine
+    again, and the next export leaves nothing else behind."""
+    before = read_engine(engine)
+    (engine.parent / ".engine.deadbeef.dvq-new").mkdir()  # of two exporters that were killed earlier
+    (engine.parent / ".engine.dvq-new").mkdir()
+    code = """
+    import os, signal, sys
+    from pathlib import Path
+    from dvq_rt.manifest import read_engine, write_engine
+    manifest, rename = read_engine(sys.argv[1]), Path.rename
+    Path.rename = lambda *names: (rename(*names), os.kill(os.getpid(), signal.SIGKILL))
+    def build(folder):
+        (folder / "step.onnx").write_bytes(b"new graph")
+        return manifest
+    write_engine(sys.argv[1], build, overwrite=True)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), engine], cwd=Path(__file__).parents[1])
+    assert run.returncode == -9 and not engine.exists()
+    assert read_engine(engine) == before and engine.exists()
+    write_engine(engine, build, overwrite=True)
+    assert read_engine(engine) == before and [p.name for p in engine.parent.iterdir()] == ["engine"]
+
+
+def test_read_only_disk_opens_what_was_left(engine, monkeypatch):
+    """Where the name cannot be given back, the old engine is opened where it stands."""
+    before = read_engine(engine)
+    engine.rename(engine.with_name(".engine.dvq-old"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert read_engine(engine) == before
+
+
 def test_failed_build_leaves_nothing(tmp_path):
     """An export that fails parity or is interrupted leaves no folder that looks like an engine, nor parents it made."""
 
@@ -189,6 +349,11 @@ def test_failed_build_leaves_nothing(tmp_path):
         (folder / "a").symlink_to("/dev/null")
         return MADE
 
+    def links_within(folder: Path) -> Manifest:
+        (folder / "a").write_bytes(b"")
+        (folder / "b").symlink_to("a")
+        return MADE
+
     def lists_itself(folder: Path) -> Manifest:
         (folder / MANIFEST).write_text("{}")
         return MADE
@@ -201,6 +366,7 @@ def test_failed_build_leaves_nothing(tmp_path):
         (stopped, KeyboardInterrupt),
         (nests, EngineError),
         (links, EngineError),
+        (links_within, EngineError),
         (lists_itself, DvqError),
         (full, EngineError),
     )
@@ -240,7 +406,7 @@ def test_failed_swap_restores_the_old_engine(engine, monkeypatch):
     before, rename = read_engine(engine), Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".new"):
+        if self.name.endswith("new"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -194,3 +195,23 @@ def test_other_systems(package: str) -> None:
             if name in ("open", "read_text", "write_text") and not binary:
                 wrong += [] if "encoding" in [k.arg for k in call.keywords] else [f"{path.name}: {ast.unparse(call)}"]
     assert not wrong
+
+
+def test_a_run_from_an_archive(tmp_path: Path) -> None:
+    """From a zip of the packages an engine in a folder runs, and the bundled one says that it cannot be reached."""
+    with zipfile.ZipFile(tmp_path / "packages.zip", "w") as archive:
+        for package in ("dvq_rt", "runtimes"):
+            for path in (ROOT / package).rglob("*"):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    archive.write(path, path.relative_to(ROOT))
+    shutil.copytree(ROOT / "dvq_rt" / "demo", tmp_path / "engine")
+    code = "import dvq_rt; print(dvq_rt.__file__); print(dvq_rt.Generator('engine').sample(1)); dvq_rt.Generator()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "packages.zip")},
+        capture_output=True,
+        text=True,
+    )
+    assert "packages.zip" in done.stdout and "Samples(1 images" in done.stdout
+    assert "demo lies inside an archive; engines are read from folders: unpack it" in done.stderr

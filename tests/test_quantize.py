@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
-from dvq_rt.layout import HEADS
 from export.accuracy import choices, compare, decoder_psnr
 from export.lowering import LOWERINGS
 from export.quantization.calibration import calibration_sequences, observe
@@ -36,7 +35,7 @@ from runtimes.errors import ConfigError, ExportError, InputError
 from training.checkpoint import Model
 from training.models.transformer import StackedTransformer
 from training.step import Attention, reference_attention
-from training.torch_program import stacked, teacher_forced
+from training.torch_program import stacked
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.008), (4, 0.12)])
@@ -179,7 +178,7 @@ def test_refusals(class_model: Model, tmp_path: Path) -> None:
         export_onnx(narrow, tmp_path / "engine", weights="int4")
     for options, words in (
         ({"calibrate": -1}, "calibrate is -1; it must be an integer from 0 to"),
-        ({"calibrate": 10**30}, "calibrate is 10000.*; it must be an integer from 0 to"),
+        ({"calibrate": 10**30}, "calibrate is an integer of over 20 digits; it must be an integer from 0 to"),
         ({"calibrate": True}, "calibrate is True; it must be an integer"),
         ({"tuning": -1}, "tuning is -1; it must be an integer from 0 to"),
         ({"tuning": float("nan")}, "tuning is nan; it must be an integer"),
@@ -216,20 +215,6 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
     assert isinstance(layer, QuantLinear) and (layer.packed != before).any()
     assert torch.equal(start.content_blocks[0].mlp[2].packed, before)
     assert all(isinstance(m.weight, torch.nn.Parameter) for m in [net.position_blocks[0].mlp[0]])
-
-
-def test_padding_changes_nothing(class_model: Model) -> None:
-    """Sequences side by side give what they give alone, at the places that are used."""
-    net = class_model.transformer
-    assert net
-    rows, _ = calibration_sequences(net, 3)
-    inputs, used = stacked(net.layout, rows)
-    assert used.sum(1).tolist() == [len(row.content) - 1 for row in rows]
-    together = net(*inputs)
-    for i, row in enumerate(rows):
-        alone = teacher_forced(net, row)
-        for values, head in zip(together, HEADS, strict=True):
-            torch.testing.assert_close(values[i][used[i]], alone[head], rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_keep_8_bits() -> None:

@@ -420,7 +420,7 @@ def test_bad_options(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("slots is 1; a plan needs at least 2", ConfigError, {"slots": 1}),
         ("slots is 2.5; it must be an integer", InputError, {"slots": 2.5}),
         ("slots is 0; it must be an integer", InputError, {"slots": 0}),
-        ("slots is 10000.*; it must be an integer from 1 to 4096", InputError, {"slots": 10**30}),
+        ("slots is 5000; it must be an integer from 1 to 4096", InputError, {"slots": 5000}),
         ("precision is 'int8'; it must be one of", ConfigError, {"precision": "int8"}),
         ("check_tokens is 0; it must be an integer from 1", InputError, {"check_tokens": 0}),
         ("flavor is 'rt'; it must be one of", BackendError, {"flavor": "rt"}),

@@ -220,7 +220,7 @@ def test_each_direction_becomes_one_graph(engine: Path, host: HostDevice) -> Non
     """The two bindings of a loop run once plainly, are captured at once, and from then on only launch; no step waits
     for the device but the eighth."""
     ours = Generator(engine)
-    loop = ours._new_loop(1)
+    loop = ours.engine.loop(1)
     assert loop.slots == SLOTS
     host.log.clear()
     for _ in range(6):
@@ -238,13 +238,13 @@ def test_graphs_wait_until_the_context_is_ready(
 ) -> None:
     """A context that cannot be captured yet is asked again after further plain runs, and given up with a warning."""
     monkeypatch.setattr(HostApi, "ready_after", 3)
-    loop = Generator(engine)._new_loop(1)
+    loop = Generator(engine).engine.loop(1)
     host.log.clear()
     for _ in range(7):
         loop.step()
     assert host.log == ["execute"] * 3 + ["execute", "capture"] * 2 + ["launch"] * 2
     monkeypatch.setattr(HostApi, "ready_after", 10**6)
-    loop = Generator(engine)._new_loop(1)
+    loop = Generator(engine).engine.loop(1)
     host.log.clear()
     with pytest.warns(UserWarning, match=r"step\.plan cannot be captured as a CUDA graph"):
         for _ in range(12):
@@ -268,9 +268,9 @@ def test_plans_are_what_their_manifests_say(engine: Path, host: HostDevice) -> N
 def test_memory_goes_back(engine: Path, host: HostDevice) -> None:
     """A dropped loop gives its buffers back, and only those."""
     ours = Generator(engine)
-    ours._program("step")
+    ours.engine.program("step")
     before = set(host.memory)
-    loop = ours._new_loop(1)
+    loop = ours.engine.loop(1)
     assert len(host.memory) > len(before) + 30
     del loop
     assert set(host.memory) == before
@@ -297,7 +297,7 @@ def test_changed_plans_are_not_opened(engine: Path, host: HostDevice, tmp_path: 
         (engine / "step.plan").write_bytes(plan)
     (tmp_path / "empty.plan").write_bytes(b"")
     with pytest.raises(BackendError, match=r"cannot open .*empty\.plan: the plan was built for another GPU.*--target"):
-        ours._backend.load(tmp_path / "empty.plan")
+        ours.engine.backend.load(tmp_path / "empty.plan")
 
 
 # --- the parts -------------------------------------------------------------------------------------------------

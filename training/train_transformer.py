@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvq_rt.decoding import cells_to_maps
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
@@ -31,7 +32,7 @@ from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.run import open_run
-from training.sampling import sample_tokens
+from training.torch_program import sample_events
 
 BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
 
@@ -167,7 +168,7 @@ def train_transformer(
         count = min(max(1, len(names)), 10)
         shown = [i % count for i in range(2 * count)]
         params = SamplingParams.from_dict(stage.defaults)
-        images = decode_tokens(model, sample_tokens(net, shown, params))
+        images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
         return {"samples": np.asarray(grid(images, columns=count))}
 
     def count(batch: dict[str, Tensor]) -> int:
@@ -179,10 +180,10 @@ def train_transformer(
     return fit(Stage(model, net, stream, loss, validate, pictures, count), training, path, resume)
 
 
-def decode_tokens(model: Model, tokens: list[tuple[list[int], list[int]]]) -> NDArray[np.uint8]:
-    """Images uint8 [N, S, S, 3] of sampled (content, joint position) sequences."""
+def decode_cells(model: Model, cells: list[NDArray[np.int32]]) -> NDArray[np.uint8]:
+    """Images uint8 [N, S, S, 3] of what drawn images hold, see ``dvq_rt.decoding.Event``."""
     tokenizer, transformer = model.both()
-    codes = np.stack([transformer.layout.to_map(content, position)[0] for content, position in tokens])
+    codes = np.stack([cells_to_maps(transformer.layout, row)[0] for row in cells])
     images = tokenizer.decode_maps(torch.from_numpy(codes))
     return to_uint8(images.numpy())
 
