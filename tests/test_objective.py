@@ -96,7 +96,8 @@ def test_all_terms_of_either_family(family: str, lite0: Path) -> None:
         discriminator_width=4,
         discriminator_layers=2,
     )
-    objective = Objective(stage, 10, 32, vae.get_parameter("decoder.conv_out.weight"))
+    last = vae.get_parameter("decoder.conv_out.weight")
+    objective = Objective(stage, 10, 32, last, load_perceptual("efficientnet"))
     assert objective.discriminator is not None and objective.perceptual is not None
     before = {name: tensor.clone() for name, tensor in objective.perceptual.state_dict().items()}
     early = objective.losses(vae, images_of(), 4)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from runtimes.errors import ConfigError
 from training.losses import ADVERSARIAL_LOSSES, PICTURE_LOSSES, adaptive_weight
 from training.models.discriminator import PatchDiscriminator
-from training.perceptual import PERCEPTUAL, load_perceptual
+from training.perceptual import PERCEPTUAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +106,29 @@ class Objective:
         steps: of the whole training, which the starts are shares of.
         codebook_size: of the tokenizer.
         last: the tokenizer's last weight, by which the adversarial loss is balanced.
+        perceptual: what ``load_perceptual`` gives for the stage: (images, images) -> distance [B], or None.
 
     Attributes:
         start_quantizing: the step from which on codes are used.
         discriminator: None without an adversarial loss.
-        perceptual: (images, images) -> distance [B]; None without a perceptual loss.
         quantizing: whether the step just taken used codes.
     """
 
-    def __init__(self, stage: StageOneConfig, steps: int, codebook_size: int, last: nn.Parameter) -> None:
-        self.stage, self.codebook_size, self.last = stage, codebook_size, last
+    def __init__(
+        self,
+        stage: StageOneConfig,
+        steps: int,
+        codebook_size: int,
+        last: nn.Parameter,
+        perceptual: nn.Module | None = None,
+    ) -> None:
+        self.stage, self.codebook_size, self.last, self.perceptual = stage, codebook_size, last, perceptual
         self.start_quantizing = int(steps * stage.warmup_fraction)
         self.start_judging = int(steps * stage.adversarial_start)
         self.discriminator: PatchDiscriminator | None = None
         if stage.adversarial_weight:
             self.discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
         self.adversarial = ADVERSARIAL_LOSSES[stage.adversarial]
-        self.perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
         self.quantizing = False
         self._judged: tuple[Tensor, Tensor] | None = None  # images and reconstructions of the step just taken
 

@@ -25,6 +25,7 @@ from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig
+from training.perceptual import load_perceptual
 from training.run import open_run
 from training.thresholds import folder_thresholds
 
@@ -43,6 +44,7 @@ def train_tokenizer(
         DataError, ConfigError, CheckpointError: what a user can cause.
     """
     stage.check_size(tokenizer.image_size)
+    perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
     folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
@@ -51,7 +53,8 @@ def train_tokenizer(
     vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
     if isinstance(vae, DQVAE) and not resume:
         vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
-    objective = Objective(stage, training.steps, tokenizer.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
+    last = vae.get_parameter("decoder.conv_out.weight")
+    objective = Objective(stage, training.steps, tokenizer.codebook_size, last, perceptual)
 
     def stream(step: int) -> Iterator[np.ndarray]:
         augment = Augment(shift=training.shift, flip=training.flip)
