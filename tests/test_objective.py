@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def lite0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").touch()
     torch.save(published_lite0(), package / LITE0_FILE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, LITE0_PACKAGE, raising=False)
     return package / LITE0_FILE
 
 
