@@ -31,7 +31,7 @@ from training.data.tokens import tokenize
 from training.judging.metrics import psnr
 from training.judging.report import table
 from training.loop import TrainConfig
-from training.step import draw
+from training.step import sample_token
 from training.torch_program import teacher_forced
 from training.train_transformer import StageTwoConfig
 
@@ -56,9 +56,9 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     if names and folder.classes != list(names):
         raise ConfigError(f"the checkpoint's labels are {list(names)}, the data's {folder.classes}; reorder --config")
     folder.check_held_out()
-    chosen = folder.val[:images]
-    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(chosen, 16))
-    codes = tokenize(vae, chunks, len(chosen), "tokenizing held-out images")
+    indices = folder.val[:images]
+    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(indices, 16))
+    codes = tokenize(vae, chunks, len(indices), "tokenizing held-out images")
     starts = codes.labels if names else np.zeros_like(codes.labels)
     return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
 
@@ -128,7 +128,7 @@ def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
     one, none = torch.ones(count), torch.zeros(count, dtype=torch.bool)
     everything = torch.full((count,), width)
     allowed = torch.ones(1, width, dtype=torch.bool)
-    return draw(logits, allowed, uniform, one, everything, one, everything, none)[0]
+    return sample_token(logits, allowed, uniform, one, everything, one, everything, none)[0]
 
 
 @torch.no_grad()

@@ -37,6 +37,10 @@ class ExportError(DvqError):
     """An export did not reach parity with PyTorch, or a graph could not be built."""
 
 
+class TrainingError(DvqError):
+    """A training run cannot come right any more."""
+
+
 def short(value: object) -> str:
     """``repr`` of at most a few hundred characters, made in time that does not grow with the value."""
     words = reprlib.Repr()

@@ -13,16 +13,16 @@ from PIL import Image
 from small_models import MASKED, TOKENIZER
 from torch import Tensor
 
+from dvq_rt.files import read_dataclass
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import load_checkpoint, load_training_state
-from training.config import build
 from training.loop import TrainConfig
 from training.losses import ADVERSARIAL_LOSSES, PICTURE_LOSSES
 from training.models.dqvae import DQVAE
 from training.models.mqvae import MQVAE
 from training.models.perceptual import LPIPS, EfficientNetDistance, EfficientNetLite0
 from training.models.tokenizer import Tokenizer
-from training.objective import Objective, StageOneConfig
+from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import LINEAR_FILE, LITE0_FILE, LITE0_PACKAGE, VGG_FILE, load_perceptual
 from training.train_tokenizer import train_tokenizer
 
@@ -99,7 +99,7 @@ def test_all_terms_of_either_family(family: str, lite0: Path) -> None:
         discriminator_layers=2,
     )
     last = vae.get_parameter("decoder.conv_out.weight")
-    objective = Objective(stage, 10, 32, last, load_perceptual("efficientnet"))
+    objective = Objective(stage, starts(stage, 10), 32, last, load_perceptual("efficientnet"))
     assert objective.discriminator is not None and objective.perceptual is not None
     before = {name: tensor.clone() for name, tensor in objective.perceptual.state_dict().items()}
     early = objective.losses(vae, images_of(), 4)
@@ -267,7 +267,7 @@ def test_wrong_substitute_weights(lite0: Path) -> None:
 )
 def test_wrong_settings(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(StageOneConfig, values, "stage")
+        read_dataclass(StageOneConfig, values, "stage", defaults=True)
 
 
 def test_images_too_small_to_judge() -> None:

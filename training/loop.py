@@ -16,20 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from runtimes.errors import ConfigError
+from dvq_rt.progress import progress_bar
+from runtimes.errors import ConfigError, short
 from training.checkpoint import (
     Model,
     TrainingState,
     load_strictly,
     load_training_state,
+    not_finite,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
 )
-from training.run import cut_log, log
+from training.run import cut_log, log, say
+from training.watch import Watch
 
+MOST = 10**9
+"""Largest number of steps and such."""
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 """What the names of a critic's tensors in a training state start with."""
 
@@ -86,13 +90,15 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"training.seed is {self.seed}; it must be in 0..2^63 - 1")
         for name in ("steps", "batch_size", "validate_every", "picture_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(
+                    f"training.{name} is {short(getattr(self, name))}; it must be at least 1, and {MOST} at most"
+                )
         for name in ("warmup", "shift", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
-        if not self.lr > 0 or not self.clip > 0:
-            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"training.{name} is {short(getattr(self, name))}; it must be in 0..{MOST}")
+        if not 0 < self.lr < math.inf or not 0 < self.clip < math.inf:
+            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive and finite")
         if self.lr_schedule not in ("cosine", "constant"):
             raise ConfigError(f"training.lr_schedule is {self.lr_schedule!r}; it must be 'cosine' or 'constant'")
         if not 0 <= self.least_lr <= self.lr:
@@ -131,6 +137,8 @@ class Stage:
         pictures: () -> named uint8 [H, W, 3] images for TensorBoard.
         count: batch -> number of images.
         critic: trained after every step, if there is one.
+        watched: the scalar that must not grow.
+        problem: smoothed scalars -> what is wrong with the model by them, or nothing; asked at every validation.
     """
 
     model: Model
@@ -141,6 +149,8 @@ class Stage:
     pictures: Callable[[], dict[str, np.ndarray]]
     count: Callable[[Any], int]
     critic: Critic | None = None
+    watched: str = "loss"
+    problem: Callable[[dict[str, float]], str] = lambda smooth: ""
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -159,6 +169,9 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     All randomness of step k is a function of (seed, k), so an interrupted and resumed run has the loss curve of an
     uninterrupted one. SIGTERM and Ctrl-C save a checkpoint and raise ``SystemExit(130)``. Writes ``run/checkpoint``
     (latest), ``run/best`` (lowest validation loss), ``run/tensorboard`` and ``run/log.jsonl``.
+
+    Raises:
+        TrainingError: the run cannot come right any more, see Watch; ``run/checkpoint`` is from before.
     """
     optimizer, critic = make_optimizer(stage.trained, config), stage.critic
     critic_optimizer = make_optimizer(critic.module, config) if critic else None
@@ -171,9 +184,14 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
             load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
             restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
         cut_log(run, state.step)
+    watch = Watch(run, state.values.get("skipped", 0), state.step if resume else None)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)
 
     def save(folder: Path) -> None:
+        parts = stage.model.state_dict() | (critic.module.state_dict() if critic else {})
+        if broken := not_finite(parts):
+            raise watch.error(state.step, f"the model holds numbers that are not finite, in {short(broken)}")
+        state.values["skipped"] = watch.skipped
         state.tensors = optimizer_tensors(optimizer)
         if critic and critic_optimizer:
             state.tensors |= {CRITIC + name: tensor for name, tensor in critic.module.state_dict().items()}
@@ -186,7 +204,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     started, before = time.monotonic(), state.values["seconds"]
     smooth: dict[str, float] = {}
     with (
-        tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar,
+        progress_bar(total=config.steps, initial=state.step, unit="step") as bar,
         writer,
         _signals() as stop,
     ):
@@ -197,22 +215,31 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
             stage.trained.train()
             scalars = stage.loss(batch, state.step)
             norm = _descend(stage.trained, optimizer, scalars["loss"], config, state.step)
+            finite = bool(torch.isfinite(norm))
             if critic and critic_optimizer and (judged := critic.loss()) is not None:
-                _descend(critic.module, critic_optimizer, judged, config, state.step)
+                finite &= bool(torch.isfinite(_descend(critic.module, critic_optimizer, judged, config, state.step)))
                 scalars["critic"] = judged
             state.step += 1
             state.values["seconds"] = before + time.monotonic() - started
             values = {k: float(v.detach()) for k, v in scalars.items()}
-            smooth = {k: 0.98 * smooth.get(k, v) + 0.02 * v for k, v in values.items()}
+            if set(values) - set(smooth):  # another sum of terms than before
+                smooth = {}
+                watch.restart()
+            smooth |= {k: 0.98 * smooth.get(k, v) + 0.02 * v for k, v in values.items() if math.isfinite(v)}
+            rate, loss = config.rate(state.step - 1), values[stage.watched]
+            watch.after_step(state.step, loss, smooth.get(stage.watched, loss), rate, finite)
             speed = stage.count(batch) / (time.monotonic() - began)
             bar.update()
             shown = [f"{k} {v:.3f}" for k, v in smooth.items() if "_" not in k]  # without the parts of parts
+            shown += [f"{watch.skipped} steps skipped"] if watch.skipped else []
             bar.set_postfix_str(", ".join([f"{speed:.0f} images/s", *shown]), refresh=False)
             last = state.step == config.steps
             if state.step % 10 == 0 or last:
-                for name, value in {**values, "lr": config.rate(state.step - 1), "images_per_s": speed}.items():
+                skipped = {"skipped": watch.skipped} if watch.skipped else {}
+                for name, value in {**values, "lr": rate, "images_per_s": speed, **skipped}.items():
                     writer.add_scalar(f"train/{name}", value, state.step)
-                log(run, {"step": state.step, "train": values, "norm": float(norm), "s": state.values["seconds"]})
+                row = {"step": state.step, "train": values, "norm": float(norm), **skipped}
+                log(run, {**row, "s": state.values["seconds"]})
             if state.step % config.validate_every == 0 or last:
                 stage.model.eval()
                 with torch.no_grad():
@@ -220,17 +247,21 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
                 for name, value in checked.items():
                     writer.add_scalar(f"val/{name}", value, state.step)
                 log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
-                bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
+                say(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
                 if checked.get("loss", math.inf) < state.values["best"]:
                     state.values["best"] = checked["loss"]
                     save(run / "best")
+                watch.at_validation(state.step, stage.problem(smooth))
             if state.step % config.picture_every == 0 or last:
                 stage.model.eval()
                 with torch.no_grad():
                     for name, picture in stage.pictures().items():
                         writer.add_image(name, picture, state.step, dataformats="HWC")
-            if state.step % config.checkpoint_every == 0 or last or stop:
+            if (state.step % config.checkpoint_every == 0 and not watch.in_trouble) or last or stop:
                 save(run / "checkpoint")
+                watch.saved = state.step
+    if watch.skipped:
+        say(f"{watch.skipped} of {state.step} steps were skipped, since their gradient was not finite")
     if stop:
         print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130)

@@ -21,6 +21,9 @@ class StageOneConfig:
     Args:
         warmup_fraction: share of the steps, at the start, without quantization; then the codebook starts from k-means.
         quantizer_weight: factor of the commitment loss.
+        min_perplexity: share of the codebook that the perplexity of the codes must reach; training ends with an error
+            where it is lower at three validations in a row. 0 lets it be anything.
+        exclude: classes (sub-folders) whose images are not used.
         val_fraction: share of the images held out.
         picture: ``multiscale`` (see ``reconstruction_loss``), ``l1`` as released, or ``l2``.
         perceptual: ``none``; ``lpips``, as released, with weights of your own; ``efficientnet``, the substitute.
@@ -37,6 +40,8 @@ class StageOneConfig:
 
     warmup_fraction: float = 0.25
     quantizer_weight: float = 1.0
+    min_perplexity: float = 0.01
+    exclude: tuple[str, ...] = ()
     val_fraction: float = 0.05
     picture: str = "multiscale"
     perceptual: str = "none"
@@ -62,6 +67,11 @@ class StageOneConfig:
         for name in ("perceptual_weight", "adversarial_cap"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"stage.{name} is {getattr(self, name)}; it must be above 0 and finite")
+        if not 0 <= self.quantizer_weight < math.inf or not 0 <= self.min_perplexity < 1:
+            raise ConfigError(
+                f"stage.quantizer_weight {self.quantizer_weight} must be at least 0 and finite, "
+                f"stage.min_perplexity {self.min_perplexity} in [0, 1)"
+            )
         if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
             raise ConfigError(
                 f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "
@@ -95,6 +105,13 @@ class StageOneConfig:
             )
 
 
+def starts(stage: StageOneConfig, steps: int, has_codes: bool = False) -> dict[str, int]:
+    """The steps at which parts of the objective start, of ``steps`` in all: ``codes``, unless the tokenizer has them
+    from its beginning, and ``discriminator``, if there is one."""
+    codes = {} if has_codes else {"codes": int(steps * stage.warmup_fraction)}
+    return codes | ({"discriminator": int(steps * stage.adversarial_start)} if stage.adversarial_weight else {})
+
+
 class Objective:
     """The losses of a tokenizer and of its discriminator, with the state of the step just taken.
 
@@ -103,13 +120,12 @@ class Objective:
 
     Args:
         stage: weights and starts of the terms.
-        steps: of the whole training, which the starts are shares of.
+        starts: see ``starts``.
         codebook_size: of the tokenizer.
         last: the tokenizer's last weight, by which the adversarial loss is balanced.
         perceptual: what ``load_perceptual`` gives for the stage: (images, images) -> distance [B], or None.
 
     Attributes:
-        start_quantizing: the step from which on codes are used.
         discriminator: None without an adversarial loss.
         quantizing: whether the step just taken used codes.
     """
@@ -117,14 +133,13 @@ class Objective:
     def __init__(
         self,
         stage: StageOneConfig,
-        steps: int,
+        starts: dict[str, int],
         codebook_size: int,
         last: nn.Parameter,
         perceptual: nn.Module | None = None,
     ) -> None:
-        self.stage, self.codebook_size, self.last, self.perceptual = stage, codebook_size, last, perceptual
-        self.start_quantizing = int(steps * stage.warmup_fraction)
-        self.start_judging = int(steps * stage.adversarial_start)
+        self.stage, self.starts, self.codebook_size, self.last = stage, starts, codebook_size, last
+        self.perceptual = perceptual
         self.discriminator: PatchDiscriminator | None = None
         if stage.adversarial_weight:
             self.discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
@@ -140,7 +155,7 @@ class Objective:
             images: float [B, 3, H, W] in [-1, 1].
             step: number of steps taken before.
         """
-        self.quantizing = step >= self.start_quantizing
+        self.quantizing = step >= self.starts.get("codes", 0)
         out = tokenizer(images, quantize=self.quantizing)
         picture = PICTURE_LOSSES[self.stage.picture](images, out.images)
         scalars = {"loss": picture + self.stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
@@ -151,7 +166,7 @@ class Objective:
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, self.codebook_size)
         self._judged = None
-        if self.discriminator and step >= self.start_judging:
+        if self.discriminator and step >= self.starts["discriminator"]:
             self._judged = images, out.images.detach()
             self.discriminator.requires_grad_(False)  # its turn comes in ``critic_loss``
             adversarial = self.adversarial.generator(self.discriminator(out.images))
@@ -161,6 +176,16 @@ class Objective:
             scalars["loss"] = scalars["loss"] + factor * adversarial
             scalars |= {"adversarial": adversarial, "adversarial_weight": factor}
         return scalars
+
+    def problem(self, smooth: dict[str, float]) -> str:
+        """What is wrong with the codebook by the means of the last losses, or nothing."""
+        least, reached = self.stage.min_perplexity * self.codebook_size, smooth.get("perplexity", math.inf)
+        if reached >= least:
+            return ""
+        return (
+            f"the codebook collapses: the perplexity of the codes is {reached:.1f}, below {least:.1f}, "
+            f"stage.min_perplexity {self.stage.min_perplexity:g} of {self.codebook_size} codes"
+        )
 
     def critic_loss(self) -> Tensor | None:
         """What the discriminator minimizes on the step just taken, a scalar; None while it does not learn."""

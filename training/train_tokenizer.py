@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
-from training.checkpoint import Model, family_config, load_tokenizer, new_tokenizer
+from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
-from training.config import build, read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -24,10 +24,16 @@ from training.loop import Critic, Stage, TrainConfig, fit
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
-from training.objective import Objective, StageOneConfig
+from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import load_perceptual
 from training.run import open_run
 from training.thresholds import folder_thresholds
+
+
+def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
+    """The images of stage 1, split as for its training."""
+    fraction, exclude = stage.val_fraction, stage.exclude
+    return ImageFolder(data, size, val_fraction=fraction, seed=training.seed, exclude=exclude)
 
 
 def train_tokenizer(
@@ -37,24 +43,46 @@ def train_tokenizer(
     training: TrainConfig,
     stage: StageOneConfig,
     resume: bool = False,
+    init: str | Path | None = None,
 ) -> Model:
     """Train a tokenizer on a folder of images; see ``fit`` for what the run folder holds.
 
+    Args:
+        data: see ``list_images``.
+        run: the run folder.
+        tokenizer, training, stage: sizes and settings.
+        resume: go on from the run's checkpoint, if there is one; see ``open_run``.
+        init: checkpoint folder whose tokenizer, of the same sizes, is trained on. Its codebook is used from the first
+            step; of a DQ-VAE the entropy thresholds are made anew of these images.
+
     Raises:
-        DataError, ConfigError, CheckpointError: what a user can cause.
+        DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
     stage.check_size(tokenizer.image_size)
     perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
-    folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
+    folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
-    settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
-    path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
-    torch.manual_seed(training.seed)
-    vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
-    if isinstance(vae, DQVAE) and not resume:
-        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
-    last = vae.get_parameter("decoder.conv_out.weight")
-    objective = Objective(stage, training.steps, tokenizer.codebook_size, last, perceptual)
+    settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
+    before = None if init is None else load_tokenizer(init)
+    inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+
+    def begins(steps: int) -> dict[str, int]:
+        return starts(stage, steps, has_codes=init is not None)
+
+    with open_run(run, resume, settings, folder, inputs, starts=begins) as (path, resumed):
+        torch.manual_seed(training.seed)
+        vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
+        if before is not None and not resumed:
+            load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
+        if isinstance(vae, DQVAE) and not resumed:
+            vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
+        last = vae.get_parameter("decoder.conv_out.weight")
+        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
+        return fit(learning(vae, objective, folder, training), training, path, resumed)
+
+
+def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training: TrainConfig) -> Stage:
+    """What ``fit`` does to a tokenizer."""
 
     def stream(step: int) -> Iterator[np.ndarray]:
         augment = Augment(shift=training.shift, flip=training.flip)
@@ -66,7 +94,7 @@ def train_tokenizer(
         )
 
     def loss(images: np.ndarray, step: int) -> dict[str, Tensor]:
-        if step == objective.start_quantizing:
+        if step == objective.starts.get("codes"):
             initialize_codebook(vae, folder, training.batch_size, training.seed)
         return objective.losses(vae, to_float(images), step)
 
@@ -87,17 +115,17 @@ def train_tokenizer(
         out = vae(to_float(originals), quantize=objective.quantizing)
         rows = np.concatenate([originals, to_uint8(out.images.numpy())])
         overlays = [
-            np.asarray(grain_overlay(image, grain, tokenizer.sides).convert("RGB"))
+            np.asarray(grain_overlay(image, grain, vae.config.sides).convert("RGB"))
             for image, grain in zip(originals, out.grain.numpy(), strict=True)
         ]
         return {
             "reconstruction": np.asarray(grid(rows, columns=len(originals))),
             "grain": np.asarray(grid(np.stack(overlays), columns=8)),
-            "score": np.asarray(grid(heat(out.scores, tokenizer.image_size), columns=8)),
+            "score": np.asarray(grid(heat(out.scores, vae.config.image_size), columns=8)),
         }
 
     critic = Critic(objective.discriminator, objective.critic_loss) if objective.discriminator else None
-    return fit(Stage(Model(vae), vae, stream, loss, validate, pictures, len, critic), training, path, resume)
+    return Stage(Model(vae), vae, stream, loss, validate, pictures, len, critic, "picture", objective.problem)
 
 
 def heat(scores: Tensor, size: int) -> np.ndarray:
@@ -126,17 +154,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.train_tokenizer", description="Train a DQ-VAE or an MQ-VAE."
     )
-    parser.add_argument("data", help="folder of images with one sub-folder per class")
+    parser.add_argument("data", help="folder of images, or a list of their paths")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--config", default="emoji_tokenizer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--init", metavar="CKPT", help="checkpoint folder to train on from, of the same sizes")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)
     sizes = dict(config["tokenizer"])
-    tokenizer = build(family_config(sizes.pop("family", "dq")), sizes, "section 'tokenizer'")
-    train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume)
+    family = family_config(sizes.pop("family", "dq"))
+    tokenizer = read_dataclass(family, sizes, "section 'tokenizer'", defaults=True)
+    train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume, args.init)
     print(Path(args.out) / "best")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import math
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.decoding import cells_to_maps
+from dvq_rt.files import read_dataclass
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import Model, load_checkpoint, load_tokenizer
+from runtimes.errors import CheckpointError, ConfigError, DataError, short
+from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
-from training.config import build, read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
+from training.data.listing import some
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
 from training.data.tokens import code_counts, collate, tokenize
@@ -31,7 +34,7 @@ from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.run import open_run
+from training.run import open_run, say
 from training.torch_program import sample_events
 
 BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
@@ -73,6 +76,8 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        if not math.isfinite(self.min_psnr):
+            raise ConfigError(f"stage.min_psnr is {self.min_psnr}; it must be finite")
         for label, names in self.labels.items():
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")
@@ -93,11 +98,20 @@ def train_transformer(
     training: TrainConfig,
     stage: StageTwoConfig,
     resume: bool = False,
+    init: str | Path | None = None,
 ) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
 
+    Args:
+        data: see ``list_images``.
+        run: the run folder.
+        tokenizer: checkpoint folder of stage 1.
+        transformer, training, stage: sizes and settings.
+        resume: go on from the run's checkpoint, if there is one; see ``open_run``.
+        init: checkpoint folder whose transformer, of the same sizes and vocabularies, is trained on.
+
     Raises:
-        DataError, ConfigError, CheckpointError: what a user can cause.
+        DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
     vae = load_tokenizer(tokenizer).requires_grad_(False)
     labels = stage.labels or None
@@ -116,26 +130,57 @@ def train_transformer(
     if guidance != 1 and not layout.null_label:
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
-    config = build(TransformerConfig, {**transformer, "block_size": layout.max_length}, "section 'transformer'")
-    settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
-    inputs = {"images": (data, folder.digest()), "tokenizer": (tokenizer, digest)}
-    path, resume = open_run(run, resume, settings, inputs)
-    check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
-    torch.manual_seed(training.seed)
-    names = () if unconditional else tuple(folder.classes)
-    if resume:
-        model = load_checkpoint(path / "checkpoint")
-    else:
-        model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
-    vae, net = model.both()
-    vae.requires_grad_(False)
+    sizes = {**transformer, "block_size": layout.max_length}
+    config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
+    settings = {"transformer": config, "training": training, "stage": stage}
+    before = None if init is None else load_checkpoint(init)
+    inputs = {"tokenizer": (tokenizer, digest(vae))}
+    if init is not None and before is not None:
+        inputs["init"] = (init, digest(before.both()[1]))
+    with open_run(run, resume, settings, folder, inputs, new_classes=unconditional) as (path, resumed):
+        check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
+        torch.manual_seed(training.seed)
+        if resumed:
+            model = load_checkpoint(path / "checkpoint")
+        else:
+            names = () if unconditional else tuple(folder.classes)
+            model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
+        if before is not None and not resumed:
+            begin_from(model, before, str(init))
+        model.both()[0].requires_grad_(False)
+        return fit(learning(model, folder, training, stage), training, path, resumed)
 
+
+def begin_from(model: Model, before: Model, source: str) -> None:
+    """Give a model the transformer of another one, which must have its sizes and vocabularies.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    (tokenizer, net), (other_tokenizer, other) = model.both(), before.both()
+    load_strictly(net, other.state_dict(), f"the transformer of {source}")
+    if net.layout != other.layout:
+        raise CheckpointError(f"{source} has the layout {other.layout}, this run {net.layout}; its tokens mean others")
+    if digest(tokenizer) != digest(other_tokenizer):
+        say(f"{source} was trained on the codes of another tokenizer, which the transformer has to learn anew")
+    if model.class_names != before.class_names:
+        say(f"the labels of {source} were {short(before.class_names)}; in their places are {short(model.class_names)}")
+
+
+def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: StageTwoConfig) -> Stage:
+    """What ``fit`` does to a transformer: the images are tokenized once, before.
+
+    Raises:
+        DataError: a label has no image that can be decoded.
+    """
+    vae, net = model.both()
+    layout, names = net.layout, model.class_names
     augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
     source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
     held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
     train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
     val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
+    check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
@@ -177,7 +222,25 @@ def train_transformer(
     def loss(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         return batch_losses(net, batch)
 
-    return fit(Stage(model, net, stream, loss, validate, pictures, count), training, path, resume)
+    return Stage(model, net, stream, loss, validate, pictures, count)
+
+
+def check_labels(folder: ImageFolder, train: NDArray[np.int64], val: NDArray[np.int64]) -> None:
+    """Warn of labels without a held-out image, which training does not need.
+
+    Raises:
+        DataError: a label has no image to train on.
+    """
+    for labels, wrong in ((train, True), (val, False)):
+        counts = np.bincount(labels, minlength=len(folder.classes))
+        if lacking := [name for name, count in zip(folder.classes, counts, strict=True) if not count]:
+            if wrong:
+                raise DataError(f"no training image of {some(lacking)} can be decoded; replace them, or leave it out")
+            warnings.warn(
+                f"no image of {some(lacking)} is held out, so the validation loss says nothing of it; raise "
+                "stage.val_fraction, or give it at least 10 images",
+                stacklevel=4,
+            )
 
 
 def decode_cells(model: Model, cells: list[NDArray[np.int32]]) -> NDArray[np.uint8]:
@@ -209,18 +272,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.train_transformer", description="Train a DQ-Transformer or a Stackformer."
     )
-    parser.add_argument("data", help="folder of images with one sub-folder per class")
+    parser.add_argument("data", help="folder of images with one sub-folder per class, or a list of paths and classes")
     parser.add_argument("--tokenizer", required=True, help="checkpoint folder of stage 1")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--config", default="emoji_transformer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument(
+        "--init", metavar="CKPT", help="checkpoint folder of stage 2 to train on from, of the same sizes"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
     config = read_config(args.config, sections, args.set)
-    train_transformer(
-        args.data, args.out, args.tokenizer, config["transformer"], config["training"], config["stage"], args.resume
-    )
+    settings = config["transformer"], config["training"], config["stage"]
+    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init)
     print(Path(args.out) / "best")
 
 

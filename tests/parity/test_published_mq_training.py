@@ -25,7 +25,7 @@ from training.loop import TrainConfig, make_optimizer, schedule
 from training.losses import adaptive_weight, hinge_loss, stacked_losses
 from training.models.discriminator import PatchDiscriminator
 from training.models.quantizer import EMAQuantizer
-from training.objective import Objective, StageOneConfig
+from training.objective import Objective, StageOneConfig, starts
 from training.published.weights import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 
 RATES = {"stage1_linear_warmup": math.inf, "stage1_and_2_warmup_cosine": None}
@@ -79,7 +79,9 @@ def test_tokenizer_step(check):
         discriminator_width=options["disc_ndf"],
         discriminator_layers=options["disc_num_layers"],
     )
-    objective = Objective(stage, 1, vae.config.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
+    objective = Objective(
+        stage, starts(stage, 1), vae.config.codebook_size, vae.get_parameter("decoder.conv_out.weight")
+    )
     discriminator = objective.discriminator
     assert discriminator is not None
     discriminator.load_state_dict({name.removeprefix("loss.discriminator."): t for name, t in state.items()})

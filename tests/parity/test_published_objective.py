@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training.models.perceptual import LPIPS
 from training.models.tokenizer import Reconstruction
-from training.objective import Objective, StageOneConfig
+from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import LINEAR_FILE, VGG_FILE, load_perceptual
 
 
@@ -86,7 +86,7 @@ def test_adversarial_objective(check):
         discriminator_layers=options["disc"]["n_layers"],
     )
     tokenizer = LastLayer(g)
-    objective = Objective(stage, 1, 16, tokenizer.conv.weight)
+    objective = Objective(stage, starts(stage, 1), 16, tokenizer.conv.weight)
     assert objective.discriminator is not None
     objective.discriminator.load_state_dict(
         {name.removeprefix("disc."): tensor for name, tensor in g.items() if name.startswith("disc.")}
