@@ -122,7 +122,11 @@ class SharedBatch:
         try:
             while True:
                 with self._changed:
-                    scheduler = self._prepare(scheduler)
+                    try:
+                        scheduler = self._prepare(scheduler)
+                    except BaseException as error:  # before a reader sees its request taken and nothing outstanding
+                        self._fail(error)
+                        return
                     if not self._calls:
                         self._stop()
                         return
@@ -132,11 +136,14 @@ class SharedBatch:
                 self._tell(scheduler, scheduler.step())
         except BaseException as error:
             with self._changed:
-                for call in self._calls:
-                    call.failure = error
-                self._calls.clear()
-                self._loops.clear()
-                self._stop()
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        for call in self._calls:
+            call.failure = error
+        self._calls.clear()
+        self._loops.clear()
+        self._stop()
 
     def _stop(self) -> None:
         atexit.unregister(self.end)
