@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
@@ -81,7 +80,6 @@ class SharedBatch:
             self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():  # it does not survive a fork
                 self._thread = threading.Thread(target=self._run, name="dvq_rt loop", daemon=True)
-                atexit.register(self.end)  # no thread may be inside a graph when the interpreter ends
                 self._thread.start()
             self._changed.notify_all()
         try:
@@ -146,7 +144,6 @@ class SharedBatch:
         self._stop()
 
     def _stop(self) -> None:
-        atexit.unregister(self.end)
         self._thread = None
         self._changed.notify_all()
 
