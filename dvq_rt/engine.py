@@ -24,7 +24,7 @@ from dvq_rt.labels import whole
 from dvq_rt.layout import Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
 from dvq_rt.step import SLOTS, StepTable
-from runtimes.errors import InputError
+from runtimes.errors import ConfigError, EngineError, InputError
 from runtimes.graph_files import check_interface
 from runtimes.onnxruntime import Providers
 from runtimes.protocol import Backend, Program, TensorSpec
@@ -55,7 +55,10 @@ class Engine:
         if manifest.fixed_slots and slots not in (None, manifest.slots):
             raise InputError(f"slots is {slots}; this engine has {manifest.slots}, fixed at its export; leave it out")
         self.path, self.manifest, self.layout = path, manifest, manifest.layout
-        self.table = StepTable.from_dict(manifest.layout, manifest.step)
+        try:
+            self.table = StepTable.from_dict(manifest.layout, manifest.step)
+        except ConfigError as error:
+            raise EngineError(f"engine {path}: its manifest contradicts itself: {error}; export it again") from error
         self.backend, self.slots = backend, slots or manifest.slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}

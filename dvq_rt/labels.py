@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from dvq_rt.layout import TokenLayout
-from runtimes.errors import InputError
+from runtimes.errors import InputError, short
 
 Label = SupportsIndex | str | None
 SHOWN_NAMES = 50
@@ -46,7 +46,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     """
     number = as_index(value)
     if number is None or not low <= number <= high:
-        raise InputError(f"{name} is {_short(value)}; it must be an integer from {low} to {high}")
+        raise InputError(f"{name} is {short(value)}; it must be an integer from {low} to {high}")
     return number
 
 
@@ -76,23 +76,15 @@ def _index(layout: TokenLayout, names: Sequence[str], label: Any) -> int | None:
             raise InputError(f"this model needs a label: {_choices(layout, names)}")
         return None
     if not layout.classes:
-        raise InputError(f"label is {_short(label)}, but this model has no labels; leave it out")
+        raise InputError(f"label is {short(label)}, but this model has no labels; leave it out")
     if isinstance(label, str) and label in names:
         return list(names).index(label)
     number = as_index(label)
     if number is not None and 0 <= number < layout.classes:
         return number
-    raise InputError(f"unknown label {_short(label)}; this model has {_choices(layout, names)}")
+    raise InputError(f"unknown label {short(label)}; this model has {_choices(layout, names)}")
 
 
 def _choices(layout: TokenLayout, names: Sequence[str]) -> str:
     indices = f"0 to {layout.classes - 1}"
     return f"{', '.join(names[:SHOWN_NAMES])} (or {indices})" if names else indices
-
-
-def _short(value: Any) -> str:
-    """A value for an error message, however large it is."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "an integer of over 20 digits"
-    text = repr(value) if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
-    return text if len(text) <= 100 else text[:97] + "..."

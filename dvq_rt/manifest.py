@@ -197,6 +197,8 @@ def read_engine(path: FileName) -> Manifest:
         folder = restore_folder(path)
     remake = f"export it again (`python -m export.to_onnx CKPT --out {folder}`) or copy the folder anew"
     if not os.path.isdir(folder):
+        if any(parent.is_file() for parent in folder.parents):
+            raise EngineError(f"engine {folder} lies inside an archive; engines are read from folders: unpack it")
         raise EngineError(f"engine folder {folder} does not exist; name none to use the bundled demo, or {remake}")
     values = read_json(
         folder / MANIFEST, error=EngineError, what=f"engine {folder}: {MANIFEST} is missing or unreadable", mend=remake

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.engine import Engine
+from dvq_rt.files import write_file
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, Tokens
-from dvq_rt.manifest import write_file
 from dvq_rt.sampling import uniforms
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, load_checkpoint
@@ -56,9 +56,9 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     if names and folder.classes != list(names):
         raise ConfigError(f"the checkpoint's labels are {list(names)}, the data's {folder.classes}; reorder --config")
     folder.check_held_out()
-    chosen = folder.val[:images]
-    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(chosen, 16))
-    codes = tokenize(vae, chunks, len(chosen), "tokenizing held-out images")
+    indices = folder.val[:images]
+    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(indices, 16))
+    codes = tokenize(vae, chunks, len(indices), "tokenizing held-out images")
     starts = codes.labels if names else np.zeros_like(codes.labels)
     return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
 

@@ -20,8 +20,8 @@ import torch
 from dvq_rt.bench import EngineStep, Split, draw_images, given_requests, middle_state, step_bytes
 from dvq_rt.decoding import cells_to_maps
 from dvq_rt.engine import Engine, run_alone
+from dvq_rt.files import write_file
 from dvq_rt.labels import whole
-from dvq_rt.manifest import write_file
 from dvq_rt.timing import Reader, interleave, machine, ms, peak_memory, percent, ratio
 from runtimes.errors import ConfigError, InputError
 from training.checkpoint import Model, load_checkpoint

@@ -15,8 +15,9 @@ import onnx
 import torch
 from torch import nn
 
+from dvq_rt.files import guard
 from export.lowering import OPSET, TRANSLATIONS
-from runtimes.errors import DvqError, ExportError
+from runtimes.errors import ExportError
 
 MOST_ROWS = 4096
 """Largest batch of a graph with a symbolic one."""
@@ -54,7 +55,7 @@ def trace(
             return {key: symbolic(value) for key, value in values.items()}
         return [symbolic(value) for value in values] if isinstance(values, list) else {0: batch}
 
-    with boundary(f"{path.name} cannot be traced"), quiet():
+    with guard(ExportError, f"{path.name} cannot be traced"), quiet():
         program = torch.export.export(module, (), inputs, dynamic_shapes=None if fixed else symbolic(inputs))
         graph = torch.onnx.export(
             program,
@@ -94,7 +95,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     Raises:
         ExportError: onnx cannot write it.
     """
-    with boundary(f"{path.name} cannot be written"):
+    with guard(ExportError, f"{path.name} cannot be written"):
         if sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_ABOVE:
             onnx.save_model(proto, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
         else:
@@ -107,19 +108,8 @@ def load_graph(path: Path) -> onnx.ModelProto:
     Raises:
         ExportError: onnx cannot read it.
     """
-    with boundary(f"{path.name} cannot be read"):
+    with guard(ExportError, f"{path.name} cannot be read"):
         return onnx.load(path, load_external_data=False)
-
-
-@contextlib.contextmanager
-def boundary(failure: str) -> Iterator[None]:
-    """Turn whatever a library raises into an ExportError that begins with ``failure``; what the disk refuses passes."""
-    try:
-        yield
-    except (DvqError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"{failure}: {str(error).strip()[:500] or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -65,8 +65,8 @@ class GpuBuffer:
         with IN_FLIGHT:
             self._device.wait(self._mark)
         self._mark = None
-        found: Array = self._host[: self.size].view(self.dtype).reshape(self.shape).copy()
-        return found
+        values: Array = self._host[: self.size].view(self.dtype).reshape(self.shape).copy()
+        return values
 
 
 def binding_table(
@@ -158,14 +158,14 @@ class TrtProgram:
             if odd := set(inputs) ^ set(into):
                 raise EngineError(f"{self._name} has no inputs {sorted(odd)}, or lacks them; re-export")
             rows = next(iter(self.wanted[0].values()))["shape"][0]
-            found: list[dict[str, Array]] = []
+            results: list[dict[str, Array]] = []
             for part in row_parts(inputs, rows):
                 for name, values in part.items():
                     into[name].write(values)
                 binding.run()
-                found.append({name: buffer.read() for name, buffer in out.items()})
+                results.append({name: buffer.read() for name, buffer in out.items()})
             count = len(next(iter(inputs.values())))
-            return {name: np.concatenate([f[name] for f in found])[:count] for name in out}
+            return {name: np.concatenate([result[name] for result in results])[:count] for name in out}
 
     def _buffer(self, spec: Mapping[str, Any]) -> Buffer:
         return GpuBuffer(self.device, self.lock, tuple(spec["shape"]), spec["dtype"])

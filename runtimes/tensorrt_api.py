@@ -152,8 +152,8 @@ class TensorRT:
         network = builder.create_network(sum(1 << int(flags[n]) for n in ("STRONGLY_TYPED",) if n in flags))
         parser = self.trt.OnnxParser(network, self._log)
         if not parser.parse_from_file(str(path)):
-            found = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise ExportError(f"{self.flavor} {self.version} cannot parse {path.name}: {found}")
+            errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise ExportError(f"{self.flavor} {self.version} cannot parse {path.name}: {errors}")
         return Network(self.trt, builder, network, parser)
 
     def build(self, network: Network, targets: Sequence[str], *, tf32: bool = False) -> bytes:
@@ -194,8 +194,8 @@ class TensorRT:
 
     def aliases(self, engine: Any, outputs: Sequence[str]) -> dict[str, str]:
         """Outputs that must have an input's address, with that input."""
-        found = {name: engine.get_aliased_input_tensor(name) for name in outputs}
-        return {name: source for name, source in found.items() if source}
+        sources = {name: engine.get_aliased_input_tensor(name) for name in outputs}
+        return {name: source for name, source in sources.items() if source}
 
     def capturable(self, context: Any, stream: int) -> bool:
         """Whether a context's next run can become a CUDA graph; TensorRT-RTX may still have kernels to compile."""
@@ -246,8 +246,8 @@ def choose_flavor(flavor: str, driver: bool) -> TensorRT:
 def cuda_major(flavor: str) -> int | None:
     """CUDA version that an installed package was made for, by the name of its distribution; None if it does not say."""
     names = packages_distributions().get(FLAVORS[flavor].module, [])
-    found = [int(m.group(1)) for name in names if (m := re.search(r"[-_]cu(\d+)", name))]
-    return max(found, default=None)
+    majors = [int(m.group(1)) for name in names if (m := re.search(r"[-_]cu(\d+)", name))]
+    return max(majors, default=None)
 
 
 def numbers(version: str) -> tuple[int, ...]:

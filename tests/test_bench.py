@@ -49,7 +49,7 @@ def test_engine_step_stays_at_its_length(generator: Generator) -> None:
     step = bench.EngineStep(generator, 2, 20)
     for _ in range(3):
         step.run()
-        assert step.loop.read("length").tolist() == [21, 21] and not step._loop.read("done").any()
+        assert step.loop.read("length").tolist() == [21, 21] and not step.loop.read("done").any()
     with pytest.raises(InputError, match=r"length is 67; this engine takes 0 to 66"):
         bench.EngineStep(generator, 1, 67)
 

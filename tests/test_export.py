@@ -31,7 +31,7 @@ from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
-from runtimes.errors import CheckpointError, EngineError, ExportError, InputError
+from runtimes.errors import CheckpointError, DvqError, EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
 from training.checkpoint import Model, save_checkpoint
@@ -293,6 +293,78 @@ def test_half_a_model_is_refused(class_model: Model, tmp_path: Path, capsys: pyt
         to_onnx.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "engine")])
     assert "nowhere is no checkpoint folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slots": 0}, "slots is 0; it must be an integer from 1 to 4096"),
+        ({"slots": 4097}, "slots is 4097; it must be an integer from 1 to 4096"),
+        ({"slots": float("nan")}, "slots is nan; it must be an integer"),
+        ({"slots": True}, "slots is True; it must be an integer"),
+        ({"slots": None}, "slots is None; it must be an integer"),
+        ({"weights": ["fp16"]}, r"weights is \['fp16'\]; it must be one of"),
+        ({"target": {}}, r"target is \{\}; it must be one of"),
+    ],
+)
+def test_bad_options_are_refused_before_work(
+    options: dict[str, Any], words: str, class_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are none or out of range, and things that are no names: an error that names option and value."""
+    monkeypatch.setattr(to_onnx, "write_engine", None)
+    with pytest.raises(DvqError, match=words):
+        to_onnx.export_onnx(class_model, tmp_path / "engine", **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--default", "temperature"], "--default 'temperature' is not NAME=VALUE, such as temperature=0.8"),
+        (["--default", "temperature=Infinity"], "temperature is inf; it must be"),
+        (["--default", "temperature=1e999"], "temperature is inf; it must be"),
+        (["--default", "guidance=NaN"], "guidance is nan; it must be"),
+        (["--default", "top_k=1.5"], "top_k is 1.5; it must be"),
+        (["--default", "top_k=" + "[" * 100_000], "top_k is '[[["),
+        (["--default", "warmth=1"], "unknown fields ['warmth']"),
+        (["--default", "guidance=2"], "defaults.guidance is 2.0; it must be 1: there is no null label"),
+        (["--labels", ""], "labels [''] must be different ones of []"),
+        (["--out", ""], "exists already"),
+        (["--slots", "0"], "slots is 0; it must be an integer from 1 to 4096"),
+    ],
+)
+def test_bad_arguments_of_the_command(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Recommended parameters that no engine could open with, and empty shell variables, are refused before tracing."""
+    save_checkpoint(small_model(), tmp_path / "checkpoint")
+    monkeypatch.setattr(to_onnx, "write_graphs", None)
+    with pytest.raises(SystemExit) as caught:
+        to_onnx.main([str(tmp_path / "checkpoint"), *arguments])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and words in error and len(error) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_libraries_raise_names_the_file(tmp_path: Path) -> None:
+    """Tracing, writing and reading a graph: whatever PyTorch, onnx or the disk says becomes an ExportError."""
+
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match=r"step\.onnx cannot be traced: .*data-dependent"):
+        tracing.trace(Branching(), {"x": torch.zeros(2)}, ["y"], tmp_path / "step.onnx")
+    with pytest.raises(ExportError, match=r"graph\.onnx cannot be written: No such file or directory"):
+        tracing.save(onnx.ModelProto(), tmp_path / "nowhere" / "graph.onnx")
+    (tmp_path / "graph.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(ExportError, match=r"graph\.onnx cannot be read: "):
+        tracing.load_graph(tmp_path / "graph.onnx")
+    with pytest.raises(ExportError, match=r"missing\.onnx cannot be read: No such file or directory"):
+        tracing.load_graph(tmp_path / "missing.onnx")
 
 
 def retouched(source: Path, target: Path, change: Any, external: int | None = None) -> Path:

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -178,7 +179,17 @@ def test_archives(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == f"ImportError: {HIDDEN.format(name='runtimes', home=archive, path=path)}"
 
 
-@pytest.mark.parametrize("package", ["runtimes"])
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call is ``open(path)``, ``path.open()`` with a mode of text or none, or reads or writes a text."""
+    if isinstance(call.func, ast.Name):
+        rest = call.args[1:] if call.func.id == "open" else None
+    else:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        rest = [] if name in ("read_text", "write_text") else call.args if name == "open" else None
+    return rest is not None and all(isinstance(mode, ast.Constant) and "b" not in str(mode.value) for mode in rest[:1])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_other_systems(package: str) -> None:
     """No module needs a module that only Unix has, and no text file is read or written in the system's own encoding."""
     wrong = []
@@ -187,10 +198,27 @@ def test_other_systems(package: str) -> None:
         for node in tree.body:
             if isinstance(node, ast.Import):
                 wrong += [f"{path.name}: {alias.name}" for alias in node.names if alias.name in UNIX]
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-            binary = any(isinstance(word, str) and re.fullmatch("[rwxa+]*b[rwxa+]*", word) for word in words)
-            if name in ("open", "read_text", "write_text") and not binary:
-                wrong += [] if "encoding" in [k.arg for k in call.keywords] else [f"{path.name}: {ast.unparse(call)}"]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and opens_text(node)):
+            if "encoding" not in [keyword.arg for keyword in call.keywords]:
+                wrong.append(f"{path.name}: {ast.unparse(call)}")
     assert not wrong
+
+
+def test_a_run_from_an_archive(tmp_path: Path) -> None:
+    """From a zip of the packages an engine in a folder runs, and the bundled one says that it cannot be reached."""
+    with zipfile.ZipFile(tmp_path / "packages.zip", "w") as archive:
+        for package in ("dvq_rt", "runtimes"):
+            for path in (ROOT / package).rglob("*"):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    archive.write(path, path.relative_to(ROOT))
+    shutil.copytree(ROOT / "dvq_rt" / "demo", tmp_path / "engine")
+    code = "import dvq_rt; print(dvq_rt.__file__); print(dvq_rt.Generator('engine').sample(1)); dvq_rt.Generator()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "packages.zip")},
+        capture_output=True,
+        text=True,
+    )
+    assert "packages.zip" in done.stdout and "Samples(1 images" in done.stdout
+    assert "demo lies inside an archive; engines are read from folders: unpack it" in done.stderr

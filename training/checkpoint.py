@@ -1,19 +1,25 @@
-"""Checkpoint folders: ``config.json`` and ``model.safetensors``, training state apart. Never pickle."""
+"""Checkpoint folders: ``config.json`` and ``model.safetensors``, training state apart. Never pickle.
+
+``config.json`` has the SHA-256 of the other files. Names and shapes of the tensors are compared with what it describes
+before a model is made, so that no file makes a reader allocate more than it holds.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from dataclasses import asdict, dataclass, field, fields
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvq_rt.files import sync
+from dvq_rt.files import guard, new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder, short
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, ConfigError
 from training.models.dqvae import DQVAE, DQVAEConfig
@@ -21,10 +27,18 @@ from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
-FORMAT = 2
+FORMAT = 3
+UNHASHED = 2
+"""The format before, which is read too: without hashes, and without the field ``entropy_low``, which was -1."""
+CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "training.safetensors"
 STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
 """Tokenizer class and its configuration, by family."""
+TOO_LARGE = "a model of these sizes cannot be made"
+MAY_BE_NAN = ("entropy_thresholds",)  # until training has made them
+
+Module = TypeVar("Module", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
 
 
 def family_config(family: str) -> Any:
@@ -33,8 +47,8 @@ def family_config(family: str) -> Any:
     Raises:
         ConfigError: there is no such family.
     """
-    if family not in FAMILIES:
-        raise ConfigError(f"family is {family!r}; it must be one of {sorted(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"family is {short(family)}; it must be one of {sorted(FAMILIES)}")
     return FAMILIES[family][1]
 
 
@@ -113,80 +127,48 @@ class TrainingState:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def strict(cls: Any, values: Any, where: str) -> Any:
-    """Build a frozen config dataclass from a dict that must name exactly its fields.
+# --- writing ---------------------------------------------------------------------------------------------------
+def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | None = None) -> None:
+    """Write a checkpoint folder atomically: a crash leaves the old one or the new one, never a mixture.
 
     Raises:
-        ConfigError: a key is unknown or missing.
+        CheckpointError: the disk refused.
     """
-    known = {f.name for f in fields(cls)}
-    if not isinstance(values, dict) or set(values) != known:
-        keys = set(values) if isinstance(values, dict) else set()
-        raise ConfigError(f"{where}: unknown keys {sorted(keys - known)}, missing keys {sorted(known - keys)}")
-    return cls(**values)
+    with new_folder(folder, overwrite=True, error=CheckpointError) as fresh:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / WEIGHTS)
+        if state is not None:
+            text = json.dumps({"step": state.step, "values": state.values})
+            save_file(state.tensors, fresh / STATE, metadata={"state": text})
+        config = {**model.config(), "sha256": {path.name: _sha256(path) for path in sorted(fresh.iterdir())}}
+        (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | None = None) -> None:
-    """Write a checkpoint folder atomically: a crash leaves the old one or the new one, never a mixture."""
-    folder = Path(folder)
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # a crash interrupted the swap
-        old.rename(folder)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
-    if state is not None:
-        text = json.dumps({"step": state.step, "values": state.values})
-        save_file(state.tensors, fresh / "training.safetensors", metadata={"state": text})
-    (fresh / "config.json").write_text(json.dumps(model.config(), indent=1) + "\n", encoding="utf-8")
-    for path in (*fresh.iterdir(), fresh):
-        sync(path)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # a crash may have left it
-        folder.rename(old)
-    fresh.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def existing(folder: str | Path) -> Path:
-    """The checkpoint folder, or ``<folder>.old`` where only that is left of a swap that a crash interrupted."""
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
-    return old if not folder.exists() and old.exists() else folder
-
-
+# --- reading ---------------------------------------------------------------------------------------------------
 def load_checkpoint(folder: str | Path) -> Model:
-    """Read a checkpoint folder (see ``existing``), in eval mode.
+    """Read a checkpoint folder, in eval mode.
 
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, unknown or damaged.
     """
-    folder = existing(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} is no checkpoint folder: it has no config.json (a run writes RUN/checkpoint and RUN/best)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
-    if config.get("format") != FORMAT or config.get("family") not in FAMILIES:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has format {config.get('format')!r}, family {config.get('family')!r}; "
-            f"this version reads format {FORMAT}, families {sorted(FAMILIES)}"
-        )
-    try:
-        model = build_model(config)
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is wrong: {error}") from None
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
-    load_strictly(model, tensors, str(folder / "model.safetensors"))
+    folder = restore_folder(folder)
+    config, path = _read_config(folder), folder / WEIGHTS
+    shapes = _read_shapes(path)
+
+    def check(model: Model) -> None:
+        compare_shapes(shapes_of(model), shapes, str(path))
+        _check_parts(model)
+
+    with guard(CheckpointError, f"{folder / CONFIG} is wrong"):
+        model = new_module(lambda: build_model(config), check)
+    _check_hash(path, config)
+    with guard(CheckpointError, f"{path} cannot be read"):
+        tensors = load_file(path)
+    load_strictly(model, tensors, str(path))
     return model.eval()
 
 
@@ -202,58 +184,157 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def build_model(config: dict[str, Any]) -> Model:
-    """A freshly initialized model of a ``config.json`` dict.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value is out of range.
-    """
-    keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
-    if set(config) != keys:
-        raise ConfigError(f"unknown keys {sorted(set(config) - keys)}, missing keys {sorted(keys - set(config))}")
-    tokenizer = None
-    if config["tokenizer"]:
-        tokenizer = new_tokenizer(strict(family_config(config["family"]), config["tokenizer"], "tokenizer"))
-    transformer = None
-    if config["transformer"]:
-        layout = TokenLayout.from_dict(config["layout"])
-        transformer = StackedTransformer(strict(TransformerConfig, config["transformer"], "transformer"), layout)
-    return Model(tokenizer, transformer, tuple(config["class_names"]), config["defaults"])
-
-
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load tensors whose names and shapes must be the model's.
-
-    Raises:
-        CheckpointError: names the missing, unknown and misshapen keys.
-    """
-    own = model.state_dict()
-    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    shapes = [
-        f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in sorted(set(own) & set(tensors))
-        if own[k].shape != tensors[k].shape
-    ]
-    if missing or unknown or shapes:
-        raise CheckpointError(
-            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
-        )
-    model.load_state_dict(tensors)
-
-
 def load_training_state(folder: str | Path) -> TrainingState:
     """The training state beside a checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = existing(folder) / "training.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-            return TrainingState(state["step"], state["values"], {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; train into a new folder instead") from None
+    folder = restore_folder(folder)
+    path = folder / STATE
+    mend = "train into a new folder instead"
+    with guard(CheckpointError, f"{path} cannot be read", mend), open_regular(path), safe_open(path, "pt") as file:
+        state = parse_json(file.metadata()["state"])
+        step, values = state["step"], state["values"]
+        if type(step) is not int or step < 0 or not isinstance(values, dict):
+            raise ValueError(f"step {short(step)} or values {short(values)} are none")
+        _check_hash(path, _read_config(folder))
+        return TrainingState(step, values, {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The content of ``config.json``, of a format that is read here."""
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{folder} is no checkpoint folder: it has no config.json (a run writes RUN/checkpoint and RUN/best)"
+        )
+    config = read_json(path, error=CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    if config.get("format") not in (UNHASHED, FORMAT) or config.get("family") not in list(FAMILIES):
+        raise CheckpointError(
+            f"{path} has format {short(config.get('format'))}, family {short(config.get('family'))}; "
+            f"this version reads format {UNHASHED} and {FORMAT}, families {sorted(FAMILIES)}"
+        )
+    return config
+
+
+def _read_shapes(path: Path) -> Shapes:
+    """Names and shapes of the tensors of a file, which are not read."""
+    with guard(CheckpointError, f"{path} cannot be read"), open_regular(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check_hash(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a file that is not the one that was saved, unless it is of the format without hashes."""
+    hashes = config.get("sha256")
+    if config["format"] != UNHASHED and not (isinstance(hashes, dict) and hashes.get(path.name) == _sha256(path)):
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {CONFIG}; copy it again, or take another checkpoint"
+        )
+
+
+def build_model(config: Mapping[str, Any]) -> Model:
+    """A freshly initialized model of a ``config.json`` dict.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is out of range.
+    """
+    keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
+    given = set(config) - {"sha256"}
+    if given != keys:
+        raise ConfigError(f"unknown keys {short(sorted(given - keys))}, missing keys {sorted(keys - given)}")
+    names, defaults = config["class_names"], config["defaults"]
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or not isinstance(defaults, dict):
+        raise ConfigError(
+            f"class_names are {short(names)}, defaults {short(defaults)}; they must be a list of texts and an object"
+        )
+    tokenizer, transformer, values = None, None, config["tokenizer"]
+    if values:
+        if config["format"] == UNHASHED and config["family"] == "dq" and isinstance(values, dict):
+            values = {"entropy_low": -1.0, **values}
+        tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
+    if config["transformer"]:
+        layout = TokenLayout.from_dict(config["layout"])
+        sizes = read_dataclass(TransformerConfig, config["transformer"], "transformer")
+        transformer = StackedTransformer(sizes, layout)
+    return Model(tokenizer, transformer, tuple(names), defaults)
+
+
+def _check_parts(model: Model) -> None:
+    """Refuse a layout that is not the tokenizer's, and names that are not the layout's."""
+    if model.transformer is None:
+        return
+    layout = model.transformer.layout
+    sizes = {} if model.tokenizer is None else model.tokenizer.config.layout()
+    for name in ("codebook_size", "sides", "kept"):
+        if sizes and getattr(layout, name) != sizes.get(name):
+            raise ConfigError(f"layout.{name} is {getattr(layout, name)!r}; the tokenizer has {sizes.get(name)!r}")
+    if len(model.class_names) not in (0, layout.classes):
+        raise ConfigError(f"there are {len(model.class_names)} class_names for {layout.classes} labels")
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------
+def new_module(make: Callable[[], Module], check: Callable[[Module], None]) -> Module:
+    """A module whose sizes are checked before memory is allocated for them.
+
+    Args:
+        make: gives the module.
+        check: raises if it is not the wanted one; is given one without storage (on PyTorch's meta device).
+
+    Raises:
+        ConfigError: PyTorch cannot make it.
+    """
+    with guard(ConfigError, TOO_LARGE), torch.device("meta"):
+        plan = make()
+    check(plan)
+    with guard(ConfigError, TOO_LARGE):
+        return make()
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    """Names and shapes of a module's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def compare_shapes(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Refuse tensors that are not exactly the wanted ones.
+
+    Raises:
+        CheckpointError: names the missing, unknown and misshapen ones.
+    """
+    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    shapes = [
+        f"{name} {given[name]} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(given))
+        if given[name] != wanted[name]
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
+        )
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors whose names, shapes and number formats must be the module's, and whose numbers must be finite.
+
+    Raises:
+        CheckpointError: names those that are not.
+    """
+    own = module.state_dict()
+    compare_shapes(shapes_of(module), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    if formats := [f"{k} {v.dtype} instead of {own[k].dtype}" for k, v in tensors.items() if v.dtype != own[k].dtype]:
+        raise CheckpointError(f"{source} does not fit its config: wrong number format {short(formats)}")
+    if broken := not_finite(tensors):
+        raise CheckpointError(f"{source} holds numbers that are not finite in {short(broken)}; take another one")
+    module.load_state_dict(tensors)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity, but for those that may."""
+    return [k for k, v in tensors.items() if not k.endswith(MAY_BE_NAN) and not torch.isfinite(v).all()]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

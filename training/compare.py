@@ -15,11 +15,11 @@ from dvq_rt.images import grain_overlay
 from runtimes.errors import ConfigError, InputError
 from training.cli import guarded
 from training.config import read_config
-from training.data.folder import ImageFolder
 from training.judging.metrics import cost, fidelity, through
 from training.judging.report import enlarged, pick, sheet, table
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
+from training.train_tokenizer import held_out_folder
 
 COLUMNS = 10
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {generator.manifest.image_size for generator in generators}
     if len(sizes) > 1:
         raise ConfigError(f"the engines make images of {sorted(sizes)} pixels; compare engines of one size")
-    folder = ImageFolder(args.data, sizes.pop(), val_fraction=first["stage"].val_fraction, seed=first["training"].seed)
+    folder = held_out_folder(args.data, sizes.pop(), first["training"], first["stage"])
     folder.check_held_out()
     images, _ = folder.load(folder.val)
     shown = pick(len(images), COLUMNS)

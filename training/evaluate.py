@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dvq_rt import Generator, SamplingParams
+from dvq_rt.progress import progress_bar
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
 from training.cli import guarded
@@ -51,6 +51,7 @@ from training.judging.report import (
 )
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
+from training.train_tokenizer import held_out_folder
 from training.train_transformer import StageTwoConfig
 
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
@@ -171,7 +172,7 @@ def sweep(generator: Generator, folder: ImageFolder, model: Classifier, n: int, 
     base = SamplingParams.from_dict(generator.manifest.defaults)
     guidance = SWEEP["guidance"] if generator.layout.null_label else (1.0,)
     rows = []
-    for values in tqdm(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep", dynamic_ncols=True):
+    for values in progress_bar(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep"):
         varied = dict(zip(SWEEP, values, strict=True))
         samples = generator.sample(len(labels), labels, seed, replace(base, **varied))
         verdict = judge(model, samples.to_numpy())
@@ -219,9 +220,7 @@ def main(argv: list[str] | None = None) -> None:
 
     generator = Generator(args.engine)
     folder, augment = open_data(generator, args.data, config["training"], config["stage"])
-    held_out = ImageFolder(
-        args.data, folder.size, val_fraction=first["stage"].val_fraction, seed=first["training"].seed
-    )
+    held_out = held_out_folder(args.data, folder.size, first["training"], first["stage"])
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
     out = Path(args.out)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dvq_rt.files import short
+from dvq_rt.progress import progress_bar
 from runtimes.errors import ConfigError
 from training.checkpoint import (
     Model,
@@ -30,6 +32,8 @@ from training.checkpoint import (
 )
 from training.run import cut_log, log
 
+MOST = 10**9
+"""Largest number of steps and such."""
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 """What the names of a critic's tensors in a training state start with."""
 
@@ -82,13 +86,15 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"training.seed is {self.seed}; it must be in 0..2^63 - 1")
         for name in ("steps", "batch_size", "validate_every", "picture_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(
+                    f"training.{name} is {short(getattr(self, name))}; it must be at least 1, and {MOST} at most"
+                )
         for name in ("warmup", "shift", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
-        if not self.lr > 0 or not self.clip > 0:
-            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"training.{name} is {short(getattr(self, name))}; it must be in 0..{MOST}")
+        if not 0 < self.lr < math.inf or not 0 < self.clip < math.inf:
+            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive and finite")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -177,7 +183,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     started, before = time.monotonic(), state.values["seconds"]
     smooth: dict[str, float] = {}
     with (
-        tqdm(total=config.steps, initial=state.step, dynamic_ncols=True, unit="step") as bar,
+        progress_bar(total=config.steps, initial=state.step, unit="step") as bar,
         writer,
         _signals() as stop,
     ):
@@ -211,7 +217,7 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
                 for name, value in checked.items():
                     writer.add_scalar(f"val/{name}", value, state.step)
                 log(run, {"step": state.step, "val": checked, "s": state.values["seconds"]})
-                bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
+                say(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in checked.items()))
                 if checked.get("loss", math.inf) < state.values["best"]:
                     state.values["best"] = checked["loss"]
                     save(run / "best")
@@ -226,6 +232,12 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
         print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130)
     return stage.model
+
+
+def say(text: str) -> None:
+    """A line on standard output, where there is one, that leaves progress bars whole."""
+    if sys.stdout is not None:
+        tqdm.write(text)
 
 
 def _descend(

@@ -20,6 +20,7 @@ class StageOneConfig:
     Args:
         warmup_fraction: share of the steps, at the start, without quantization; then the codebook starts from k-means.
         quantizer_weight: factor of the commitment loss.
+        exclude: classes (sub-folders) whose images are not used.
         val_fraction: share of the images held out.
         adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as the
             picture loss (see ``adaptive_weight``); 0 trains without a discriminator, the released code has 0.75.
@@ -29,6 +30,7 @@ class StageOneConfig:
 
     warmup_fraction: float = 0.25
     quantizer_weight: float = 1.0
+    exclude: tuple[str, ...] = ()
     val_fraction: float = 0.05
     adversarial_weight: float = 0.0
     adversarial_start: float = 0.5
@@ -36,6 +38,8 @@ class StageOneConfig:
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
+        if not 0 <= self.quantizer_weight < math.inf:
+            raise ConfigError(f"stage.quantizer_weight is {self.quantizer_weight}; it must be at least 0 and finite")
         if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
             raise ConfigError(
                 f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "

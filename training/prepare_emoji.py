@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from PIL import Image
-from tqdm import tqdm
 
+from dvq_rt.progress import progress_bar
 from runtimes.errors import DataError
 from training.cli import guarded
 
@@ -152,7 +152,7 @@ def prepare(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
             work = Path(folder) / out.name
-            for stem, data in tqdm(images, desc="emoji", unit="image", disable=not progress):
+            for stem, data in progress_bar(images, desc="emoji", unit="image", disable=not progress):
                 emoji = table[emoji_key(stem) or ""]
                 relative = f"{getattr(emoji, classes)}/{stem}.png"
                 captions[relative] = emoji.name

@@ -1,7 +1,7 @@
 """Models of the published sizes with random weights: ``python -m training.presets NAME --out DIR``.
 
-No weights of these sizes were ever released. Their speed does not depend on the weights' values, so benchmarks and
-builds of engines use these.
+Of both papers the weights of one model were released, a DQ-VAE of the sizes of ``dq_class_p6c18``'s tokenizer; of no
+transformer and no MQ-VAE. Speed does not depend on the weights' values, so benchmarks and builds of engines use these.
 """
 
 from __future__ import annotations

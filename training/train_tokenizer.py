@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
 from runtimes.errors import ConfigError
 from training.checkpoint import Model, family_config, load_tokenizer, new_tokenizer
 from training.cli import guarded
-from training.config import build, read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -28,6 +29,12 @@ from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig
 from training.run import open_run
 from training.thresholds import folder_thresholds
+
+
+def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
+    """The images of stage 1, split as for its training."""
+    fraction, exclude = stage.val_fraction, stage.exclude
+    return ImageFolder(data, size, val_fraction=fraction, seed=training.seed, exclude=exclude)
 
 
 def train_tokenizer(
@@ -48,14 +55,14 @@ def train_tokenizer(
             f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
             f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
         )
-    folder = ImageFolder(data, tokenizer.image_size, val_fraction=stage.val_fraction, seed=training.seed)
+    folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
     settings = {"tokenizer": asdict(tokenizer), "training": asdict(training), "stage": asdict(stage)}
     path, resume = open_run(run, resume, settings, {"images": (data, folder.digest())})
     torch.manual_seed(training.seed)
     vae = load_tokenizer(path / "checkpoint") if resume else new_tokenizer(tokenizer)
     if isinstance(vae, DQVAE) and not resume:
-        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config.stride))
+        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
     objective = Objective(stage, training.steps, tokenizer.codebook_size, vae.get_parameter("decoder.conv_out.weight"))
 
     def stream(step: int) -> Iterator[np.ndarray]:
@@ -137,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)
     sizes = dict(config["tokenizer"])
-    tokenizer = build(family_config(sizes.pop("family", "dq")), sizes, "section 'tokenizer'")
+    family = family_config(sizes.pop("family", "dq"))
+    tokenizer = read_dataclass(family, sizes, "section 'tokenizer'", defaults=True)
     train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume)
     print(Path(args.out) / "best")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.decoding import cells_to_maps
+from dvq_rt.files import read_dataclass
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import Model, load_checkpoint, load_tokenizer
 from training.cli import guarded
-from training.config import build, read_config
+from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -73,6 +75,8 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        if not math.isfinite(self.min_psnr):
+            raise ConfigError(f"stage.min_psnr is {self.min_psnr}; it must be finite")
         for label, names in self.labels.items():
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")
@@ -116,7 +120,8 @@ def train_transformer(
     if guidance != 1 and not layout.null_label:
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
-    config = build(TransformerConfig, {**transformer, "block_size": layout.max_length}, "section 'transformer'")
+    sizes = {**transformer, "block_size": layout.max_length}
+    config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
     settings = {"transformer": asdict(config), "training": asdict(training), "stage": asdict(stage)}
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
     inputs = {"images": (data, folder.digest()), "tokenizer": (tokenizer, digest)}

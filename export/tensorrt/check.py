@@ -51,7 +51,7 @@ def check_graph(proto: onnx.ModelProto, caches: list[list[str]]) -> None:
     graph, faults = proto.graph, []
     readers = Counter(name for node in graph.node for name in node.input)
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
-    found = []
+    updates = []
     for node in graph.node:
         options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         given = [i for i, name in enumerate(node.input) if name]
@@ -67,15 +67,15 @@ def check_graph(proto: onnx.ModelProto, caches: list[list[str]]) -> None:
             if options.get("is_causal"):
                 faults.append(f"{node.name} has is_causal, which TensorRT aligns to the other corner")
         elif node.op_type == "TensorScatter":
-            found.append([node.input[0], node.output[0]])
+            updates.append([node.input[0], node.output[0]])
             if options.get("mode", b"linear") != b"linear" or options.get("axis", -2) != -2 or len(given) < 3:
                 faults.append(f"{node.name} is not a linear update of rows at given places")
     for pair in caches:
-        if found.count(pair) != 1:
+        if updates.count(pair) != 1:
             faults.append(f"cache {pair[0]} is not updated into {pair[1]} exactly once")
         if readers[pair[0]] != 1:
             faults.append(f"cache {pair[0]} is read {readers[pair[0]]} times, not by its update alone")
-    faults += [f"cache update {pair} is not a cache of the manifest" for pair in found if pair not in caches]
+    faults += [f"cache update {pair} is not a cache of the manifest" for pair in updates if pair not in caches]
     _refuse("graph", faults)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvq_rt.files import guard
 from export.tensorrt.check import Census, check_network, specs
-from export.tracing import boundary, load_graph
+from export.tracing import load_graph
 from runtimes.cuda import driver_version, find_gpu
+from runtimes.errors import ExportError
 from runtimes.tensorrt_api import CURRENT, TensorRT
 
 AHEAD = ("sm86", "sm89", "sm120")
@@ -51,7 +53,7 @@ def build_plan(api: TensorRT, graph: Path, folder: Path, interface: dict[str, An
     Raises:
         ExportError: TensorRT refuses or would misread the graph, or cannot build the plan.
     """
-    with boundary(f"TensorRT cannot build {graph.name}"):
+    with guard(ExportError, f"TensorRT cannot build {graph.name}"):
         network = api.parse(graph)
         if graph.stem == "step":
             census = check_network(network, interface, len(interface["caches"]) // 2)

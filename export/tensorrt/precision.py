@@ -52,7 +52,7 @@ def narrow(model: Model, precision: str) -> Model:
     Raises:
         ConfigError: the precision is another one.
     """
-    if precision not in PRECISIONS:
+    if precision not in list(PRECISIONS):
         raise ConfigError(f"precision is {precision!r}; it must be one of {sorted(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     model = copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Images for training: any folder with one sub-folder per class, listed, split into training and held out, decoded."""
+"""Images for training: listed, split into training and held out, decoded."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from tqdm import tqdm
 
+from dvq_rt.files import read_json
+from dvq_rt.images import image_size, open_rgb, square
+from dvq_rt.progress import progress_bar
 from runtimes.errors import DataError
-from training.data.pixels import SUFFIXES, Pixels, decode, header_is_good
+from training.data.listing import SUFFIXES, list_images, some
+from training.data.pixels import Pixels
 
 Indices = npt.NDArray[np.int64]
 Batch = tuple[Pixels, Indices]
 
-NAMED = 5  # how many files a warning or an error names
-
 
 class ImageFolder:
-    """The images under ``root/<sub-folder>/``, decoded on demand to squares of ``size`` pixels.
+    """The images of a folder or a list (see ``list_images``), decoded on demand to squares of ``size`` pixels.
 
-    Files are found by their suffix (``SUFFIXES``) at any depth below a sub-folder; hidden ones and other suffixes are
-    ignored. Files whose header cannot be read are left out with one warning that counts them.
+    Files whose header cannot be read are left out with one warning that counts them.
 
     Attributes:
         classes: the label names; ``labels`` counts along this list.
         paths: the N image files.
         labels: int64 [N], in 0 .. len(classes) - 1.
         train, val: int64, ascending indices into ``paths`` that share none and together are all. The split hashes each
-            file's path below ``root`` with the seed, so other files hardly matter to it. With ``val_fraction`` > 0
+            file's path below ``base`` with the seed, so other files hardly matter to it. With ``val_fraction`` > 0
             every class of 10 images or more has one in ``val``; every class has one in ``train``.
-        captions: path below ``root`` (with ``/``) to text, from ``captions.json``; empty without that file.
+        captions: path below ``base`` (with ``/``) to text, from ``base/captions.json``; empty without that file.
+        base: the folder, or the one of the list.
         unreadable: the files that were left out so far.
     """
 
@@ -49,22 +49,21 @@ class ImageFolder:
         val_fraction: float = 0.05,
         seed: int = 0,
         labels: Mapping[str, Sequence[str]] | None = None,
+        exclude: Sequence[str] = (),
         cache_bytes: int = 2 << 30,
     ) -> None:
         """List the folder.
 
         Args:
-            root: the folder; it is only read.
+            root: the folder or list; it is only read.
             size: side of the decoded images, 1 to 4096 pixels.
             val_fraction: share of the images held out, 0 <= val_fraction < 1.
             seed: of the split.
-            labels: label name to the sub-folders it joins, ``["*"]`` joins all, others are left out; None: each
-                sub-folder, sorted, is one.
+            labels, exclude: which classes are joined or left out, see ``list_images``.
             cache_bytes: decoded images are kept in memory until they fill this.
 
-        Raises DataError when the folder is missing, holds no class folders or no readable image, a label stays empty,
-        ``labels`` names a sub-folder that is not there or names one twice, ``captions.json`` is malformed, or ``size``
-        or ``val_fraction`` is out of range.
+        Raises DataError when ``root``, ``labels`` or ``exclude`` are wrong (see ``list_images``), a label stays without
+        a readable image, ``captions.json`` is malformed, or ``size`` or ``val_fraction`` is out of range.
         """
         if not 1 <= size <= 4096:
             raise DataError(f"size is {size}; choose 1 to 4096 pixels")
@@ -78,42 +77,47 @@ class ImageFolder:
         self._cache_room = cache_bytes // (3 * size * size)
         self._lock = threading.Lock()
 
-        groups = _groups(self.root, labels)
-        self.classes = list(groups)
-        candidates = [(path, label) for label, name in enumerate(groups) for path in _files(self.root, groups[name])]
+        listed = list_images(self.root, labels, exclude)
+        self.base = self.root if self.root.is_dir() else self.root.parent
+        self.classes = list(listed)
+        candidates = [(path, label) for label, paths in enumerate(listed.values()) for path in paths]
         kept: list[tuple[Path, int]] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large: counted below like the others
-            for path, label in tqdm(candidates, desc="checking images", unit="image", delay=3, leave=False):
-                if header_is_good(path):
-                    kept.append((path, label))
-                else:
-                    self.unreadable.append(path)
+        for path, label in progress_bar(candidates, desc="checking images", unit="image", delay=3, leave=False):
+            try:
+                image_size(path, error=DataError)
+                kept.append((path, label))
+            except DataError:
+                self.unreadable.append(path)
         self.report_unreadable()
         self.paths = [path for path, _ in kept]
         self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        _check_counts(self.root, groups, counts, len(candidates))
+        _check_counts(self.root, self.classes, counts, len(candidates))
         self.train, self.val = self._split(val_fraction, seed)
-        self.captions = _captions(self.root)
+        self.captions = _captions(self.base)
 
     def __len__(self) -> int:
         """The number of images, N."""
         return len(self.paths)
 
+    @property
+    def cached(self) -> int:
+        """The number of images kept in memory."""
+        return len(self._cache)
+
     def relative(self, index: int) -> str:
-        """The path of image ``index`` below ``root``, with ``/``."""
-        return self.paths[index].relative_to(self.root).as_posix()
+        """The path of image ``index`` below ``base``, with ``/``; whole if it lies elsewhere."""
+        path = self.paths[index]
+        return (path.relative_to(self.base) if path.is_relative_to(self.base) else path).as_posix()
 
     def caption(self, index: int) -> str | None:
         """The caption of image ``index``, None without one."""
         return self.captions.get(self.relative(index))
 
     def pixels(self, index: int) -> Pixels:
-        """Image ``index`` as read-only uint8 [size, size, 3]: RGB, on white, upright, the centre square.
+        """The centre square of image ``index`` as read-only uint8 [size, size, 3]; see ``dvq_rt.images.open_rgb``.
 
-        The shorter side becomes ``size`` (Lanczos). 16-bit values are scaled to 8 bits, floats count as 0 .. 1. Raises
-        DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
+        Raises DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
         """
         index = int(index)
         cached = self._cache.get(index)
@@ -121,12 +125,12 @@ class ImageFolder:
             return cached
         path = self.paths[index]
         try:
-            pixels = decode(path, self.size)
-        except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
+            pixels = square(open_rgb(path, error=DataError), self.size)
+        except DataError:
             with self._lock:
                 if path not in self.unreadable:
                     self.unreadable.append(path)
-            raise DataError(f"cannot decode {path}: {error}; replace or remove the file") from error
+            raise
         pixels.setflags(write=False)
         with self._lock:
             if len(self._cache) < self._cache_room:
@@ -196,71 +200,22 @@ class ImageFolder:
         return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
 
 
-def _groups(root: Path, labels: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
-    """Label name to sub-folder names, checked against what ``root`` holds."""
-    if not root.exists():
-        raise DataError(f"the image folder {root} does not exist; check the path")
-    if not root.is_dir():
-        raise DataError(f"{root} is a file; give the folder that holds one sub-folder of images per class")
-    try:
-        there = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot list {root}: {error}; make it readable") from error
-    if not there:
-        raise DataError(f"{root} has no sub-folders; put the images of each class into a sub-folder named after it")
-    if labels is None:
-        return {name: [name] for name in there}
-    groups = {label: there if list(names) == ["*"] else list(names) for label, names in labels.items()}
-    if not groups:
-        raise DataError(f"labels is empty; name at least one label, or pass None to make each sub-folder of {root} one")
-    listed = [name for names in groups.values() for name in names]
-    unknown = sorted(set(listed) - set(there))
-    if unknown:
-        raise DataError(f"labels names {some(unknown)}, which {root} lacks; its sub-folders are {some(there, 200)}")
-    twice = sorted({name for name in listed if listed.count(name) > 1})
-    if twice:
-        raise DataError(f"labels names {some(twice)} more than once; give each sub-folder to one label")
-    return groups
-
-
-def _files(root: Path, names: Sequence[str]) -> list[Path]:
-    """The image files below the sub-folders, by suffix, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"cannot list {error.filename}: {error}; make it readable") from error
-
-    files: list[Path] = []
-    for name in names:
-        for folder, inner, members in os.walk(root / name, onerror=fail):
-            inner[:] = [each for each in inner if not each.startswith(".")]
-            files += [
-                Path(folder, each)
-                for each in members
-                if os.path.splitext(each)[1].lower() in SUFFIXES and not each.startswith(".")
-            ]
-    return sorted(files)
-
-
-def _check_counts(root: Path, groups: Mapping[str, Sequence[str]], counts: npt.NDArray[np.intp], files: int) -> None:
+def _check_counts(root: Path, classes: Sequence[str], counts: npt.NDArray[np.intp], files: int) -> None:
     """DataError unless every label has an image."""
     kinds = " ".join(sorted(SUFFIXES))
     if counts.sum() == 0:
-        raise DataError(f"{root}: no readable image among {files} candidates; its sub-folders need images ({kinds})")
-    empty = [name for name, count in zip(groups, counts, strict=True) if count == 0]
+        raise DataError(f"{root}: no readable image among {files} candidates; it needs images ({kinds})")
+    empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
         raise DataError(f"{root}: no readable image for {some(empty)}; add images ({kinds}) or leave the class out")
 
 
-def _captions(root: Path) -> dict[str, str]:
+def _captions(base: Path) -> dict[str, str]:
     """``captions.json``, or nothing when there is none."""
-    path = root / "captions.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        captions = json.loads(text)
-    except FileNotFoundError:
+    path = base / "captions.json"
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; mend or remove it") from error
+    captions = read_json(path, error=DataError, mend="mend or remove it")
     if not isinstance(captions, dict) or not all(isinstance(value, str) for value in captions.values()):
         raise DataError(f"{path} must be one JSON object from relative path to text; mend or remove it")
     return captions
@@ -269,9 +224,3 @@ def _captions(root: Path) -> dict[str, str]:
 def _hash_uniform(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) / (1 << 48)
-
-
-def some(names: Sequence[str], most: int = NAMED) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from runtimes.errors import DataError
-from training.data.folder import Batch, ImageFolder, Indices, some
+from training.data.folder import Batch, ImageFolder, Indices
+from training.data.listing import some
 from training.data.pixels import Pixels
 
 

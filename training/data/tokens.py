@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from dvq_rt.layout import TokenLayout
+from dvq_rt.progress import progress_bar
 from training.data.pixels import to_float
 from training.models.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def tokenize(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], co
     grains: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     done = 0
-    with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
+    with progress_bar(total=count, desc=title, unit="image") as bar:
         for pixels, label in images:
             code, grain = vae.encode_maps(to_float(pixels))
             codes.append(code.numpy().astype(np.int32))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from dvq_rt.progress import progress_bar
 from runtimes.errors import ConfigError
 from training.data.folder import ImageFolder, Indices
 from training.data.pixels import Pixels, to_float
@@ -89,7 +89,7 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
         model = Classifier(len(folder.classes)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
-        with tqdm(total=steps, desc="training the classifier", unit="step", dynamic_ncols=True) as bar:
+        with progress_bar(total=steps, desc="training the classifier", unit="step") as bar:
             for _, (pixels, labels) in zip(range(steps), source, strict=False):
                 logits, _ = model(degrade(to_float(pixels)))
                 loss = F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=SMOOTHING)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from dvq_rt import Codes, Generator
+from dvq_rt.progress import progress_bar
 from training.data.folder import Indices
 from training.data.pixels import Pixels, to_float
 
@@ -63,7 +63,7 @@ def accuracy(predicted: NDArray[np.int64], wanted: NDArray[np.int64], names: Seq
 
 def through(generator: Generator, images: Pixels, title: str) -> tuple[list[Codes], Pixels]:
     """Codes and reconstructions of images uint8 [N, S, S, 3]."""
-    codes = [generator.encode(image)[0] for image in tqdm(images, desc=title, unit="image", dynamic_ncols=True)]
+    codes = [generator.encode(image)[0] for image in progress_bar(images, desc=title, unit="image")]
     return codes, generator.decode(codes)
 
 
@@ -98,7 +98,7 @@ def nearest_pixels(queries: Pixels, training: Pixels, shift: int = SHIFT) -> tup
     flat = to_float(queries).sub(1).flatten(1)  # white is 0, which keeps the norms small
     norms, side = flat.square().sum(1), queries.shape[1]
     best, index = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.long)
-    for start in tqdm(range(0, len(training), 256), desc="nearest training images", dynamic_ncols=True):
+    for start in progress_bar(range(0, len(training), 256), desc="nearest training images"):
         padded = F.pad(to_float(training[start : start + 256]).sub(1), (shift,) * 4, mode="replicate")
         for down, right, mirrored in product(range(2 * shift + 1), range(2 * shift + 1), (False, True)):
             moved = padded[..., down : down + side, right : right + side]

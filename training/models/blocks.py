@@ -5,6 +5,7 @@ All maps are float [B, C, H, W].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvq_rt.files import short
 from runtimes.errors import ConfigError
 
 SIZES = (
@@ -19,6 +21,10 @@ SIZES = (
     *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups"),
 )
 """Fields that the configurations of both tokenizers have."""
+
+
+MOST = {"image_size": 4096, "blocks": 256, "decoder_blocks": 256}
+MOST_LEVELS = 16
 
 
 def check_sizes(config: Any) -> None:
@@ -31,8 +37,13 @@ def check_sizes(config: Any) -> None:
         object.__setattr__(config, name, tuple(getattr(config, name)))
     for name in SIZES:
         value = getattr(config, name)
-        if not all(type(size) is int and size >= 1 for size in (value if isinstance(value, tuple) else (value,))):
-            raise ConfigError(f"tokenizer.{name} is {value!r}; it must be positive integers")
+        sizes = value if isinstance(value, tuple) else (value,)
+        most = MOST.get(name, 1 << 20)
+        if len(sizes) > MOST_LEVELS or not all(type(size) is int and 1 <= size <= most for size in sizes):
+            raise ConfigError(
+                f"tokenizer.{name} is {short(value)}; it must be positive integers, of at most {most}, at most "
+                f"{MOST_LEVELS} of them"
+            )
     if config.image_size < 11:
         raise ConfigError(f"tokenizer.image_size is {config.image_size}; it must be at least 11, the window of SSIM")
     if config.image_size % config.stride:
@@ -43,6 +54,9 @@ def check_sizes(config: Any) -> None:
         raise ConfigError(f"tokenizer.norm_groups is {config.norm_groups}; it must divide every width, not {bad}")
     if not 0 <= config.decay < 1 or not 0 <= config.dropout < 1:
         raise ConfigError(f"tokenizer.decay {config.decay} and tokenizer.dropout {config.dropout} must be in [0, 1)")
+    for name in ("beta", "restart_below"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"tokenizer.{name} is {getattr(config, name)}; it must be at least 0 and finite")
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

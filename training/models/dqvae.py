@@ -38,6 +38,7 @@ class DQVAEConfig:
         position_bias: what the decoder adds to its input: ``none``, ``fourier`` or ``fourier+learned``.
         fine_percent: share of regions, 1 to 99 percent, that the entropy threshold makes fine.
         beta, decay, restart_below, mask_weighted: see EMAQuantizer.
+        entropy_low: value of the first entropy bin, -1 or 0 (see ``patch_entropy``); 0 is for released weights.
 
     Raises:
         ConfigError: a value is out of range.
@@ -63,9 +64,12 @@ class DQVAEConfig:
     decay: float = 0.99
     restart_below: float = 1.0
     mask_weighted: bool = True
+    entropy_low: float = -1.0
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if self.entropy_low not in (-1.0, 0.0):
+            raise ConfigError(f"tokenizer.entropy_low is {self.entropy_low}; it must be -1 or 0")
         if len(self.encoder_mult) < 2:
             raise ConfigError(f"tokenizer.encoder_mult is {self.encoder_mult}; dual granularity needs two levels")
         if self.encoder_mult[-1] % self.encoder_mult[-2]:
@@ -105,7 +109,8 @@ def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
     Args:
         images: float [B, 3, H, W] in [-1, 1].
         patch: patch side in pixels, dividing H and W.
-        low: value of the first bin; -1 is the model's. The released threshold script used 0 (spec Q14).
+        low: value of the first bin. The released threshold script, and the code that the released weights were trained
+            with, had 0; the released code has -1 since (spec Q14).
 
     Returns:
         float [B, H / patch, W / patch] in 0 .. ln 32.
@@ -232,7 +237,7 @@ class DQVAE(Tokenizer):
 
     def route(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Grain (0 coarse, 1 fine) int64 [B, hc, wc] and entropy float [B, hc, wc] of [B, 3, H, W] images."""
-        entropy = patch_entropy(images, self.config.stride)
+        entropy = patch_entropy(images, self.config.stride, self.config.entropy_low)
         return (entropy > self.threshold()).long(), entropy
 
     def features(self, images: Tensor, grain: Tensor) -> Tensor:

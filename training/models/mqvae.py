@@ -82,10 +82,10 @@ class MQVAEConfig:
             )
         if self.scorer not in SCORERS:
             raise ConfigError(f"tokenizer.scorer is {self.scorer!r}; it must be one of {SCORERS}")
-        if type(self.demask_blocks) is not int or self.demask_blocks < 0 or not 0 <= self.mask_damping <= 1:
+        if type(self.demask_blocks) is not int or not 0 <= self.demask_blocks <= 256 or not 0 <= self.mask_damping <= 1:
             raise ConfigError(
                 f"tokenizer.demask_blocks is {self.demask_blocks!r}, tokenizer.mask_damping {self.mask_damping!r}; "
-                "they must be an integer of at least 0 and a number in [0, 1]"
+                "they must be an integer in 0..256 and a number in [0, 1]"
             )
 
     @property

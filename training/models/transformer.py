@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvq_rt.files import short
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import ConfigError
 
@@ -43,8 +44,11 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "position_blocks", "content_blocks", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"transformer.{name} is {getattr(self, name)}; it must be at least 1")
+            most = 1024 if name.endswith("_blocks") else 1 << 20
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"transformer.{name} is {short(getattr(self, name))}; it must be at least 1, and {most} at most"
+                )
         if self.width % self.heads:
             raise ConfigError(f"transformer.width is {self.width}; it must be a multiple of heads ({self.heads})")
         for name in ("dropout", "attention_dropout"):

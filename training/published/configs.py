@@ -7,14 +7,14 @@ those of the encoder and of the residual branches; the released code can set the
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from dvq_rt.files import guard, open_regular, parse_json, short
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import ConfigError
 from training.models.transformer import TransformerConfig
@@ -23,7 +23,7 @@ KINDS = {
     "size": "a positive integer",
     "integer": "an integer",
     "sizes": "a list of positive integers",
-    "number": "a number",
+    "number": "a finite number",
     "flag": "true or false",
     "text": "a string",
     "section": "a section with target and params",
@@ -81,6 +81,19 @@ TRANSFORMER_PASSED_OVER = ("weight_decay", "warmup_epochs", "monitor", "ckpt_pat
 TOKENIZER_PASSED_OVER = (*TRANSFORMER_PASSED_OVER[1:], "lossconfig", "image_key", "scheduler_type")
 
 
+MAX_BYTES = 1 << 20
+"""Of a configuration file."""
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Values without references to one another, a few of which can stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which are not read; write the values out")
+        return super().compose_node(parent, index)
+
+
 def read_released_config(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     """The ``{target, params}`` mapping of a mapping or a JSON or YAML file, from under ``model:`` where there is one.
 
@@ -89,12 +102,10 @@ def read_released_config(source: Mapping[str, Any] | str | Path) -> Mapping[str,
     """
     values: Any = source
     if isinstance(source, str | Path):
-        path = Path(source)
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}; give the released JSON or YAML configuration") from None
+        mend = "give the released JSON or YAML configuration"
+        with guard(ConfigError, f"{source} cannot be read", mend), open_regular(source, MAX_BYTES) as file:
+            text = file.read(MAX_BYTES).decode()
+            values = parse_json(text) if Path(source).suffix == ".json" else yaml.load(text, PlainLoader)
     if isinstance(values, Mapping) and "target" not in values:
         values = values.get("model")
     if not isinstance(values, Mapping) or "target" not in values:
@@ -103,14 +114,15 @@ def read_released_config(source: Mapping[str, Any] | str | Path) -> Mapping[str,
     return values
 
 
-def _fits(value: Any, kind: str) -> bool:
+def fits(value: Any, kind: str) -> bool:
+    """Whether a value is of a kind of KINDS; numbers must be ones that floats hold."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind == "size":
         return whole and value > 0
     if kind == "sizes":
-        return isinstance(value, list | tuple) and all(_fits(v, "size") for v in value)
+        return isinstance(value, list | tuple) and all(fits(v, "size") for v in value)
     if kind == "number":
-        return whole or (isinstance(value, float) and math.isfinite(value))
+        return (whole or isinstance(value, float)) and abs(value) <= sys.float_info.max
     if kind == "section":
         return isinstance(value, Mapping)
     return whole if kind == "integer" else isinstance(value, bool if kind == "flag" else str)
@@ -136,24 +148,26 @@ def section(
     """
     given = node.get("target") if isinstance(node, Mapping) else None
     if given != target:
-        raise ConfigError(f"{where}.target is {given!r}, which is not supported here; it must be {target!r}")
+        raise ConfigError(f"{where}.target is {short(given)}, which is not supported here; it must be {target!r}")
     params = node.get("params") or {}
     if not isinstance(params, Mapping):
-        raise ConfigError(f"{where}.params is {params!r}; it must be a mapping")
+        raise ConfigError(f"{where}.params is {short(params)}; it must be a mapping")
     unknown = [] if passed_over is None else sorted(map(str, set(params) - set(options) - set(passed_over)))
     missing = sorted(name for name, option in options.items() if option.required and name not in params)
     if unknown or missing:
-        raise ConfigError(f"{where}.params: unknown {unknown}, missing {missing}; there are {sorted(options)}")
+        raise ConfigError(f"{where}.params: unknown {short(unknown)}, missing {missing}; there are {sorted(options)}")
     out = {name: params.get(name, option.default) for name, option in options.items()}
     for name, value in out.items():
-        if not _fits(value, options[name].kind):
-            raise ConfigError(f"{where}.params.{name} is {value!r}; it must be {KINDS[options[name].kind]}")
+        if not fits(value, options[name].kind):
+            raise ConfigError(f"{where}.params.{name} is {short(value)}; it must be {KINDS[options[name].kind]}")
     return out
 
 
 def agree(where: str, values: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse values that differ from the only supported ones, or from what the rest of the configuration implies."""
-    wrong = [f"{name} is {values[name]!r}, not {value!r}" for name, value in wanted.items() if values[name] != value]
+    wrong = [
+        f"{name} is {short(values[name])}, not {value!r}" for name, value in wanted.items() if values[name] != value
+    ]
     if wrong:
         raise ConfigError(
             f"{where}: {', '.join(wrong)}; the rest of the configuration implies the latter, or only that is supported"

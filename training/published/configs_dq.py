@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dvq_rt.files import short
 from dvq_rt.layout import ORDERS, TokenLayout
 from runtimes.errors import ConfigError
 from training.models.dqvae import DQVAEConfig
@@ -138,13 +139,13 @@ def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
     position_type = "" if plain else decoder["position_type"]
     if not plain and position_type not in POSITION_BIAS:
         raise ConfigError(
-            f"{where}.decoderconfig.position_type is {position_type!r}, which the released code cannot build either; "
-            f"it must be one of {list(POSITION_BIAS)}"
+            f"{where}.decoderconfig.position_type is {short(position_type)}, which the released code cannot "
+            f"build either; it must be one of {list(POSITION_BIAS)}"
         )
     ratio = router["fine_grain_ratito"]
     key = int(100 - 100 * ratio)  # truncates as released: 0.55 gives 44 (spec Q12)
     if not 1 <= key <= 99:
-        raise ConfigError(f"{where}: fine_grain_ratito is {ratio!r}; the threshold table has 0.01 to 0.99 only")
+        raise ConfigError(f"{where}: fine_grain_ratito is {short(ratio)}; the threshold table has 0.01 to 0.99 only")
     config = DQVAEConfig(
         **tokenizer_sizes(encoder, decoder, quantizer),
         position_bias="none" if plain else POSITION_BIAS[position_type],
@@ -194,7 +195,7 @@ def released_layout(permuter: Any, start: Any, start_name: str, provider: str) -
     values = section(permuter, "permuter_config", PERMUTER, PERMUTER_OPTIONS)
     if values["fine_position_order"] not in ORDERS:
         raise ConfigError(
-            f"permuter_config.fine_position_order is {values['fine_position_order']!r}; it must be one of {ORDERS}"
+            f"permuter_config.fine_position_order is {short(values['fine_position_order'])}; it must be one of {ORDERS}"
         )
     agree("permuter_config", values, {"fine_hw": 2 * values["coarse_hw"]})
     names = STARTS[provider]

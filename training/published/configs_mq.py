@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dvq_rt.files import short
 from dvq_rt.layout import UNORDERED, TokenLayout
 from runtimes.errors import ConfigError
 from training.models.mqvae import MQVAEConfig
@@ -105,7 +106,8 @@ def released_mq_tokenizer(node: Any, where: str) -> MQVAEConfig:
     target = top["masker_config"].get("target")
     if target not in list(MASKERS):
         raise ConfigError(
-            f"{where}.masker_config.target is {target!r}, which is not supported here; it must be one of {[*MASKERS]}"
+            f"{where}.masker_config.target is {short(target)}, which is not supported here; "
+            f"it must be one of {[*MASKERS]}"
         )
     masker = section(top["masker_config"], f"{where}.masker_config", target, MASKER_OPTIONS)
     demasker = section(top["demasker_config"], f"{where}.demasker_config", DEMASKER, DEMASKER_OPTIONS)
@@ -147,7 +149,7 @@ def released_mq_transformer(config: Mapping[str, Any]) -> ReleasedTransformer:
     permuter = values["position_value_permuter_config"].get("target")
     if permuter not in (RASTER, IDENTITY):
         raise ConfigError(
-            f"position_value_permuter_config.target is {permuter!r}, which is not supported here; "
+            f"position_value_permuter_config.target is {short(permuter)}, which is not supported here; "
             f"it must be one of {[RASTER, IDENTITY]}"
         )
     section(values["position_value_permuter_config"], "position_value_permuter_config", permuter, {})

@@ -2,68 +2,91 @@
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dvq_rt.files import guard, read_json, short
+from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, ConfigError
-from training.checkpoint import load_strictly
+from training.checkpoint import compare_shapes, load_strictly, new_module, not_finite
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
+from training.published.configs import fits
 
-
-def find_file(path: str, folders: Sequence[Path]) -> Path | None:
-    return next((folder / path for folder in folders if (folder / path).is_file()), None)
+Module = TypeVar("Module", bound=nn.Module)
+MAX_TABLE_BYTES = 1 << 20
+EXPANSION = 4
+"""A checkpoint may unpack to so many times its size: numbers of trained weights can hardly be compressed."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The ``state_dict`` of a checkpoint file, without pickle execution.
 
     Raises:
-        CheckpointError: the file is missing, damaged, has no state dict, or needs pickle to run code.
+        CheckpointError: the file is missing, damaged, has no state dict, unpacks to far more than it holds, or needs
+            pickle to run code.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is no file; give the .ckpt file of the released code")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path} is damaged, or holds pickled objects{f' ({wanted[1]})' if wanted else ''} beside its tensors and "
-            "would have to execute code, which is never done; where you trust the file, save its state_dict alone: "
-            "torch.save({'state_dict': ...})"
-        ) from None
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    with guard(CheckpointError, f"{path} cannot be read", "fetch it again"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > EXPANSION * path.stat().st_size + MAX_TABLE_BYTES:
+                raise ValueError(f"it would unpack to {unpacked} bytes, which no checkpoint does")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            raise CheckpointError(
+                f"{path} is damaged, or holds pickled objects{f' ({wanted[1]})' if wanted else ''} beside its tensors "
+                "and would have to execute code, which is never done; where you trust the file, save its state_dict "
+                "alone: torch.save({'state_dict': ...})"
+            ) from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} has no 'state_dict'; give the Lightning checkpoint of the released code")
-    if odd := sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor)):
-        raise CheckpointError(f"{path}: the state_dict entries {odd} are no tensors")
+    if odd := sorted(str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))):
+        raise CheckpointError(f"{path}: the state_dict entries {short(odd)} are no plain tensors of real numbers")
     return state
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that holds its numbers one by one, and real ones."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return plain and not value.is_complex() and not value.is_quantized
+
+
+def find_file(path: str, folders: Sequence[Path]) -> Path | None:
+    """The first of the folders' files of that path."""
+    return next((folder / path for folder in folders if (folder / path).is_file()), None)
+
+
 def read_thresholds(path: str, folders: Sequence[Path]) -> Tensor:
-    """The released threshold table, float32 [99]: entry p - 1 is that of key p."""
-    file = find_file(path, folders)
+    """The released threshold table, float32 [99]: entry p - 1 is that of key p.
+
+    Args:
+        path: of the released configuration.
+        folders: where the path may start; or the file may lie in one of them itself.
+    """
+    places = [folder / place for place in dict.fromkeys((path, Path(path).name)) for folder in folders]
+    file = next((place for place in places if place.is_file()), None)
     if file is None:
+        looked = ", ".join(dict.fromkeys(str(place) for place in places))
         raise ConfigError(
-            f"the threshold table {path} (json_path) is in none of {[str(folder) for folder in folders]}; "
-            "put it there, or run from the folder that the path starts in"
+            f"the threshold table {path[:200]} (json_path) is not there; put it beside the configuration. "
+            f"Looked at: {looked}"
         )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}; give the released threshold table") from None
+    values = read_json(file, mend="give the released threshold table", most=MAX_TABLE_BYTES)
     table = [values.get(str(p)) if isinstance(values, dict) else None for p in range(1, 100)]
-    wrong = [p for p, v in enumerate(table, 1) if not isinstance(v, int | float) or not math.isfinite(v)]
+    wrong = [p for p, v in enumerate(table, 1) if not fits(v, "number")]
     if wrong:
         raise ConfigError(
             f"{file} is no threshold table: the keys {wrong} have no finite number; there must be 1 to 99"
@@ -135,6 +158,37 @@ def transformer_sources(transformer: StackedTransformer) -> dict[str, list[Sourc
     return out
 
 
+def new_released(
+    make: Callable[[], Module],
+    state: Mapping[str, Tensor],
+    sources: Callable[[Module], dict[str, list[Source]]],
+    source: str,
+    prefix: str,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Module:
+    """A new module, filled with released tensors; arguments and errors as for ``load_released``, but that ``sources``
+    gives them for a module. Names and shapes are compared before memory is allocated."""
+
+    def check(plan: Module) -> None:
+        compare_released(state, sources(plan), source, prefix)
+
+    module = new_module(make, check)
+    load_released(module, state, sources(module), source, prefix, extra)
+    return module
+
+
+def compare_released(
+    state: Mapping[str, Tensor], sources: Mapping[str, list[Source]], source: str, prefix: str
+) -> None:
+    """Refuse released tensors that are not exactly those that a model is made of.
+
+    Raises:
+        CheckpointError: names the missing, unknown and misshapen tensors as the released code does.
+    """
+    wanted = {prefix + part.name: part.shape for parts in sources.values() for part in parts}
+    compare_shapes(wanted, {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}, source)
+
+
 def load_released(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -152,22 +206,12 @@ def load_released(
         extra: further tensors under our names.
 
     Raises:
-        CheckpointError: names the missing, unknown and misshapen tensors as the released code does.
+        CheckpointError: names the missing, unknown and misshapen tensors as the released code does, and those that
+            hold NaN or infinity.
     """
-    wanted = {part.name: part.shape for parts in sources.values() for part in parts}
-    missing, unknown = (
-        [prefix + name for name in sorted(one - other)]
-        for one, other in ((set(wanted), set(state)), (set(state), set(wanted)))
-    )
-    shapes = [
-        f"{prefix}{name} {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in sorted(wanted.items())
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if missing or unknown or shapes:
-        raise CheckpointError(
-            f"{source} does not fit its config: missing {missing}, unknown {unknown}, wrong shape {shapes}"
-        )
+    compare_released(state, sources, source, prefix)
+    if broken := [prefix + name for name in not_finite(state)]:
+        raise CheckpointError(f"{source} holds numbers that are not finite, in {short(broken)}; it cannot be used")
     own = model.state_dict()
     tensors = {}
     for name, parts in sources.items():
@@ -175,6 +219,15 @@ def load_released(
         rows = torch.cat([state[p.name].to(like.dtype).reshape(-1, *like.shape[1:]) for p in parts])
         tensors[name] = rows[: len(like)] if like.ndim else rows[0]
     load_strictly(model, {**tensors, **(extra or {})}, source)
+
+
+def released_transformer_state(layout: TokenLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a released stack that a transformer of ours is made of, content ids in our order."""
+    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # DQ spec Q28
+    if not layout.covering:  # the released class model's start ids lie before its codes, ours behind them
+        for name in {"value_emb.weight", "value_head.1.weight"} & set(used):
+            used[name] = used[name].roll(-layout.classes, 0) if used[name].ndim else used[name]
+    return used
 
 
 def load_transformer(
@@ -186,9 +239,5 @@ def load_transformer(
     Raises:
         CheckpointError: see ``load_released``.
     """
-    used = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.mask")}  # DQ spec Q28
-    layout = transformer.layout
-    if not layout.covering:  # the released class model's start ids lie before its codes, ours behind them
-        for name in {"value_emb.weight", "value_head.1.weight"} & set(used):
-            used[name] = used[name].roll(-layout.classes, 0) if used[name].ndim else used[name]
+    used = released_transformer_state(transformer.layout, state)
     load_released(transformer, used, transformer_sources(transformer), source, prefix)
