@@ -31,7 +31,7 @@ from training.data.tokens import tokenize
 from training.judging.metrics import psnr
 from training.judging.report import table
 from training.loop import TrainConfig
-from training.step import draw
+from training.step import sample_token
 from training.torch_program import teacher_forced
 from training.train_transformer import StageTwoConfig
 
@@ -128,7 +128,7 @@ def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
     one, none = torch.ones(count), torch.zeros(count, dtype=torch.bool)
     everything = torch.full((count,), width)
     allowed = torch.ones(1, width, dtype=torch.bool)
-    return draw(logits, allowed, uniform, one, everything, one, everything, none)[0]
+    return sample_token(logits, allowed, uniform, one, everything, one, everything, none)[0]
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dvq_rt.manifest import Manifest
 from dvq_rt.step import StepTable
@@ -58,28 +57,18 @@ def write_graphs(
     vae, net = model.both()
     size, side, rows = vae.config.image_size, vae.config.sides[-1], 1 if slots else 2
     images, codes = torch.zeros(rows, 3, size, size), torch.zeros(rows, side, side, dtype=torch.long)
-    decoder = PixelDecoder(vae) if pixels else DecoderGraph(vae)
-    parts: dict[str, tuple[nn.Module, dict[str, Any], list[str], list[str]]] = {
-        "encoder": (EncoderGraph(vae), {"images": images}, ["images"], ["codes", "grain"]),
-        "decoder": (decoder, {"codes": codes}, ["codes"], ["images", "pixels"] if pixels else ["images"]),
-        "step": (
-            Step(net, attention),
-            example_inputs(table, slots or 2),
-            [port.name for port in table.inputs],
-            [port.output for port in table.outputs],
-        ),
-    }
-    for name, (module, examples, inputs, outputs) in parts.items():
-        trace(
-            module.eval(),
-            examples,
-            outputs,
-            folder / f"{name}.onnx",
-            names=inputs,
-            half_weights=half_weights,
-            fixed=slots is not None,
-            opset=opset,
-        )
+    options: dict[str, Any] = {"half_weights": half_weights, "fixed": slots is not None, "opset": opset}
+    trace(EncoderGraph(vae).eval(), {"images": images}, ["codes", "grain"], folder / "encoder.onnx", **options)
+    decoder, outputs = (PixelDecoder(vae), ["images", "pixels"]) if pixels else (DecoderGraph(vae), ["images"])
+    trace(decoder.eval(), {"codes": codes}, outputs, folder / "decoder.onnx", **options)
+    trace(
+        Step(net, attention).eval(),
+        example_inputs(table, slots or 2),
+        [port.output for port in table.outputs],
+        folder / "step.onnx",
+        names=[port.name for port in table.inputs],
+        **options,
+    )
 
 
 def describe(
@@ -114,6 +103,7 @@ def describe(
         class_names=model.class_names,
         defaults=model.defaults,
         parameters=count_parameters(model),
+        tokenizer=vae.routing(),
     )
 
 

@@ -179,7 +179,17 @@ def test_archives(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == f"ImportError: {HIDDEN.format(name='runtimes', home=archive, path=path)}"
 
 
-@pytest.mark.parametrize("package", ["runtimes"])
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call is ``open(path)``, ``path.open()`` with a mode of text or none, or reads or writes a text."""
+    if isinstance(call.func, ast.Name):
+        rest = call.args[1:] if call.func.id == "open" else None
+    else:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        rest = [] if name in ("read_text", "write_text") else call.args if name == "open" else None
+    return rest is not None and all(isinstance(mode, ast.Constant) and "b" not in str(mode.value) for mode in rest[:1])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_other_systems(package: str) -> None:
     """No module needs a module that only Unix has, and no text file is read or written in the system's own encoding."""
     wrong = []
@@ -188,12 +198,9 @@ def test_other_systems(package: str) -> None:
         for node in tree.body:
             if isinstance(node, ast.Import):
                 wrong += [f"{path.name}: {alias.name}" for alias in node.names if alias.name in UNIX]
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-            binary = any(isinstance(word, str) and re.fullmatch("[rwxa+]*b[rwxa+]*", word) for word in words)
-            if name in ("open", "read_text", "write_text") and not binary:
-                wrong += [] if "encoding" in [k.arg for k in call.keywords] else [f"{path.name}: {ast.unparse(call)}"]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and opens_text(node)):
+            if "encoding" not in [keyword.arg for keyword in call.keywords]:
+                wrong.append(f"{path.name}: {ast.unparse(call)}")
     assert not wrong
 
 

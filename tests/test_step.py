@@ -1,6 +1,7 @@
 """The cached step in PyTorch: against the full forward, beside other slots, and against the uncached sampler."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from small_models import BOUND, cells_of, full_logits, ragged_tokens, relative_error, small_transformer
 from torch import Tensor
 
-from dvq_rt.layout import HEADS, TokenLayout, Tokens
+from dvq_rt.codes import Codes
+from dvq_rt.decoding import cells_to_maps
+from dvq_rt.layout import HEADS, ORDERS, TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams, uniforms
 from dvq_rt.step import CACHE, STATE
 from training.models.transformer import StackedTransformer
-from training.sampling import sample_tokens
+from training.sampling import Grammar, sample_tokens
 from training.step import Step, example_inputs, step_table
 
 LAYOUTS = {
@@ -20,6 +23,7 @@ LAYOUTS = {
     "region-first": TokenLayout(32, (4, 8), order="region-first"),
     "content labels": TokenLayout(32, (4, 8), classes=3, label_in_position=False),
     "three segments": TokenLayout(32, (2, 4, 8), order="region-first", classes=2, null_label=True),
+    "three segments, row-first": TokenLayout(32, (2, 4, 8), classes=2, null_label=True),
     "kept": TokenLayout(32, (8,), classes=3, null_label=True, label_in_position=False, kept=25, first="content"),
     "kept, position first": TokenLayout(32, (8,), classes=2, null_label=True, kept=25),
     "all kept": TokenLayout(32, (4,), kept=16, first="content"),
@@ -145,3 +149,65 @@ def test_free_run_equals_the_uncached_sampler(name: str, mode: str) -> None:
         if not layout.covering and params.positions == "ordered":
             assert tokens[i] == sorted(tokens[i], key=lambda token: token[1])
     assert len({len(t) for t in tokens}) > 1 or params.top_k == 1 or not layout.covering
+
+
+def mixed_images(layout: TokenLayout, cells: np.ndarray) -> int:
+    """How many images [B, cells] have a coarsest cell that is coded by two segments."""
+    block = layout.sides[-1] // layout.sides[0]
+    segment = (cells // layout.codebook_size).reshape(-1, layout.sides[0], block, layout.sides[0], block)
+    return int((segment != segment[:, :, :1, :, :1]).any((1, 2, 3, 4)).sum())
+
+
+def many_runs(layout: TokenLayout, positions: str, count: int, batch: int = 500) -> np.ndarray:
+    """Final cells of free runs of a model with random weights, [count, cells]."""
+    net, params = small_transformer(layout), SamplingParams(positions=positions, temperature=2.0)
+    return np.concatenate([free_run(net, [0] * batch, params, seed=seed)[0] for seed in range(count // batch)])
+
+
+@pytest.mark.parametrize("positions", ["ordered", "drawn"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_cell_is_coded_by_one_segment(order: str, positions: str) -> None:
+    """Of 1,000 images of three grains none has a cell that is half one grain and half another, and all are codes."""
+    layout = TokenLayout(8, (2, 4, 8), order)
+    cells = many_runs(layout, positions, 1000)
+    assert mixed_images(layout, cells) == 0
+    grains = {Codes(*cells_to_maps(layout, image), layout).grain.tobytes() for image in cells}
+    assert len(grains) > 20  # of 81
+
+
+def test_without_the_rule_cells_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: where a segment may end at any time, what the test above looks for is there."""
+
+    def lax(self: Step, s: int, cells: Tensor, free: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return free, torch.ones_like(free[:, :1])
+
+    monkeypatch.setattr(Step, "whole_cells", lax)
+    layout = TokenLayout(8, (2, 4, 8))
+    assert mixed_images(layout, many_runs(layout, "drawn", 500)) > 50
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_grain_map_can_be_drawn(order: str) -> None:
+    """No rule is too strict: each of the 81 grain maps of 2 x 2 cells has its sequence allowed, by the step and by the
+    oracle, ordered and drawn."""
+    layout = TokenLayout(8, (2, 4, 8), order)
+    rng = np.random.default_rng(0)
+    rows = [layout.random_tokens(rng, grain=np.reshape(grain, (2, 2))) for grain in product(range(3), repeat=4)]
+    for ordered in (True, False):
+        slots = Slots(small_transformer(layout), [0] * len(rows))
+        slots.ports["ordered"] = torch.full((len(rows),), ordered)
+        grammars = [Grammar(layout, ordered) for _ in rows]
+        for t in range(1, max(len(row.position) for row in rows)):
+            at = [min(t, len(row.position) - 1) for row in rows]
+            live = [t <= layout.steps_of(row) for row in rows]
+            forced = {
+                "forced_position": torch.tensor([int(row.position[i]) for row, i in zip(rows, at, strict=True)]),
+                "forced_content": torch.tensor([int(row.content[i]) for row, i in zip(rows, at, strict=True)]),
+            }
+            out = slots.advance(**forced)
+            assert torch.isfinite(out["position_logprob"][live]).all()
+            for grammar, position in zip(grammars, forced["forced_position"], strict=True):
+                if not grammar.done:
+                    local = int(layout.local(position.numpy()))
+                    assert grammar.starting or local in grammar.allowed()
+                    grammar.advance(local)

@@ -54,7 +54,9 @@ class TrainConfig:
     Args:
         steps: optimizer steps in all.
         batch_size: images per step.
-        lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
+        lr: peak learning rate, after a linear warm-up over ``warmup`` steps.
+        lr_schedule: what follows the warm-up: ``cosine``, half of one down to 0, or ``constant``.
+        least_lr: the cosine stays above it.
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
         seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
@@ -69,6 +71,8 @@ class TrainConfig:
     batch_size: int = 8
     lr: float = 2e-3
     warmup: int = 100
+    lr_schedule: str = "cosine"
+    least_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -97,12 +101,17 @@ class TrainConfig:
             raise ConfigError(
                 f"training.lr {short(self.lr)} and training.clip {short(self.clip)} must be positive, {MOST} at most"
             )
+        if self.lr_schedule not in ("cosine", "constant"):
+            raise ConfigError(f"training.lr_schedule is {self.lr_schedule!r}; it must be 'cosine' or 'constant'")
+        if not 0 <= self.least_lr <= self.lr:
+            raise ConfigError(f"training.least_lr is {short(self.least_lr)}; it must be in 0..training.lr, {self.lr}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         if step < self.warmup:  # one step ahead of the released schedule, whose first step has the rate 0
             return self.lr * (step + 1) / self.warmup
-        return self.lr * schedule(step, self.warmup, self.steps)
+        steps = self.steps if self.lr_schedule == "cosine" else math.inf
+        return self.lr * schedule(step, self.warmup, steps, self.least_lr / self.lr)
 
 
 @dataclass(slots=True)

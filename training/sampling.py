@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
@@ -59,7 +60,8 @@ class Grammar:
         self.layout, self.ordered = layout, ordered
         self.segment, self.done, self.starting = 0, False, False
         self.free = np.ones(layout.cells, dtype=bool)
-        self.last = -1  # rank of the last position in the order of a keeping layout
+        self.last = -1  # rank of the segment's last position in its order
+        self.filled = np.zeros(layout.sides[0] ** 2, dtype=np.int64)  # positions of each coarsest cell it has taken
 
     def allowed(self) -> list[int]:
         """Local position ids of the next token; one of them is forced."""
@@ -68,8 +70,10 @@ class Grammar:
             return []
         order = layout.ordered_positions(s)
         fits = order[self.free[layout.covered_cells(s)[order]].all(1)]
-        if s < layout.segments - 1:
+        if s == 0 and layout.segments > 1:
             return [*fits.tolist(), layout.position_eos(s)]
+        if s < layout.segments - 1:
+            return self.whole_cells(order, fits)
         if not fits.size:
             return [layout.position_eos(s)]
         if not self.ordered:
@@ -77,6 +81,26 @@ class Grammar:
         later = fits if layout.covering else order[self.last + 1 :]
         to_come = int(self.free.sum()) - (layout.cells - layout.filled_cells)  # of the last segment's positions
         return later[: len(later) - to_come + 1].tolist()  # leaving room for those after it
+
+    def whole_cells(self, order: NDArray[np.int64], fits: NDArray[np.int64]) -> list[int]:
+        """``allowed`` of a segment between the first and the last: it must not leave a coarsest cell half coded."""
+        layout, s = self.layout, self.segment
+        cell = self.cell_of(order)  # of the places in order
+        opened = (self.filled > 0) & (self.filled < layout.codes_per_cell[s])
+        ends = [] if opened.any() else [layout.position_eos(s)]
+        if not self.ordered:
+            return [*fits.tolist(), *ends]
+        ranks = [rank for rank, position in enumerate(order) if position in fits]
+        gaps = [rank for rank in ranks if opened[cell[rank]]][:1]  # what comes next at the latest
+        before = [rank for rank in ranks if self.last < rank < (gaps or [len(order)])[0]]
+        openings = [rank for rank in before if cell[rank] not in cell[:rank]]
+        return [*order[openings + gaps].tolist(), *ends]
+
+    def cell_of(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The coarsest cells, row-major, that positions of the current segment lie in."""
+        side, coarsest = self.layout.sides[self.segment], self.layout.sides[0]
+        row, column = np.divmod(position, side)
+        return row * coarsest // side * coarsest + column * coarsest // side
 
     def advance(self, position: int) -> None:
         """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
@@ -89,8 +113,11 @@ class Grammar:
             else:
                 self.segment += 1
                 self.starting = True
+                self.last = -1
+                self.filled[:] = 0
         else:
             self.free[layout.covered_cells(s)[position]] = False
+            self.filled[self.cell_of(np.array(position))] += 1
             self.last = int(np.flatnonzero(layout.ordered_positions(s) == position)[0])
             self.done = not layout.covering and (~self.free).sum() == layout.filled_cells
 

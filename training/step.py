@@ -58,8 +58,9 @@ class Step(nn.Module):
 
     Controls (in): ``reset`` starts a slot afresh with ``label``; ``uniforms`` holds the random numbers of each step and
     head; sampling parameters per slot (``top_k`` of the vocabulary's size or more switches it off); ``ordered`` takes
-    the positions of the last segment in order; ``partner`` and ``partner_weight``, see ``mix``; ``forced_position``
-    (joint) and ``forced_content`` override the draws of slots that are not done, where they are not negative.
+    the positions of the last segment in order, and those of the segments between it and the first (``whole_cells``);
+    ``partner`` and ``partner_weight``, see ``apply_guidance``; ``forced_position`` (joint) and ``forced_content``
+    override the draws of slots that are not done, where they are not negative.
 
     Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of each
     token under the mask at temperature 1.
@@ -87,12 +88,17 @@ class Step(nn.Module):
             "offset": torch.from_numpy(layout.offsets),
             "eos": torch.tensor([layout.position_eos(s) for s in segments]),
             "sos": torch.tensor([layout.position_sos(s) for s in segments]),
-            "ranks": torch.from_numpy(layout.ordered_positions(layout.segments - 1)).argsort(),
+            "ranks": self.order_of(layout.segments - 1),
             "position_ids": torch.arange(layout.position_head),
             "content_ids": torch.arange(layout.content_vocabulary),
         }
+        tables |= {f"ranks_{s}": self.order_of(s) for s in segments[1:-1]}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def order_of(self, segment: int) -> Tensor:
+        """Place of each of a segment's positions in its order, int64 [side * side]."""
+        return torch.from_numpy(self.layout.ordered_positions(segment)).argsort()
 
     def forward(self, ports: Mapping[str, Tensor], caches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """
@@ -141,12 +147,12 @@ class Step(nn.Module):
                 assert isinstance(block, Block)
                 x, *new = self.block(block, x, unused.pop(0), unused.pop(0), length)
                 new_caches += new
-            logits[head] = mix(project(x)[:, 0], ports["partner"], ports["partner_weight"])
+            logits[head] = apply_guidance(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
                 allowed = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], position)
             else:
                 allowed = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
-            token[head], logprob[head] = draw(
+            token[head], logprob[head] = sample_token(
                 logits[head],
                 allowed,
                 random[:, HEADS.index(head)],
@@ -219,6 +225,8 @@ class Step(nn.Module):
             if s == layout.segments - 1:
                 ends = ~free.any(1, keepdim=True)
                 free = free & (~ordered[:, None] | self.next_in_order(free, last))
+            elif s:
+                free, ends = self.whole_cells(s, cells, free, ordered, last)
             if not layout.covering:  # without an end, a slot that is done draws on, unheeded
                 free = free | ~free.any(1, keepdim=True)
             pad = torch.zeros_like(free[:, :1])
@@ -226,6 +234,36 @@ class Step(nn.Module):
             mask = torch.cat([free, *special, pad.expand(b, width - side * side - len(special))], 1)
             result = mask if s == 0 else choose((segment == s)[:, None], mask, result)
         return choose(starting[:, None], self.position_ids == start[:, None], result)
+
+    def whole_cells(self, s: int, cells: Tensor, free: Tensor, ordered: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep segment ``s``, neither the first nor the last, from coding a part of a coarsest cell only.
+
+        A cell is open while some of its positions are taken by the segment and some are not. The segment ends when no
+        cell is open. In order, ranks rise, a cell is opened at its first position, and no open place is passed by.
+
+        Args:
+            free: bool [B, side * side], positions that cover empty cells.
+            last: joint id of the last token.
+
+        Returns:
+            which positions may be taken, bool as ``free``, and whether the segment may end, bool [B, 1].
+        """
+        layout, (b, count) = self.layout, free.shape
+        side, block, fan = layout.sides[s], layout.sides[-1] // layout.sides[s], layout.sides[s] // layout.sides[0]
+        corner = cells.view(b, side, block, side, block)[:, :, 0, :, 0]
+        mine = (corner >= s * layout.codebook_size) & (corner < (s + 1) * layout.codebook_size)
+        filled = mine.view(b, layout.sides[0], fan, layout.sides[0], fan).long().sum((2, 4))
+        partial = (filled > 0) & (filled < fan**2)
+        within = partial[:, :, None, :, None].expand(-1, -1, fan, -1, fan).reshape(b, count)
+
+        ranks = self.get_buffer(f"ranks_{s}")
+        local = last - self.offset[s]
+        before = torch.where((local >= 0) & (local < count), ranks[local.clamp(0, count - 1)], -1)
+        limit = torch.where(free & within, ranks, torch.full_like(ranks, count)).amin(1, keepdim=True)
+        first = torch.zeros(side, side, dtype=torch.bool)
+        first[::fan, ::fan] = True
+        in_order = (within | (first.view(-1) & (ranks > before[:, None]))) & (ranks <= limit)
+        return free & (~ordered[:, None] | in_order), ~within.any(1, keepdim=True)
 
     def next_in_order(self, free: Tensor, last: Tensor) -> Tensor:
         """Of the last segment's ``free`` positions bool [B, cells] those that keep the order and leave room for the
@@ -244,7 +282,7 @@ def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return (condition & yes) | (~condition & no)
 
 
-def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
+def apply_guidance(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     """Classifier-free guidance over pairs of slots, float [B, V].
 
     Of a slot and its partner the lower one is conditional, the higher one unconditional; both get
@@ -256,7 +294,7 @@ def mix(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     return high + weight[:, None] * (low - high)
 
 
-def draw(
+def sample_token(
     logits: Tensor,
     allowed: Tensor,
     uniform: Tensor,

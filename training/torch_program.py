@@ -18,7 +18,7 @@ from dvq_rt.decoding import DecodeLoop, Event, Request
 from dvq_rt.engine import run_alone
 from dvq_rt.layout import TokenLayout, Tokens, padded
 from dvq_rt.sampling import SamplingParams
-from dvq_rt.step import CACHE
+from dvq_rt.step import CACHE, CONTROL, REPORT, STATE
 from runtimes.errors import BackendError, InputError
 from runtimes.protocol import Array, Buffer
 from training.models.transformer import StackedTransformer
@@ -103,17 +103,15 @@ class TorchProgram:
         return TorchBinding(self, inputs, outputs)
 
     @torch.inference_mode()
-    def advance(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One token of every slot; caches among ``inputs`` change in place, and are among the outputs."""
-        length = torch.where(inputs["reset"], 0, inputs["length"])
-        least, longest = (int(end) for end in length.aminmax())
-        self.cache.seen, self.cache.ragged = longest + 1, least < longest
-        caches = [inputs[port.name] for port in self.table.role(CACHE)]
-        ports = {port.name: inputs[port.name] for port in self.table.inputs if port.role != CACHE}
+    def advance(self, ports: dict[str, Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
+        """``Step.forward``; the caches change in place."""
+        length = np.where(ports["reset"].numpy(), 0, ports["length"].numpy())
+        self.cache.seen = int(length.max()) + 1
+        self.cache.ragged = int(length.min()) + 1 < self.cache.seen
         if self._unproven:
             self._prove(ports, caches)
-        outputs = self._step(ports, caches)
-        return {port.output: tensor for port, tensor in zip(self.table.outputs, outputs, strict=True)}
+        outputs: tuple[Tensor, ...] = self._step(ports, caches)
+        return outputs
 
     def _prove(self, ports: dict[str, Tensor], caches: list[Tensor]) -> None:
         """Run once, and see that Inductor generated code for it."""
@@ -140,16 +138,20 @@ class TorchBinding:
     """A step tied to buffers. Caches are the same buffers on both sides."""
 
     def __init__(self, program: TorchProgram, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        self._program = program
-        self._inputs, self._outputs = (
-            {name: buffer.tensor for name, buffer in side.items() if isinstance(buffer, TorchBuffer)}
-            for side in (inputs, outputs)
-        )
+        self._program, table = program, program.table
+        self._ports = {port.name: _tensor(inputs[port.name]) for port in table.role(STATE, CONTROL)}
+        self._caches = [_tensor(inputs[port.name]) for port in table.role(CACHE)]
+        self._results = [_tensor(outputs[port.output]) for port in table.role(STATE, REPORT)]
 
     def run(self) -> None:
-        for name, tensor in self._program.advance(self._inputs).items():
-            if tensor is not self._outputs[name]:
-                self._outputs[name].copy_(tensor)
+        outputs = self._program.advance(self._ports, self._caches)
+        for result, tensor in zip(self._results, outputs, strict=False):  # without the caches, which come last
+            result.copy_(tensor)
+
+
+def _tensor(buffer: Buffer) -> Tensor:
+    assert isinstance(buffer, TorchBuffer)
+    return buffer.tensor
 
 
 def decode_loop(model: StackedTransformer, slots: int, compiled: bool = False) -> DecodeLoop:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
-from runtimes.errors import ConfigError
 from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -26,6 +25,7 @@ from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
+from training.perceptual import load_perceptual
 from training.run import open_run
 from training.thresholds import folder_thresholds
 
@@ -58,11 +58,8 @@ def train_tokenizer(
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
-    if stage.adversarial_weight and tokenizer.image_size < 3 * 2**stage.discriminator_layers:
-        raise ConfigError(
-            f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
-            f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
-        )
+    stage.check_size(tokenizer.image_size)
+    perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
     folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
@@ -80,7 +77,7 @@ def train_tokenizer(
         if isinstance(vae, DQVAE) and not resumed:
             vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
         last = vae.get_parameter("decoder.conv_out.weight")
-        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last)
+        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
         return fit(learning(vae, objective, folder, training), training, path, resumed)
 
 
@@ -108,7 +105,7 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
             y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
-                parts["loss"] = (x - y).abs().mean((1, 2, 3))
+                parts |= objective.error(x, y)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums

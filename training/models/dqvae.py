@@ -231,6 +231,9 @@ class DQVAE(Tokenizer):
         )
         self.register_buffer("entropy_thresholds", torch.full((99,), float("nan")))
 
+    def routing(self) -> dict[str, Any]:
+        return {"router": "entropy", "entropy_low": self.config.entropy_low, "fine_percent": self.config.fine_percent}
+
     def threshold(self) -> Tensor:
         """The entropy above which a region is fine, a scalar."""
         return self.entropy_thresholds[99 - self.config.fine_percent]
