@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from dvq_rt.progress import progress_bar
-from runtimes.errors import ConfigError, short
+from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.checkpoint import (
     Model,
     TrainingState,
@@ -180,11 +180,13 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     state = TrainingState(values={"best": math.inf, "seconds": 0.0})
     if resume:
         state = load_training_state(run / "checkpoint")
-        judging = (CRITIC, CRITIC_OPTIMIZER)
-        restore_optimizer(optimizer, {k: t for k, t in state.tensors.items() if not k.startswith(judging)})
-        if critic and critic_optimizer:
-            load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
-            restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
+        state.values = {"best": math.inf, "seconds": 0.0, **state.values}
+        judging, source = (CRITIC, CRITIC_OPTIMIZER), f"the training state in {run / 'checkpoint'}"
+        with guard(CheckpointError, f"{source} cannot be used"):
+            restore_optimizer(optimizer, {k: t for k, t in state.tensors.items() if not k.startswith(judging)})
+            if critic and critic_optimizer:
+                load_strictly(critic.module, _under(CRITIC, state.tensors), source)
+                restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
         cut_log(run, state.step)
     watch = Watch(run, state.values.get("skipped", 0), state.step if resume else None)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)

@@ -1,7 +1,11 @@
 """What the commands of training refuse, and what thresholds does."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,9 +222,16 @@ def test_configs_of_the_package(path: Path) -> None:
     read_dataclass(TransformerConfig, config["transformer"], path.stem, defaults=True)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_what_the_disk_refuses(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    """A full disk is one line and exit status 2, not a traceback."""
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (SafetensorError("I/O error"), "I/O error"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_refuses(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk or memory is one line and exit status 2, not a traceback."""
 
     @cli.guarded
     def command(argv: list[str] | None) -> None:
@@ -228,4 +239,44 @@ def test_what_the_disk_refuses(error: Exception, capsys: pytest.CaptureFixture[s
 
     with pytest.raises(SystemExit) as stopped:
         command()
-    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {words}\n"
+
+
+def in_another_process(code: str, encoding: str = "utf-8", **options: Any) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, **options)
+
+
+def test_consoles_that_lack_a_character() -> None:
+    """A path that the console cannot show is shown as far as it can be; a name that is no text at all too."""
+    code = "from training.cli import guarded; guarded(lambda _: print('caf\\xe9 \\u6f22 \\udcff'))()"
+    with in_another_process(code, "cp1252", stdout=subprocess.PIPE) as process:
+        out, error = process.communicate()
+    assert (process.returncode, out.split(), error) == (0, ["caf\xe9".encode("cp1252"), b"?", b"?"], b"")
+
+
+def test_readers_that_leave() -> None:
+    """Output into a pipe that nobody reads any more ends quietly."""
+    code = "from training.cli import guarded; guarded(lambda _: [print('x' * 9999) for _ in range(99)])()"
+    read, write = os.pipe()
+    os.close(read)
+    with in_another_process(code, stdout=write) as process:
+        os.close(write)
+        assert process.stderr is not None and process.stderr.read() == b""
+    assert process.returncode == cli.BROKEN_PIPE
+
+
+def test_windowed_programs(data: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no standard output and error, as under pythonw, both stages train and validate all the same."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    short = [word for name in ("steps", "validate_every", "picture_every") for word in ("--set", f"training.{name}=3")]
+    config = ["--config", str(configs / "one.json")]
+    train_tokenizer.main([str(data), "--out", str(tmp_path / "one"), *config, *short])
+    two = stage_2(data, configs, tmp_path / "one", tmp_path / "two")
+    train_transformer.main([*two, *short, "--set", "stage.min_psnr=0"])
+    assert load_training_state(tmp_path / "two" / "checkpoint").step == 3
+    with pytest.raises(SystemExit) as stopped:
+        train_transformer.main([*two, *short])
+    assert stopped.value.code == 2
