@@ -163,6 +163,9 @@ def test_interrupted_run_goes_on(lite0: Path, tmp_path: Path, monkeypatch: pytes
     assert {name.split(".")[0] for name in tokenizer} == {"tokenizer"}
     extra = {name.split(".")[0] for name in load_training_state(tmp_path / "whole" / "checkpoint").tensors}
     assert {name for name in extra if not name.isdigit()} == {"critic", "critic_optimizer"}
+    torch.save(published_lite0(seed=1), lite0)
+    with pytest.raises(ConfigError, match=r"not started with the stage.perceptual that efficientnet holds now"):
+        run("cut", resume=True)
 
 
 def test_perceptual_gradients_are_finite(lite0: Path) -> None:
