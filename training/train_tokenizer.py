@@ -65,6 +65,8 @@ def train_tokenizer(
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
     before = None if init is None else load_tokenizer(init)
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+    if perceptual:
+        inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
 
     def begins(steps: int) -> dict[str, int]:
         return starts(stage, steps, has_codes=init is not None)
