@@ -27,7 +27,7 @@ from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import load_perceptual
 from training.run import open_run
-from training.thresholds import folder_thresholds
+from training.thresholds import fit_router
 
 
 def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
@@ -76,8 +76,8 @@ def train_tokenizer(
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
             load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
-        if isinstance(vae, DQVAE) and not resumed:
-            vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
+        if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
+            fit_router(vae, folder)
         last = vae.get_parameter("decoder.conv_out.weight")
         objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
         return fit(learning(vae, objective, folder, training), training, path, resumed)
@@ -101,6 +101,8 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
         return objective.losses(vae, to_float(images), step)
 
     def validate() -> dict[str, float]:
+        if isinstance(vae, DQVAE) and vae.config.router == "feature":  # it goes on learning
+            fit_router(vae, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
