@@ -103,6 +103,7 @@ def describe(
         class_names=model.class_names,
         defaults=model.defaults,
         parameters=count_parameters(model),
+        tokenizer=vae.routing(),
     )
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import small_model
 
-from dvq_rt import bench
+from dvq_rt import bench, timing
 from dvq_rt.__main__ import main
 from dvq_rt.generator import Generator
 from dvq_rt.layout import TokenLayout
@@ -20,38 +21,37 @@ from training.torch_program import decode_loop
 def test_interleave_takes_turns() -> None:
     """Competitors alternate, every turn warms up unmeasured, and each round gives one number."""
     seen: list[str] = []
-    found = bench.interleave({n: (lambda n=n: seen.append(n)) for n in "ab"}, 3, least=0, pause=0)
+    found = timing.interleave({n: (lambda n=n: seen.append(n)) for n in "ab"}, 3, least=0, pause=0)
     assert "".join(seen) == "aabb" * 3
     assert {name: len(t.seconds) for name, t in found.items()} == {"a": 3, "b": 3}
     with pytest.raises(InputError, match="rounds is 0; it must be at least 1"):
-        bench.interleave({}, 0)
+        timing.interleave({}, 0)
 
 
 def test_statistics() -> None:
     """Medians, the spread between quartiles, and ratios that are taken round by round."""
-    slow, fast = bench.Timing((2.0, 4.0, 9.0, 4.0)), bench.Timing((1.0, 1.0, 3.0, 4.0))
+    slow, fast = timing.Timing((2.0, 4.0, 9.0, 4.0)), timing.Timing((1.0, 1.0, 3.0, 4.0))
     assert slow.median == 4 and slow.spread == pytest.approx((5.25 - 3.5) / 4)
-    assert bench.ratio(slow, fast) == {"median": 2.5, "low": 1.0, "high": 4.0}
+    assert timing.ratio(slow, fast) == {"median": 2.5, "low": 1.0, "high": 4.0}
 
 
 @pytest.mark.parametrize("steps", [17, 40, 66])
-def test_given_tokens_have_the_length(steps: int) -> None:
+def test_given_requests_have_the_length(steps: int) -> None:
     """Covering images take about as many steps as asked; keeping ones have one length."""
-    layout = TokenLayout(32, (4, 8))
-    tokens = bench.given_tokens(layout, steps, np.random.default_rng(0))
-    assert abs(len(tokens.content) - 2 - steps) <= 3
-    kept = TokenLayout(32, (4,), kept=5, first="content")
-    assert len(bench.given_tokens(kept, steps, np.random.default_rng(0)).content) == 6
+    (request,) = bench.given_requests(TokenLayout(32, (4, 8)), [steps])
+    assert request.forced is not None and abs(len(request.forced[0]) - 1 - steps) <= 3
+    (request,) = bench.given_requests(TokenLayout(32, (4,), kept=5, first="content"), [steps])
+    assert request.forced is not None and len(request.forced[0]) == 5
 
 
 def test_engine_step_stays_at_its_length(generator: Generator) -> None:
     """Every run takes one token at the same length: the state is set anew, and no slot is done."""
-    step = bench.EngineStep(generator, 2, 20)
+    step = bench.EngineStep(generator.engine, 2, 20)
     for _ in range(3):
         step.run()
         assert step.loop.read("length").tolist() == [21, 21] and not step.loop.read("done").any()
     with pytest.raises(InputError, match=r"length is 67; this engine takes 0 to 66"):
-        bench.EngineStep(generator, 1, 67)
+        bench.EngineStep(generator.engine, 1, 67)
 
 
 def test_step_bytes(generator: Generator, plain_generator: Generator, class_model: Model) -> None:
@@ -59,15 +59,15 @@ def test_step_bytes(generator: Generator, plain_generator: Generator, class_mode
     assert class_model.transformer
     tables = generator.manifest.parameters["embeddings"]
     weights = 4 * (sum(p.numel() for p in class_model.transformer.parameters()) - tables)
-    found = bench.step_bytes(generator, 3, 9)
+    found = bench.step_bytes(generator.engine, 3, 9)
     assert weights < found["weights"] < 1.5 * weights  # tables of the grammar and the graph itself
     assert found["caches"] == 4 * 3 * 10 * 2 * 3 * 32
-    assert bench.step_bytes(plain_generator, 1, 0)["weights"] > weights / 2
+    assert bench.step_bytes(plain_generator.engine, 1, 0)["weights"] > weights / 2
 
 
 def test_mixed_lengths_take_fewer_steps_when_slots_refill(generator: Generator) -> None:
     """Both ways draw all images; refilling needs fewer steps, and no fewer than the ideal."""
-    found = bench.mixed_lengths(generator, 1, images=12, slots=3)
+    found = bench.mixed_lengths(generator.engine, 1, images=12, slots=3)
     calls = found["calls"]
     assert 1 < calls["static"] / calls["continuous"] <= found["ideal"] * 1.1
 
@@ -127,3 +127,21 @@ def test_export_bench_command(
     with pytest.raises(SystemExit):
         export_bench.main([*arguments, "--engine", str(class_engine)])
     assert "two engines have fp32 weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--slots", "0"], ["--slots", "2", "-1"], ["--rounds", "0"], ["--image-rounds", "-2"], ["--threads", "0"]),
+        *(["--threads", "100000"], ["--length", "67"], ["--length", "-1"], ["--tokens", "0"], ["--tokens", "9", "68"]),
+    ],
+)
+def test_bad_numbers_are_refused_before_work(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers that cannot be had: an error that names option, value and range."""
+    save_checkpoint(small_model(("ant", "bee", "cat")), tmp_path / "checkpoint")
+    monkeypatch.setattr(export_bench, "open_engines", None)
+    with pytest.raises(SystemExit):
+        export_bench.main([str(tmp_path / "checkpoint"), "--engine", "nowhere", *option])
+    assert f"error: {option[0]} is {option[-1]}; it must be an integer from" in capsys.readouterr().err

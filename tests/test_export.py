@@ -20,6 +20,7 @@ from small_models import (
     relative_error,
     small_model,
 )
+from torch import Tensor
 
 import export.to_onnx as to_onnx
 import export.tracing as tracing
@@ -31,12 +32,14 @@ from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
+from export.parity import golden_values
 from runtimes.errors import CheckpointError, DvqError, EngineError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from runtimes.protocol import Buffer
 from training.checkpoint import Model, save_checkpoint
 from training.import_published import import_published
 from training.sampling import sample_tokens
+from training.torch_program import StaticCache
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "dq" / "e_class2_entropy"
 MODES = {
@@ -347,6 +350,21 @@ def test_bad_arguments_of_the_command(
     error = capsys.readouterr().err
     assert caught.value.code == 2 and words in error and len(error) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+def test_a_wrong_cached_step_is_noticed(limit: int | None, class_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden tokens are drawn with caches; the uncached sampler, which draws their beginning too, says if those lie."""
+
+    def forgetful(
+        cache: StaticCache, qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: object = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return qkv.chunk(3, -1)[2], keys, values
+
+    golden_values(class_model, 12)
+    monkeypatch.setattr(StaticCache, "__call__", forgetful)
+    with pytest.raises(ExportError, match="PyTorch draws other tokens with caches than without: content"):
+        golden_values(class_model, limit)
 
 
 def test_what_libraries_raise_names_the_file(tmp_path: Path) -> None:

@@ -333,18 +333,23 @@ def compare_shapes(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tu
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors whose names, shapes and number formats must be the module's, and whose numbers must be finite.
+    """Load tensors whose names and shapes must be the module's, and whose numbers must be finite; real numbers may be
+    of another precision.
 
     Raises:
         CheckpointError: names those that are not.
     """
     own = module.state_dict()
     compare_shapes(shapes_of(module), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    if formats := [f"{k} {v.dtype} instead of {own[k].dtype}" for k, v in tensors.items() if v.dtype != own[k].dtype]:
-        raise CheckpointError(f"{source} does not fit its config: wrong number format {short(formats)}")
-    if broken := not_finite(tensors):
+    kinds = {name: (tensor.is_floating_point(), tensor.is_complex()) for name, tensor in tensors.items()}
+    if odd := [
+        f"{k} {tensors[k].dtype}" for k, v in own.items() if kinds[k] != (v.is_floating_point(), v.is_complex())
+    ]:
+        raise CheckpointError(f"{source} does not fit its config: wrong number format {short(odd)}")
+    ready = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+    if broken := not_finite(ready):
         raise CheckpointError(f"{source} holds numbers that are not finite in {short(broken)}; take another one")
-    module.load_state_dict(tensors)
+    module.load_state_dict(ready)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

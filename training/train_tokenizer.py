@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
-from runtimes.errors import ConfigError
 from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -26,6 +25,7 @@ from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
+from training.perceptual import load_perceptual
 from training.run import open_run
 from training.thresholds import fit_router
 
@@ -58,16 +58,15 @@ def train_tokenizer(
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
-    if stage.adversarial_weight and tokenizer.image_size < 3 * 2**stage.discriminator_layers:
-        raise ConfigError(
-            f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
-            f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
-        )
+    stage.check_size(tokenizer.image_size)
+    perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
     folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
     before = None if init is None else load_tokenizer(init)
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+    if perceptual:
+        inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
 
     def begins(steps: int) -> dict[str, int]:
         return starts(stage, steps, has_codes=init is not None)
@@ -80,7 +79,7 @@ def train_tokenizer(
         if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
             fit_router(vae, folder)
         last = vae.get_parameter("decoder.conv_out.weight")
-        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last)
+        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
         return fit(learning(vae, objective, folder, training), training, path, resumed)
 
 
@@ -110,7 +109,7 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
             y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
-                parts["loss"] = (x - y).abs().mean((1, 2, 3))
+                parts |= objective.error(x, y)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums

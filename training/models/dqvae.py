@@ -329,6 +329,11 @@ class DQVAE(Tokenizer):
             self.router = FeatureRouter(c.z_channels, c.grains, c.router_norm_groups, c.router_gate)
             self.register_buffer("router_biases", torch.zeros(config.grains))
 
+    def routing(self) -> dict[str, Any]:
+        c = self.config
+        shares = {"fine_percent": c.fine_percent} | ({"median_percent": c.median_percent} if c.grains == 3 else {})
+        return {"router": c.router, **({"entropy_low": c.entropy_low} if c.router == "entropy" else {}), **shares}
+
     def thresholds(self) -> list[Tensor]:
         """The entropies above which a region has at least each grain but the coarsest, scalars."""
         c = self.config

@@ -50,6 +50,10 @@ class Tokenizer(nn.Module):
         """What is quantized of images, one vector per code, [n, d]."""
         raise NotImplementedError
 
+    def routing(self) -> dict[str, Any]:
+        """How it chooses what gets codes, as plain values for an engine's manifest."""
+        return {}
+
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
         """Reconstruct; ``quantize=False`` passes the features through (the start of training)."""
         raise NotImplementedError
