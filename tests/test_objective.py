@@ -260,7 +260,7 @@ def test_wrong_substitute_weights(lite0: Path) -> None:
         ({"perceptual": "vgg"}, "stage.perceptual is 'vgg'"),
         ({"adversarial": "wgan"}, "stage.adversarial is 'wgan'"),
         ({"perceptual_weight": 0}, "stage.perceptual_weight is 0; it must be above 0"),
-        ({"perceptual_weight": math.nan}, "stage.perceptual_weight is nan"),
+        ({"perceptual_weight": math.nan}, "stage: perceptual_weight is nan"),
         ({"adversarial_cap": -1}, "stage.adversarial_cap is -1"),
         ({"lpips_weights": 3}, "lpips_weights"),
     ],
