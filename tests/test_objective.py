@@ -163,6 +163,9 @@ def test_interrupted_run_goes_on(lite0: Path, tmp_path: Path, monkeypatch: pytes
     assert {name.split(".")[0] for name in tokenizer} == {"tokenizer"}
     extra = {name.split(".")[0] for name in load_training_state(tmp_path / "whole" / "checkpoint").tensors}
     assert {name for name in extra if not name.isdigit()} == {"critic", "critic_optimizer"}
+    torch.save(published_lite0(seed=1), lite0)
+    with pytest.raises(ConfigError, match=r"not started with the stage.perceptual that efficientnet holds now"):
+        run("cut", resume=True)
 
 
 def test_perceptual_gradients_are_finite(lite0: Path) -> None:
@@ -260,7 +263,7 @@ def test_wrong_substitute_weights(lite0: Path) -> None:
         ({"perceptual": "vgg"}, "stage.perceptual is 'vgg'"),
         ({"adversarial": "wgan"}, "stage.adversarial is 'wgan'"),
         ({"perceptual_weight": 0}, "stage.perceptual_weight is 0; it must be above 0"),
-        ({"perceptual_weight": math.nan}, "stage: perceptual_weight is nan"),
+        ({"perceptual_weight": math.nan}, "perceptual_weight is nan"),
         ({"adversarial_cap": -1}, "stage.adversarial_cap is -1"),
         ({"lpips_weights": 3}, "lpips_weights"),
     ],

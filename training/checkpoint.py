@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from dvq_rt.files import new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, ConfigError, guard, short
-from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 3
 UNHASHED = 2
-"""The format before, which is read too: without hashes, and without the field ``entropy_low``, which was -1."""
+"""The format before, which is read too: without hashes."""
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "training.safetensors"
 STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
@@ -268,8 +268,8 @@ def build_model(config: Mapping[str, Any]) -> Model:
         )
     tokenizer, transformer, values = None, None, config["tokenizer"]
     if values:
-        if config["format"] == UNHASHED and config["family"] == "dq" and isinstance(values, dict):
-            values = {"entropy_low": -1.0, **values}
+        if config["family"] == "dq" and isinstance(values, dict):
+            values = {**ADDED, **values}
         tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])

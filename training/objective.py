@@ -156,6 +156,9 @@ class Objective:
             scalars["perceptual"] = self.perceptual(images, out.images).mean()
             weighted = self.stage.perceptual_weight * scalars["perceptual"]
             picture, scalars["loss"] = picture + weighted, scalars["loss"] + weighted
+        if out.budget is not None:
+            shares = {f"share_{s}": (out.grain == s).float().mean() for s in range(int(out.grain.max()) + 1)}
+            scalars |= {"loss": scalars["loss"] + out.budget, "budget": out.budget, **shares}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, self.codebook_size)
         self._judged = None

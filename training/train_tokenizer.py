@@ -27,7 +27,7 @@ from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import load_perceptual
 from training.run import open_run
-from training.thresholds import folder_thresholds
+from training.thresholds import fit_router
 
 
 def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
@@ -65,6 +65,8 @@ def train_tokenizer(
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
     before = None if init is None else load_tokenizer(init)
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+    if perceptual:
+        inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
 
     def begins(steps: int) -> dict[str, int]:
         return starts(stage, steps, has_codes=init is not None)
@@ -74,8 +76,8 @@ def train_tokenizer(
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
             load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
-        if isinstance(vae, DQVAE) and not resumed:
-            vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
+        if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
+            fit_router(vae, folder)
         last = vae.get_parameter("decoder.conv_out.weight")
         objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
         return fit(learning(vae, objective, folder, training), training, path, resumed)
@@ -99,6 +101,8 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
         return objective.losses(vae, to_float(images), step)
 
     def validate() -> dict[str, float]:
+        if isinstance(vae, DQVAE) and vae.config.router == "feature":  # it goes on learning
+            fit_router(vae, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
