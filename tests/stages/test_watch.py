@@ -29,9 +29,10 @@ def arguments(data: Path, configs: Path, tmp_path: Path) -> list[str]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Tensor], Tensor]) -> None:
     """Change the pixel loss by the number of the step, from 1."""
-    right: Loss = objective.reconstruction_loss
+    name = objective.StageOneConfig().picture
+    right: Loss = objective.PICTURE_LOSSES[name]
     calls = iter(range(1, 1000))
-    monkeypatch.setattr(objective, "reconstruction_loss", lambda x, y: change(next(calls), right(x, y)))
+    monkeypatch.setitem(objective.PICTURE_LOSSES, name, lambda x, y: change(next(calls), right(x, y)))
 
 
 def ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
