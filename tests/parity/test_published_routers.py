@@ -24,7 +24,7 @@ def test_tokenizer(check, case):
     maps = tokenizer.encoder(g["image"])
     for name, got in zip(GRAINS[grains], maps, strict=True):
         check.close(f"h_{name}", got, g[f"h_{name}"])
-    check.close("gate", tokenizer.encoder.router(maps).permute(0, 3, 1, 2), g["gate"])
+    check.close("gate", tokenizer.router(maps).permute(0, 3, 1, 2), g["gate"])
     encoding = tokenizer.encode(g["image"])
     check.same("grain", encoding.grain, g["grain_indices"])
     check.same("codes", encoding.codes, g["codes"])
@@ -68,9 +68,8 @@ def test_router_in_training(check, monkeypatch):
     """
     g, tokenizer = load("g_training", "router_train"), copy.deepcopy(model("b_dual_feature").tokenizer).train()
     monkeypatch.setattr(dqvae, "gumbel_noise", lambda _: g["gumbel_noise"])
-    encoder = tokenizer.encoder
-    maps = encoder(g["image"])
-    logits = encoder.router(maps)
+    maps = tokenizer.encoder(g["image"])
+    logits = tokenizer.router(maps)
     check.close("router_logits", logits.detach(), g["router_logits"])
     gate = draw_gate(logits, g["gumbel_noise"])
     check.close("gate", gate.detach().permute(0, 3, 1, 2), g["gate"])
@@ -83,12 +82,11 @@ def test_router_in_training(check, monkeypatch):
     budget = budget_loss(gate, (0.5,), (20.0,))
     check.close("budget", budget.detach()[None], g["budget_loss"])
     (0.01 * (merged * g["w"]).sum() + budget).backward()
-    for name, parameter in encoder.named_parameters():
-        if name.startswith("router."):
-            check.close(f"gradient of {name}", parameter.grad, g[f"grad.{name}"])
-        else:
-            scale = g[f"grad_norm.{name.replace('bias', 'weight')}"].item()
-            check.close(f"norm of {name}", parameter.grad.norm()[None], g[f"grad_norm.{name}"], scale=scale)
+    for name, parameter in tokenizer.router.named_parameters():
+        check.close(f"gradient of {name}", parameter.grad, g[f"grad.router.{name}"])
+    for name, parameter in tokenizer.encoder.named_parameters():
+        scale = g[f"grad_norm.{name.replace('bias', 'weight')}"].item()
+        check.close(f"norm of {name}", parameter.grad.norm()[None], g[f"grad_norm.{name}"], scale=scale)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -211,8 +211,6 @@ class Encoder(Contracting):
             self.add_module(f"norm_out_{grain}", group_norm(width, groups))
         for grain, width in widths.items():
             self.add_module(f"conv_out_{grain}", nn.Conv2d(width, c.z_channels, 3, padding=1))
-        if c.router == "feature":
-            self.router = FeatureRouter(c.z_channels, c.grains, c.router_norm_groups, c.router_gate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> [B, z, side, side] of each grain, coarsest first."""
@@ -327,6 +325,8 @@ class DQVAE(Tokenizer):
         if config.router == "entropy":
             self.register_buffer("entropy_thresholds", torch.full((99,), float("nan")))
         else:
+            c = config
+            self.router = FeatureRouter(c.z_channels, c.grains, c.router_norm_groups, c.router_gate)
             self.register_buffer("router_biases", torch.zeros(config.grains))
 
     def routing(self) -> dict[str, Any]:
@@ -350,7 +350,7 @@ class DQVAE(Tokenizer):
 
     def logits(self, images: Tensor) -> Tensor:
         """What the feature router makes of [B, 3, H, W] images, without biases: float [B, hc, wc, n]."""
-        logits: Tensor = self.encoder.router(self.encoder(images))
+        logits: Tensor = self.router(self.encoder(images))
         return logits
 
     def features(self, images: Tensor) -> Features:
@@ -361,7 +361,7 @@ class DQVAE(Tokenizer):
             maps = self.encoder(images)
         else:
             maps = self.encoder(images)
-            logits = self.encoder.router(maps)
+            logits = self.router(maps)
             gate = draw_gate(logits, gumbel_noise(logits)) if self.training else None
             grain = (logits + self.router_biases if gate is None else gate).argmax(-1)
             scores = logits[..., -1] - logits[..., 0]

@@ -121,6 +121,8 @@ def tokenizer_sources(
         elif name == "demasker.mask_token":
             shape = (1, *shape, 1)
         released = QUANTIZER_NAMES.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
+        if name.startswith("router."):
+            released = f"encoder.{name}"
         for block in ("blocks.", "last_resblock."):
             released = released.replace(f"demasker.{block}", f"demasker.transformer.{block}")
         out[name] = [Source(released, shape)]
