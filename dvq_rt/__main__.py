@@ -200,6 +200,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
     files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
     parts: list[tuple[str, dict[str, Any]]] = [
         ("recommended sampling", manifest.defaults),
+        ("tokenizer", manifest.tokenizer),
         ("parameters", {name: f"{count:,}" for name, count in manifest.parameters.items()}),
         ("errors measured at export", {name: f"{value:.3g}" for name, value in manifest.tolerances.items()}),
         ("made with", manifest.tools),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
@@ -81,7 +80,6 @@ class SharedBatch:
             self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():  # it does not survive a fork
                 self._thread = threading.Thread(target=self._run, name="dvq_rt loop", daemon=True)
-                atexit.register(self.end)  # no thread may be inside a graph when the interpreter ends
                 self._thread.start()
             self._changed.notify_all()
         try:
@@ -122,7 +120,11 @@ class SharedBatch:
         try:
             while True:
                 with self._changed:
-                    scheduler = self._prepare(scheduler)
+                    try:
+                        scheduler = self._prepare(scheduler)
+                    except BaseException as error:  # before a reader sees its request taken and nothing outstanding
+                        self._fail(error)
+                        return
                     if not self._calls:
                         self._stop()
                         return
@@ -132,14 +134,16 @@ class SharedBatch:
                 self._tell(scheduler, scheduler.step())
         except BaseException as error:
             with self._changed:
-                for call in self._calls:
-                    call.failure = error
-                self._calls.clear()
-                self._loops.clear()
-                self._stop()
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        for call in self._calls:
+            call.failure = error
+        self._calls.clear()
+        self._loops.clear()
+        self._stop()
 
     def _stop(self) -> None:
-        atexit.unregister(self.end)
         self._thread = None
         self._changed.notify_all()
 

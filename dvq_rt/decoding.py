@@ -265,7 +265,8 @@ class Scheduler:
         ended, due = [], []
         for handle in self._active:
             request, steps = handle.request, handle.steps
-            if done[handle.slots[0]] or (request.limit is not None and steps >= request.limit):
+            asked = steps > 1 or self.loop.poll == 1  # else it took the slot after ``done`` was asked for
+            if (asked and done[handle.slots[0]]) or (request.limit is not None and steps >= request.limit):
                 ended.append(handle)
             elif request.every and steps // request.every > (steps - self.loop.poll) // request.every:
                 due.append(handle)

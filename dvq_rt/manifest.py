@@ -35,7 +35,8 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import ConfigError, EngineError, guard, short
 
-SCHEMA = 1
+SCHEMA, OLDER = 2, (1,)
+"""The version that is written, and those that are read too: 1 lacks ``tokenizer``."""
 MANIFEST = "manifest.json"
 DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
 """The engines that ship with the package; names for them that stand in place of a folder."""
@@ -68,6 +69,7 @@ class Manifest:
         defaults: recommended values of SamplingParams fields.
         tolerances: errors measured at export, by name.
         parameters: parameter counts, by name.
+        tokenizer: how it chooses what gets codes, as plain values, e.g. ``entropy_low``; empty if it is not known.
         target: device that the graphs were lowered for; those for ``cuda`` run on a CPU too, though slower. Of
             TensorRT plans the GPUs, e.g. ``sm86,sm89``.
         family, backend, schema: kind of model, kind of engine, version of this format.
@@ -88,13 +90,14 @@ class Manifest:
     defaults: dict[str, Any] = field(default_factory=dict)
     tolerances: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     family: str = "dq"
     backend: str = "onnxruntime"
     target: str = "cpu"
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _check(self.schema == SCHEMA, "schema", self.schema, f"must be {SCHEMA}")
+        _check(self.schema in (SCHEMA, *OLDER), "schema", self.schema, f"must be {SCHEMA}")
         _check(self.family in FAMILIES, "family", self.family, f"must be one of {FAMILIES}")
         _check(self.backend in BACKENDS, "backend", self.backend, f"must be one of {BACKENDS}")
         if self.backend == "onnxruntime":
@@ -118,7 +121,9 @@ class Manifest:
         _check_dict("tools", self.tools, _is_text, "version texts")
         _check_dict("tolerances", self.tolerances, lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "errors")
         _check_dict("parameters", self.parameters, lambda v: _is_int(v, 0), "counts of at least 0")
-        _check_dict("defaults", self.defaults, lambda v: v is None or isinstance(v, int | float | str), "plain values")
+        for name in ("defaults", "tokenizer"):
+            plain_values: Any = lambda v: v is None or isinstance(v, int | float | str)  # noqa: E731
+            _check_dict(name, getattr(self, name), plain_values, "plain values")
         guidance = SamplingParams.from_dict(self.defaults).guidance
         _check(
             guidance == 1 or self.layout.null_label, "defaults.guidance", guidance, "must be 1: there is no null label"
@@ -169,6 +174,8 @@ class Manifest:
         Raises:
             ConfigError: a key is unknown or missing, or a value is of the wrong type or out of its range.
         """
+        if values.get("schema") in OLDER:
+            values = {"tokenizer": {}, **values}
         return read_dataclass(cls, values, "manifest")
 
 
@@ -206,7 +213,7 @@ def read_engine(path: FileName) -> Manifest:
     schema: Any = values.get("schema") if isinstance(values, dict) else None
     if not _is_int(schema, 0):
         raise EngineError(f"engine {folder}: {MANIFEST} has no schema number; {remake}")
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, *OLDER):
         mend = "upgrade dvq-rt (`pip install -U dvq-rt`)" if schema > SCHEMA else remake
         raise EngineError(f"engine {folder}: {MANIFEST} has schema {schema}, this dvq-rt reads {SCHEMA}; {mend}")
     if values.pop("sha256", None) != manifest_digest(values):

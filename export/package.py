@@ -29,7 +29,7 @@ def check_whole(model: Model) -> tuple[Tokenizer, StackedTransformer]:
         ExportError: the tokenizer's threshold table is missing.
     """
     vae, net = model.both()
-    if isinstance(vae, DQVAE) and vae.threshold().isnan():
+    if isinstance(vae, DQVAE) and vae.config.router == "entropy" and vae.entropy_thresholds.isnan().any():
         raise ExportError("the tokenizer has no entropy thresholds; make them with python -m training.thresholds")
     return vae, net
 
@@ -103,6 +103,7 @@ def describe(
         class_names=model.class_names,
         defaults=model.defaults,
         parameters=count_parameters(model),
+        tokenizer=vae.routing(),
     )
 
 

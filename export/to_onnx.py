@@ -100,9 +100,9 @@ def export_onnx(
 
 
 def round_to_half(model: nn.Module) -> None:
-    """Round every parameter and float buffer but the entropy thresholds to values that float16 holds."""
+    """Round every parameter and float buffer but the router's thresholds and biases to values that float16 holds."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not name.endswith("entropy_thresholds"):
+        if tensor.is_floating_point() and not name.endswith(("entropy_thresholds", "router_biases")):
             tensor.copy_(tensor.half().float())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from dvq_rt.layout import HEADS, TokenLayout, Tokens
 from training.checkpoint import Model
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
+from training.models.router import fit_biases
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 Logits = dict[str, NDArray[np.float32]]
@@ -31,6 +33,24 @@ TOKENIZER = DQVAEConfig(
     codebook_size=32,
     norm_groups=8,
 )
+
+VARIANTS = {
+    "dual feature": replace(TOKENIZER, router="feature", router_norm_groups=8),
+    "triple entropy": replace(
+        TOKENIZER, grains=3, encoder_mult=(1, 1, 2, 2), median_percent=30, fine_percent=40, decoder_mult=(2, 1)
+    ),
+    "triple feature": replace(
+        TOKENIZER,
+        grains=3,
+        encoder_mult=(1, 1, 2, 2),
+        median_percent=30,
+        fine_percent=40,
+        router="feature",
+        router_norm_groups=0,
+        router_gate="relu",
+    ),
+}
+"""Tokenizers of two and three grains, with either router."""
 
 MASKED = MQVAEConfig(
     image_size=16,
@@ -60,13 +80,22 @@ def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
     return net.eval().requires_grad_(False)
 
 
-def small_model(class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0) -> Model:
+def small_model(
+    class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0, sizes: DQVAEConfig = TOKENIZER
+) -> Model:
     """A whole model with random weights; with class names it also has a null label."""
     torch.manual_seed(seed + 100)
-    vae = DQVAE(TOKENIZER)
-    vae.entropy_thresholds.fill_(1.0)
+    vae = DQVAE(sizes)
+    if sizes.router == "feature":
+        with torch.no_grad():
+            logits = vae.logits(torch.rand(64, 3, sizes.image_size, sizes.image_size) * 2 - 1)
+        vae.router_biases.copy_(fit_biases(logits.flatten(0, 2), sizes.ratios))
+    elif sizes.grains == 2:
+        vae.entropy_thresholds.fill_(1.0)
+    else:
+        vae.entropy_thresholds.copy_(torch.linspace(0.0, 3.0, 99))
     vae.quantizer.codebook.normal_()
-    layout = TokenLayout(32, TOKENIZER.sides, order, len(class_names), null_label=bool(class_names))
+    layout = TokenLayout(32, sizes.sides, order, len(class_names), null_label=bool(class_names))
     defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
     return Model(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
 

@@ -29,7 +29,7 @@ from training.judging.metrics import (
     nearest_pixels,
     spreads,
 )
-from training.judging.report import report, sheet
+from training.judging.report import report, save_picture, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
@@ -267,6 +267,21 @@ def test_sheet_places_titles_and_rows() -> None:
     pixels = np.asarray(picture)
     reds = (pixels == [255, 0, 0]).all(-1)
     assert reds.sum() == 3 * 32 * 32 and (pixels[:, : np.flatnonzero(reds.any(0))[0]] < 128).any()
+
+
+def test_pictures_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves the older picture as it was, and an ending without a format is named."""
+    picture = Image.new("RGB", (8, 8), "red")
+    save_picture(tmp_path / "a.png", picture)
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(InputError, match=r"cannot write .*a\.xyz: no picture has the ending '\.xyz'; take \.png"):
+        save_picture(tmp_path / "a.xyz", picture)
+    with pytest.raises(InputError, match=r"cannot write .*nowhere/a\.png"):
+        save_picture(tmp_path / "nowhere" / "a.png", picture)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="No space left on device"):
+        save_picture(tmp_path / "a.png", Image.new("RGB", (9, 9)))
+    assert (tmp_path / "a.png").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_report_marks_labels_without_held_out_images() -> None:

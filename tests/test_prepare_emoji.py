@@ -1,7 +1,9 @@
 """training/prepare_emoji.py: the demo data from a tiny stand-in for the npm package, without any network."""
 
+import gzip
 import io
 import json
+import os
 import stat
 import tarfile
 from pathlib import Path
@@ -164,3 +166,33 @@ def test_size_is_checked(archive: Path, tmp_path: Path, size: int) -> None:
     """A size out of range is refused by value."""
     with pytest.raises(DataError, match=f"size {size} is out of range"):
         prepare(archive, tmp_path / "out", size=size)
+
+
+def test_archives_that_expand(tmp_path: Path) -> None:
+    """Small archives that unpack to far more are refused by their sizes, before that much is unpacked: many members,
+    one long member that is no image, and a header that says it is long."""
+    zeros = {f"package/other/{i}": bytes(1 << 20) for i in range(24)}
+    archive = pack(tmp_path / "many.tgz", {"package/assets/2764-fe0f.webp": webp(), **zeros})
+    assert archive.stat().st_size < 1 << 17
+    with pytest.raises(DataError, match=r"many\.tgz unpacks to more than \d+ bytes; this is not"):
+        prepare(archive, tmp_path / "out", size=8)
+    long = tarfile.TarInfo("package/assets/2764-fe0f.webp")
+    long.size = 1 << 40
+    header = tarfile.TarInfo("header")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    for name, info, words in (
+        ("long", long, "unpacks to more than"),
+        ("header", header, "it has a part of 1099511627776"),
+    ):
+        (tmp_path / f"{name}.tgz").write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 16)))
+        with pytest.raises(DataError, match=words):
+            prepare(tmp_path / f"{name}.tgz", tmp_path / "out", size=8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in folders are POSIX's")
+def test_pipes_are_no_archives(tmp_path: Path) -> None:
+    """A pipe in place of the archive is refused instead of waited for."""
+    os.mkfifo(tmp_path / "emoji.tgz")
+    with pytest.raises(DataError, match=r"it is not a regular file; give the \.tgz"):
+        prepare(tmp_path / "emoji.tgz", tmp_path / "out", size=8)

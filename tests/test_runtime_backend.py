@@ -538,7 +538,15 @@ for event in begun:
 
 
 @pytest.mark.parametrize(
-    "work", ["generator.encode(image)", "generator.decode(codes)", "dvq_rt.Generator(sys.argv[1]).encode(image)"]
+    "work",
+    [
+        "generator.encode(image)",
+        "generator.decode(codes)",
+        "dvq_rt.Generator(sys.argv[1]).encode(image)",
+        "generator.sample(1)",
+        "list(generator.stream(1))",
+        "generator.score(codes)",
+    ],
 )
 def test_the_end_of_the_interpreter(work: str) -> None:
     """Daemon threads inside graphs, or opening one, when the program ends: it ends well and without a word, and what

@@ -22,6 +22,7 @@ from test_tensorrt_export import SLOTS, TARGETS, Traced
 import runtimes.cuda as cuda
 import runtimes.tensorrt as backend
 from dvq_rt.__main__ import main
+from dvq_rt.decoding import Request, Scheduler
 from dvq_rt.generator import Generator
 from dvq_rt.manifest import Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
@@ -231,6 +232,20 @@ def test_each_direction_becomes_one_graph(engine: Path, host: HostDevice) -> Non
     log = host.log[host.log.index("execute") :]
     assert log[:9] == ["execute", "capture"] * 2 + ["launch"] * 5
     assert log[9:12] == ["download", "launch", "wait"]  # the eighth step is queued before the wait for the seventh
+
+
+def test_an_image_that_starts_late_is_not_done(engine: Path, host: HostDevice) -> None:
+    """An image that takes its slot after ``done`` was asked for, and before it is read, is not ended by what the slot
+    held before."""
+    scheduler = Scheduler(Generator(engine).engine.loop(1))
+    early = scheduler.submit(Request(0, SamplingParams(), image=0))
+    while (scheduler.loop.calls + 1) % scheduler.loop.poll:
+        scheduler.step()
+    late = scheduler.submit(Request(1, SamplingParams(), image=1))
+    cells: dict[Any, NDArray[np.int32]] = {}
+    while scheduler.busy:
+        cells |= {event.handle: event.cells for event in scheduler.step() if event.finished}
+    assert set(cells) == {early, late} and min(values.min() for values in cells.values()) >= 0
 
 
 def test_graphs_wait_until_the_context_is_ready(

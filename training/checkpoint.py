@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from dvq_rt.files import new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, ConfigError, guard, short
-from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 3
 UNHASHED = 2
-"""The format before, which is read too: without hashes, and without the field ``entropy_low``, which was -1."""
+"""The format before, which is read too: without hashes."""
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "training.safetensors"
 STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
@@ -268,8 +268,8 @@ def build_model(config: Mapping[str, Any]) -> Model:
         )
     tokenizer, transformer, values = None, None, config["tokenizer"]
     if values:
-        if config["format"] == UNHASHED and config["family"] == "dq" and isinstance(values, dict):
-            values = {"entropy_low": -1.0, **values}
+        if config["family"] == "dq" and isinstance(values, dict):
+            values = {**ADDED, **values}
         tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])
@@ -333,18 +333,23 @@ def compare_shapes(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tu
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors whose names, shapes and number formats must be the module's, and whose numbers must be finite.
+    """Load tensors whose names and shapes must be the module's, and whose numbers must be finite; real numbers may be
+    of another precision.
 
     Raises:
         CheckpointError: names those that are not.
     """
     own = module.state_dict()
     compare_shapes(shapes_of(module), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    if formats := [f"{k} {v.dtype} instead of {own[k].dtype}" for k, v in tensors.items() if v.dtype != own[k].dtype]:
-        raise CheckpointError(f"{source} does not fit its config: wrong number format {short(formats)}")
-    if broken := not_finite(tensors):
+    kinds = {name: (tensor.is_floating_point(), tensor.is_complex()) for name, tensor in tensors.items()}
+    if odd := [
+        f"{k} {tensors[k].dtype}" for k, v in own.items() if kinds[k] != (v.is_floating_point(), v.is_complex())
+    ]:
+        raise CheckpointError(f"{source} does not fit its config: wrong number format {short(odd)}")
+    ready = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+    if broken := not_finite(ready):
         raise CheckpointError(f"{source} holds numbers that are not finite in {short(broken)}; take another one")
-    module.load_state_dict(tensors)
+    module.load_state_dict(ready)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

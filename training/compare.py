@@ -12,11 +12,11 @@ from typing import Any
 
 from dvq_rt import Generator
 from dvq_rt.images import grain_overlay
-from runtimes.errors import ConfigError, InputError
+from runtimes.errors import ConfigError
 from training.cli import guarded
 from training.config import read_config
 from training.judging.metrics import cost, fidelity, through
-from training.judging.report import enlarged, pick, sheet, table
+from training.judging.report import enlarged, pick, save_picture, sheet, table
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
 from training.train_tokenizer import held_out_folder
@@ -52,10 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in shown]
         pictures.append((f"{name}: codes", overlays))
         pictures.append((f"{name}: decoded", [enlarged(decoded[i]) for i in shown]))
-    try:
-        sheet(pictures).save(args.out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {args.out}: {error}") from error
+    save_picture(Path(args.out), sheet(pictures))
     print(table(["engine", "codes per image", "bits per pixel", "PSNR, dB", "SSIM"], rows))
     print(Path(args.out))
 

@@ -47,6 +47,7 @@ from training.judging.report import (
     picture_samples,
     report,
     save_json,
+    save_picture,
     table,
 )
 from training.loop import TrainConfig
@@ -258,10 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
 
         def save(name: str, picture: Image.Image) -> None:
-            try:
-                picture.save(out / name)
-            except OSError as error:
-                raise InputError(f"cannot write {out / name}: {error.strerror or error}") from error
+            save_picture(out / name, picture)
 
         result = evaluate(generator, folder, held_out, model, args.n, args.seed, save)
         save_json(out / "evaluation.json", {"settings": settings, **result})

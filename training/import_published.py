@@ -1,8 +1,9 @@
 """Import of checkpoints of the released code: ``python -m training.import_published CONFIG CKPT --out DIR``.
 
 CONFIG is the released configuration (JSON or YAML, ``target`` and ``params``, on its own or under ``model:``), CKPT the
-Lightning file it was trained to. Read are the entropy-routed DQ-VAE and the three DQ-Transformers that run with it,
-and the MQ-VAE and both Stackformers. Whatever cannot be reproduced exactly is refused by name.
+Lightning file it was trained to. Read are the three DQ-VAEs (two grains, by entropy or a learned gate, and three by a
+learned gate), the three DQ-Transformers of two grains, the MQ-VAE and both Stackformers. Whatever cannot be reproduced
+exactly is refused by name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from runtimes.errors import CheckpointError, ConfigError, short
@@ -25,7 +27,7 @@ from training.models.mqvae import MQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
 from training.published.configs import ReleasedTransformer, agree, read_released_config
-from training.published.configs_dq import TOKENIZER, TRANSFORMERS, released_tokenizer, released_transformer
+from training.published.configs_dq import TOKENIZERS, TRANSFORMERS, released_tokenizer, released_transformer
 from training.published.configs_mq import MQ_TOKENIZER, MQ_TRANSFORMERS, released_mq_tokenizer, released_mq_transformer
 from training.published.weights import (
     find_file,
@@ -76,7 +78,7 @@ def import_published(
     folders = [*([Path(base)] if base is not None else []), ckpt.parent, Path()]
     target = node["target"]
     read_dq, read_mq = partial(_dq_tokenizer, bins=bins), partial(_mq_tokenizer, bins=bins)
-    stage_1: dict[str, ReadTokenizer] = {TOKENIZER: read_dq, MQ_TOKENIZER: read_mq}
+    stage_1: dict[str, ReadTokenizer] = {**dict.fromkeys(TOKENIZERS, read_dq), MQ_TOKENIZER: read_mq}
     stage_2: dict[str, tuple[Callable[[Any], ReleasedTransformer], ReadTokenizer]] = {
         **dict.fromkeys(TRANSFORMERS, (released_transformer, read_dq)),
         **dict.fromkeys(MQ_TRANSFORMERS, (released_mq_transformer, read_mq)),
@@ -118,15 +120,24 @@ def _dq_tokenizer(
 ) -> Tokenizer:
     """The DQ-VAE of a released stage-1 section and its tensors."""
     released = released_tokenizer(node, where)
-    table = read_thresholds(released.json_path, folders)
     ignored: tuple[str, ...] = ("loss.",)
+    config, extra = released.config, {}
+    if config.router == "entropy":
+        table = read_thresholds(released.json_path, folders)
+        low = BINS["zero" if table[0] < ZERO_ENTROPY else "model"] if bins == AUTO else BINS[bins]
+        config, extra = replace(config, entropy_low=low), {"entropy_thresholds": table}
+    elif bins == AUTO:
+        extra = {"router_biases": torch.zeros(config.grains)}  # as released: the largest logit
+    else:
+        raise ConfigError(f"bins are {bins!r}, but a feature router has no entropy bins; leave them at 'auto'")
+    if released.plain_codebook:
+        ignored += ("quantize.initted", "quantize.cluster_size")
+        extra["quantizer.cluster_size"] = torch.ones(config.codebook_size)
     if released.position_type.startswith("learned"):
         ignored += ("decoder.position_bias.row_embed.", "decoder.position_bias.col_embed.")
     used = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
-    low = BINS["zero" if table[0] < ZERO_ENTROPY else "model"] if bins == AUTO else BINS[bins]
-    config = replace(released.config, entropy_low=low)
-    sources = partial(tokenizer_sources, position_type=released.position_type)
-    return new_released(lambda: DQVAE(config), used, sources, source, prefix, {"entropy_thresholds": table})
+    sources = partial(tokenizer_sources, position_type=released.position_type, plain_codebook=released.plain_codebook)
+    return new_released(lambda: DQVAE(config), used, sources, source, prefix, extra)
 
 
 def _mq_tokenizer(
@@ -172,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, part in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
         size = f"{sum(p.numel() for p in part.state_dict().values()):,} values" if part is not None else "none"
         print(f"{name}: {size}")
-    if isinstance(model.tokenizer, DQVAE):
+    if isinstance(model.tokenizer, DQVAE) and model.tokenizer.config.router == "entropy":
         print(f"entropy bins: from {model.tokenizer.config.entropy_low:g} to 1 (--bins {args.bins})")
     print(args.out)
 

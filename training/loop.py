@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from dvq_rt.progress import progress_bar
-from runtimes.errors import ConfigError, short
+from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.checkpoint import (
     Model,
     TrainingState,
@@ -54,7 +54,9 @@ class TrainConfig:
     Args:
         steps: optimizer steps in all.
         batch_size: images per step.
-        lr: peak learning rate; linear warm-up over ``warmup`` steps, then cosine to 0.
+        lr: peak learning rate, after a linear warm-up over ``warmup`` steps.
+        lr_schedule: what follows the warm-up: ``cosine``, half of one down to 0, or ``constant``.
+        least_lr: the cosine stays above it.
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
         seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
@@ -69,6 +71,8 @@ class TrainConfig:
     batch_size: int = 8
     lr: float = 2e-3
     warmup: int = 100
+    lr_schedule: str = "cosine"
+    least_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -93,14 +97,21 @@ class TrainConfig:
         for name in ("warmup", "shift", "weight_decay"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"training.{name} is {short(getattr(self, name))}; it must be in 0..{MOST}")
-        if not 0 < self.lr < math.inf or not 0 < self.clip < math.inf:
-            raise ConfigError(f"training.lr {self.lr} and training.clip {self.clip} must be positive and finite")
+        if not 0 < self.lr <= MOST or not 0 < self.clip <= MOST:
+            raise ConfigError(
+                f"training.lr {short(self.lr)} and training.clip {short(self.clip)} must be positive, {MOST} at most"
+            )
+        if self.lr_schedule not in ("cosine", "constant"):
+            raise ConfigError(f"training.lr_schedule is {self.lr_schedule!r}; it must be 'cosine' or 'constant'")
+        if not 0 <= self.least_lr <= self.lr:
+            raise ConfigError(f"training.least_lr is {short(self.least_lr)}; it must be in 0..training.lr, {self.lr}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         if step < self.warmup:  # one step ahead of the released schedule, whose first step has the rate 0
             return self.lr * (step + 1) / self.warmup
-        return self.lr * schedule(step, self.warmup, self.steps)
+        steps = self.steps if self.lr_schedule == "cosine" else math.inf
+        return self.lr * schedule(step, self.warmup, steps, self.least_lr / self.lr)
 
 
 @dataclass(slots=True)
@@ -169,11 +180,13 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool) -> Model:
     state = TrainingState(values={"best": math.inf, "seconds": 0.0})
     if resume:
         state = load_training_state(run / "checkpoint")
-        judging = (CRITIC, CRITIC_OPTIMIZER)
-        restore_optimizer(optimizer, {k: t for k, t in state.tensors.items() if not k.startswith(judging)})
-        if critic and critic_optimizer:
-            load_strictly(critic.module, _under(CRITIC, state.tensors), f"the training state in {run / 'checkpoint'}")
-            restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
+        state.values = {"best": math.inf, "seconds": 0.0, **state.values}
+        judging, source = (CRITIC, CRITIC_OPTIMIZER), f"the training state in {run / 'checkpoint'}"
+        with guard(CheckpointError, f"{source} cannot be used"):
+            restore_optimizer(optimizer, {k: t for k, t in state.tensors.items() if not k.startswith(judging)})
+            if critic and critic_optimizer:
+                load_strictly(critic.module, _under(CRITIC, state.tensors), source)
+                restore_optimizer(critic_optimizer, _under(CRITIC_OPTIMIZER, state.tensors))
         cut_log(run, state.step)
     watch = Watch(run, state.values.get("skipped", 0), state.step if resume else None)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1)

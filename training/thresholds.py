@@ -1,7 +1,8 @@
-"""Entropy thresholds from a folder of images: ``python -m training.thresholds DATA --checkpoint CKPT``.
+"""Fit a router to a folder of images: ``python -m training.thresholds DATA --checkpoint CKPT``.
 
-The table's entry p is the p-th percentile of the patch entropies of all images, computed with the model's own bins
-(spec/dq.md section 3 and Q14). It lives in the checkpoint.
+Of the entropy router this makes the table of thresholds, whose entry p is the p-th percentile of the patch entropies of
+all images, computed with the model's own bins (spec/dq.md section 3 and Q14); of a feature router the biases with which
+its largest logits give each grain its share of the regions. Either lives in the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from training.cli import guarded
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.models.dqvae import DQVAE, DQVAEConfig, patch_entropy
+from training.models.router import GRAINS, fit_biases
 
 
 def threshold_table(images: Iterable[np.ndarray], patch: int, low: float = -1.0) -> Tensor:
@@ -59,23 +61,40 @@ def folder_thresholds(folder: ImageFolder, config: DQVAEConfig, limit: int = 20_
     )
 
 
+@torch.no_grad()
+def fit_router(vae: DQVAE, folder: ImageFolder, limit: int = 20_000) -> None:
+    """Fit the thresholds or biases of a model in eval mode to a folder's training images; to an even subset when there
+    are more than ``limit``."""
+    if vae.config.router == "entropy":
+        vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config, limit))
+        return
+    subset = folder.train[:: max(1, len(folder.train) // limit)]
+    logits = [vae.logits(to_float(images)).flatten(0, 2) for images, _ in folder.chunks(subset, 64)]
+    if not logits:
+        raise DataError("no image can be decoded, so the router cannot be fitted; replace the files")
+    vae.router_biases.copy_(fit_biases(torch.cat(logits), vae.config.ratios))
+
+
 @guarded
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.thresholds", description=__doc__)
     parser.add_argument("data", help="folder of images with one sub-folder per class")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder whose table is replaced")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder whose thresholds or biases are replaced")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint)
     if not isinstance(model.tokenizer, DQVAE):
         raise CheckpointError(f"{args.checkpoint} holds no DQ-VAE; give a checkpoint of training.train_tokenizer")
     resumable = (Path(args.checkpoint) / STATE).exists()
     state = load_training_state(args.checkpoint) if resumable else None
-    config = model.tokenizer.config
-    table = folder_thresholds(ImageFolder(args.data, config.image_size, val_fraction=0), config)
-    model.tokenizer.entropy_thresholds.copy_(table)
+    vae, config = model.tokenizer, model.tokenizer.config
+    fit_router(vae, ImageFolder(args.data, config.image_size, val_fraction=0))
     save_checkpoint(model, args.checkpoint, state)
-    for p in (10, 25, 50, 75, 90):
-        print(f"{p:3d} % of the patches lie at or below {table[p - 1]:.4f} nats")
+    if config.router == "entropy":
+        for p in (10, 25, 50, 75, 90):
+            print(f"{p:3d} % of the patches lie at or below {vae.entropy_thresholds[p - 1]:.4f} nats")
+    else:
+        for name, bias in zip(GRAINS[config.grains], vae.router_biases.tolist(), strict=True):
+            print(f"bias of {name}: {bias:.4f}")
     print(args.checkpoint)
 
 

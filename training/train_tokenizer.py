@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
-from runtimes.errors import ConfigError
 from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -26,8 +25,9 @@ from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
+from training.perceptual import load_perceptual
 from training.run import open_run
-from training.thresholds import folder_thresholds
+from training.thresholds import fit_router
 
 
 def held_out_folder(data: str | Path, size: int, training: TrainConfig, stage: StageOneConfig) -> ImageFolder:
@@ -58,16 +58,15 @@ def train_tokenizer(
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
-    if stage.adversarial_weight and tokenizer.image_size < 3 * 2**stage.discriminator_layers:
-        raise ConfigError(
-            f"stage.discriminator_layers is {stage.discriminator_layers}, which needs images of "
-            f"{3 * 2**stage.discriminator_layers} px; these have {tokenizer.image_size}, use fewer layers"
-        )
+    stage.check_size(tokenizer.image_size)
+    perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
     folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
     before = None if init is None else load_tokenizer(init)
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+    if perceptual:
+        inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
 
     def begins(steps: int) -> dict[str, int]:
         return starts(stage, steps, has_codes=init is not None)
@@ -77,10 +76,10 @@ def train_tokenizer(
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
             load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
-        if isinstance(vae, DQVAE) and not resumed:
-            vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config))
+        if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
+            fit_router(vae, folder)
         last = vae.get_parameter("decoder.conv_out.weight")
-        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last)
+        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
         return fit(learning(vae, objective, folder, training), training, path, resumed)
 
 
@@ -102,13 +101,15 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
         return objective.losses(vae, to_float(images), step)
 
     def validate() -> dict[str, float]:
+        if isinstance(vae, DQVAE) and vae.config.router == "feature":  # it goes on learning
+            fit_router(vae, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
             x = to_float(images)
             y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
-                parts["loss"] = (x - y).abs().mean((1, 2, 3))
+                parts |= objective.error(x, y)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums

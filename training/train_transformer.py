@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -70,14 +69,14 @@ class StageTwoConfig:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.copies < 1:
-            raise ConfigError(f"stage.copies is {self.copies}; it must be at least 1")
+        if not 1 <= self.copies <= 1 << 20:
+            raise ConfigError(f"stage.copies is {short(self.copies)}; it must be at least 1, and {1 << 20} at most")
         if not 0 <= self.balance <= 1 or not 0 <= self.label_dropout < 1:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
-        if not math.isfinite(self.min_psnr):
-            raise ConfigError(f"stage.min_psnr is {self.min_psnr}; it must be finite")
+        if not abs(self.min_psnr) <= 1e9:
+            raise ConfigError(f"stage.min_psnr is {short(self.min_psnr)}; it must be a number of decibels")
         for label, names in self.labels.items():
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")

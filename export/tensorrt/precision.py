@@ -1,7 +1,7 @@
 """Narrow number formats decided in the graph, as TensorRT's strongly typed networks want it.
 
 The convolutional networks and the transformer compute in the narrow format. Around them stays float32 what decides
-between neighbours: entropy and routing, the masker's scores, distances to codes and the codebook, the softmax of the
+between neighbours: entropy and routers, the masker's scores, distances to codes and the codebook, the softmax of the
 tokenizers' attention, logits once they leave a head, sampling; normalisations sum in float32 in every backend.
 """
 

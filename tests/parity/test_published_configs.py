@@ -1,6 +1,7 @@
 """Released configurations that ask for what cannot be reproduced exactly are refused, by the setting's name."""
 
 import json
+from typing import Any
 
 import pytest
 from dq_golden import GOLDEN
@@ -10,10 +11,15 @@ from released import changed, config_of, imported
 from runtimes.errors import CheckpointError, ConfigError
 from training.import_published import import_published
 
-A, E = "a_dual_entropy", "e_class2_entropy"
+A, B, T, E = "a_dual_entropy", "b_dual_feature", "c_triple", "e_class2_entropy"
+BUDGET = "modules.dynamic_modules.budget.BudgetConstraint_RatioMSE_DualGrain"
+SHARES = "modules.dynamic_modules.budget.BudgetConstraint_NormedSeperateRatioMSE_TripleGrain"
 M, C, U = "mqvae_refine", "stackformer_class", "stackformer_uncond"
 FEATURE_ROUTER = {"target": "modules.dynamic_modules.RouterDual.DualGrainFeatureRouter", "params": {"num_channels": 32}}
-PLAIN_QUANTIZER = {"target": "modules.vector_quantization.quantize_codebook_mask.MaskVectorQuantize", "params": {}}
+PLAIN_QUANTIZER = {
+    "target": "modules.vector_quantization.quantize_codebook_mask.MaskVectorQuantize",
+    "params": {"codebook_size": 64, "codebook_dim": 32, "use_cosine_sim": True},
+}
 UNCONDITIONAL = {"target": "modules.dynamic_modules.label_provider.PositionAwareSOSProvider", "params": {}}
 TRIPLE_ENCODER = {"target": "modules.dynamic_modules.EncoderTriple.TripleGrainEncoder", "params": {}}
 
@@ -25,12 +31,37 @@ OTHER_PERMUTER = {"target": "modules.dynamic_modules.permuter.DualGrainSeperateP
 FIRST = "first_stage_config"
 
 
+def loss(target: str, **params: float) -> dict[str, Any]:
+    """A loss section with a budget."""
+    return {"target": "loss", "params": {"budget_loss_config": {"target": target, "params": params}}}
+
+
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
         (A, ("encoderconfig", "router_config", FEATURE_ROUTER), "router_config.target is '.*FeatureRouter'"),
         (A, ("encoderconfig", TRIPLE_ENCODER), "encoderconfig.target is '.*TripleGrainEncoder'"),
-        (A, ("vqconfig", PLAIN_QUANTIZER), "vqconfig.target is '.*MaskVectorQuantize'"),
+        (A, ("vqconfig", PLAIN_QUANTIZER), "use_cosine_sim is True, not False"),
+        (A, ("vqconfig", TRIPLE_ENCODER), "vqconfig.target is '.*TripleGrainEncoder'"),
+        (B, ("encoderconfig", "update_router", False), "update_router is False, not True"),
+        (
+            B,
+            ("encoderconfig", "router_config", "gate_type", "2layer-fc-ReLu"),
+            "gate_type is '2layer-fc-ReLu'; it must",
+        ),
+        (B, ("encoderconfig", "router_config", "normalization_type", "group"), "normalization_type is 'group'"),
+        (B, ("encoderconfig", "router_config", "normalization_type", "batch"), "normalization_type is 'batch'"),
+        (B, ("encoderconfig", "router_config", "num_channels", 16), "num_channels is 16, not 32"),
+        (B, ("entropy_patch_size", 2), r"unknown \['entropy_patch_size'\]"),
+        (B, ("lossconfig", loss(BUDGET, target_ratio=1.0)), "target_ratio 1.0 cannot be met"),
+        (B, ("lossconfig", loss(BUDGET, target_ratio=0.5, eta=1)), r"unknown \['eta'\]"),
+        (T, ("lossconfig", loss(BUDGET)), "budget_loss_config.target is '.*DualGrain'"),
+        (
+            T,
+            ("lossconfig", loss(SHARES, target_fine_ratio=0.6, target_median_ratio=0.4)),
+            "target_fine_ratio 0.6, target_median_ratio 0.4 cannot be met",
+        ),
+        (T, ("encoderconfig", "ch_mult", [1, 2, 3]), "of the last 3 each must be a multiple of the one before"),
         (A, ("encoderconfig", "router_config", "fine_grain_ratito", 1.0), "fine_grain_ratito is 1.0"),
         (A, ("encoderconfig", "router_config", "json_path", "none.json"), "threshold table none.json"),
         (A, ("encoderconfig", "resamp_with_conv", False), "resamp_with_conv is False, not True"),
@@ -115,7 +146,7 @@ def test_unsupported_config(case, change, message, tmp_path):
         imported(case, tmp_path, config=changed(case, *change))
 
 
-@pytest.mark.parametrize("target", ["models.stage1_dynamic.dqvae_dual_feat.DualGrainVQModel", ["a"], None])
+@pytest.mark.parametrize("target", ["models.stage2_dynamic.dqtransformer_t2i.Dualformer", ["a"], None])
 def test_unsupported_target(target):
     """Protects against reading another model family's file as ours."""
     with pytest.raises(ConfigError, match="not one of the supported"):

@@ -36,7 +36,7 @@ def test_threshold_table(check):
     check.close("table", percentiles(shuffled), want, tolerance=0.0)
     tokenizer = model("a_dual_entropy").tokenizer
     check.close("buffer", tokenizer.entropy_thresholds, want, tolerance=0.0)
-    check.close("threshold", tokenizer.threshold(), torch.tensor(table["50"]), tolerance=0.0)
+    check.close("threshold", tokenizer.thresholds()[0], torch.tensor(table["50"]), tolerance=0.0)
 
 
 @pytest.mark.parametrize(("ratio", "percent"), [(0.5, 50), (0.55, 56), (0.56, 57), (0.3, 30), (0.01, 1), (0.99, 99)])
@@ -48,7 +48,7 @@ def test_fine_ratio(ratio, percent):
     tokenizer = import_published(config, case / "model.ckpt").tokenizer
     table = json.loads((case / "thresholds.json").read_text())
     assert tokenizer.config.fine_percent == percent
-    assert tokenizer.threshold() == torch.tensor(table[str(100 - percent)])
+    assert tokenizer.thresholds()[0] == torch.tensor(table[str(100 - percent)])
 
 
 @torch.no_grad()
@@ -61,13 +61,13 @@ def test_tokenizer(check):
     check.close("h_coarse", coarse, g["h_coarse"])
     check.close("h_fine", fine, g["h_fine"])
     encoding = tokenizer.encode(g["image"])
-    check.close("entropy", encoding.entropy, g["entropy"])
+    check.close("entropy", encoding.scores, g["entropy"])
     check.same("grain", encoding.grain, g["grain_indices"])
     check.same("gate", torch.nn.functional.one_hot(encoding.grain, 2).permute(0, 3, 1, 2), g["gate"])
     check.same("codes", encoding.codes, g["codes"])
     grain = spread(encoding.grain)[:, None]
     check.close("h_merged", torch.where(grain == 0, spread(coarse), fine), g["h_merged"])
-    h = tokenizer.features(g["image"], encoding.grain)
+    h = tokenizer.features(g["image"]).merged
     check.close("h_pre_quant", h, g["h_pre_quant"])
     mask = 0.25 + 0.75 * grain.float()
     check.close("codebook_mask", mask, g["codebook_mask"], tolerance=0.0)
@@ -176,7 +176,7 @@ def test_yaml_with_a_model_section(tmp_path):
     (tmp_path / "a.yml").write_text(yaml.safe_dump({"model": {"base_learning_rate": 1e-3, **config}, "data": {}}))
     (tmp_path / "thresholds.json").write_text(json.dumps({str(p): 0.5 for p in range(1, 100)}))
     imported = import_published(tmp_path / "a.yml", case / "model.ckpt")
-    assert imported.tokenizer.threshold() == 0.5
+    assert imported.tokenizer.thresholds()[0] == 0.5
 
 
 def test_base_folder_and_own_first_stage(tmp_path):

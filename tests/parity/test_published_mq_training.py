@@ -25,6 +25,7 @@ from training.loop import TrainConfig, make_optimizer, schedule
 from training.losses import adaptive_weight, hinge_loss, stacked_losses
 from training.models.discriminator import PatchDiscriminator
 from training.models.quantizer import EMAQuantizer
+from training.objective import Objective, StageOneConfig, starts
 from training.published.weights import QUANTIZER_NAMES, tokenizer_sources, transformer_sources
 
 RATES = {"stage1_linear_warmup": math.inf, "stage1_and_2_warmup_cosine": None}
@@ -68,7 +69,21 @@ def test_tokenizer_step(check):
     g, x, logs = load(case), load(case, "inputs")["image"], extra(case)["logs"]
     vae = copy.deepcopy(model("mqvae_refine").tokenizer).train()
     state = torch.load(GOLDEN / case / "model.ckpt", weights_only=True)["state_dict"]
-    discriminator = PatchDiscriminator(options["disc_ndf"], options["disc_num_layers"])
+    stage = StageOneConfig(
+        warmup_fraction=0,
+        quantizer_weight=options["codebook_weight"],
+        picture="l1",
+        adversarial_weight=options["disc_weight"],
+        adversarial_cap=options["disc_weight_max"],
+        adversarial_start=0,
+        discriminator_width=options["disc_ndf"],
+        discriminator_layers=options["disc_num_layers"],
+    )
+    objective = Objective(
+        stage, starts(stage, 1), vae.config.codebook_size, vae.get_parameter("decoder.conv_out.weight")
+    )
+    discriminator = objective.discriminator
+    assert discriminator is not None
     discriminator.load_state_dict({name.removeprefix("loss.discriminator."): t for name, t in state.items()})
     sources = {ours: parts[0].name for ours, parts in tokenizer_sources(vae).items()}
 
@@ -91,24 +106,17 @@ def test_tokenizer_step(check):
         check.same(f"{key}.sample_index", places, g[f"{key}.sample_index"])
         check.same(f"{key}: kept", out.grain.flatten(1).gather(1, places), torch.zeros_like(places))
 
-    out = vae(x)
-    check_tokens("A", out)
-    check.close("A.reconstruction", out.images.detach(), g["A.reconstruction"], **IMAGES)
-    check.close("A.qloss", out.loss.detach()[None], g["A.qloss"], **LOSS)
-    picture, adversarial = (x - out.images).abs().mean(), -discriminator(out.images).mean()
-    weight = adaptive_weight(
-        picture,
-        adversarial,
-        vae.get_parameter("decoder.conv_out.weight"),
-        options["disc_weight"],
-        options["disc_weight_max"],
-    )
-    loss = picture + weight * adversarial + options["codebook_weight"] * out.loss
-    check.close("nll_loss", picture.detach(), torch.tensor(logs["ae"]["train_nll_loss"]), **LOSS)
-    check.close("A.g_loss", adversarial.detach()[None], g["A.g_loss"], **LOSS)
-    check.close("A.d_weight", weight[None], g["A.d_weight"], **LOSS)
-    check.close("A.aeloss", loss.detach()[None], g["A.aeloss"], **LOSS)
-    loss.backward()
+    outputs: list = []
+    hook = vae.register_forward_hook(lambda module, args, out: outputs.append(out))
+    parts = objective.losses(vae, x, 0)
+    hook.remove()
+    check_tokens("A", outputs[0])
+    check.close("A.reconstruction", outputs[0].images.detach(), g["A.reconstruction"], **IMAGES)
+    check.close("nll_loss", parts["picture"].detach(), torch.tensor(logs["ae"]["train_nll_loss"]), **LOSS)
+    named = {"qloss": "commitment", "g_loss": "adversarial", "d_weight": "adversarial_weight", "aeloss": "loss"}
+    for theirs, ours in named.items():
+        check.close(f"A.{theirs}", parts[ours].detach()[None], g[f"A.{theirs}"], **LOSS)
+    parts["loss"].backward()
     gradients = {sources[name]: parameter.grad for name, parameter in vae.named_parameters()}
     check_gradients(check, gradients, {n.removeprefix("A.grad."): t for n, t in g.items() if n.startswith("A.grad.")})
     check_norms(check, gradients, logs["grad_l2_norms"])

@@ -1,7 +1,11 @@
 """What the commands of training refuse, and what thresholds does."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_models import TOKENIZER, small_model
-from small_runs import STEPS, log, stage_2
+from small_runs import STEPS, stage_2
 
 from dvq_rt.files import read_dataclass
 from training import cli, thresholds, train_tokenizer, train_transformer
@@ -61,6 +65,17 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--set", "training.steps=2.5"], "steps is 2.5; it must be of type int"),
         (["--set", "training.steps=0"], "training.steps is 0; it must be at least 1"),
         (["--set", "training.lr=0"], "must be positive"),
+        (["--set", "training.lr=Infinity"], "lr is inf; it must be of type float"),
+        (["--set", "training.clip=NaN"], "clip is nan; it must be of type float"),
+        (["--set", "training.weight_decay=1" + "0" * 400], "weight_decay is 1000"),
+        (["--set", "training.steps=1" + "0" * 400], "training.steps is 1000"),
+        (["--set", "stage.quantizer_weight=-0.1"], "stage.quantizer_weight is -0.1; it must be in 0..1e+09"),
+        (["--set", "stage.min_perplexity=1"], "stage.min_perplexity is 1; it must be in [0, 1)"),
+        (["--set", "tokenizer.beta=-Infinity"], "beta is -inf; it must be of type float"),
+        (["--set", "tokenizer.entropy_low=0.5"], "tokenizer.entropy_low is 0.5; it must be -1 or 0"),
+        (["--set", "training.seed=" + "[" * 9000], "seed is '[[[["),
+        (["--set", 'tokenizer.family=["dq"]'], "family is ['dq']; it must be one of"),
+        (["--set", 'stage.exclude=["squares"]'], "exclude names squares, which"),
         (["--set", "training.flip=1"], "flip is 1; it must be of type bool"),
         (["--set", "training.betas=[0.9]"], "betas is [0.9]; it must be of type tuple[float, float]"),
         (["--set", 'training.betas=[0.9, "b"]'], "betas is [0.9, 'b']; it must be of type"),
@@ -80,17 +95,17 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--set", "tokenizer.family=vq"], "family is 'vq'; it must be one of ['dq', 'mq']"),
         (["--config", "masked.json", "--set", "tokenizer.kept_ratio=0"], "tokenizer.kept_ratio is 0; it must be at"),
         (["--config", "masked.json", "--set", "tokenizer.scorer=best"], "tokenizer.scorer is 'best'; it must be one"),
-        (["--set", "stage.warmup_fraction=1"], "stage.warmup_fraction 1 must be in [0, 1)"),
-        (["--set", "stage.adversarial_weight=-1"], "stage.adversarial_weight -1 must be a number of at least 0"),
+        (["--set", "stage.warmup_fraction=1"], "stage.warmup_fraction is 1; it must be in [0, 1)"),
+        (["--set", "stage.adversarial_weight=-1"], "stage.adversarial_weight is -1; it must be in 0..1e+09"),
         (["--set", "stage.adversarial_weight=Infinity"], "adversarial_weight is inf; it must be of type float"),
-        (["--set", "stage.adversarial_start=1"], "stage.adversarial_start 1 in [0, 1)"),
-        (["--set", "stage.discriminator_width=0"], "stage.discriminator_width 0 and"),
-        (["--set", "stage.discriminator_layers=0"], "stage.discriminator_layers 0 must be at least 1"),
+        (["--set", "stage.adversarial_start=1"], "stage.adversarial_start is 1; it must be in [0, 1)"),
+        (["--set", "stage.discriminator_width=0"], "stage.discriminator_width is 0; it must be in 1..65536"),
+        (["--set", "stage.discriminator_layers=0"], "stage.discriminator_layers is 0; it must be in 1..16"),
         (
             ["--set", "stage.adversarial_weight=0.75"],
             "stage.discriminator_layers is 3, which needs images of 24 px; these have 16, use fewer layers",
         ),
-        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_mq_tokenizer'"),
+        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_feature_tokenizer'"),
         (["--config", "list.json"], "list.json must be one JSON object of sections"),
         (["--config", "two.json"], "two.json: unknown sections ['transformer']"),
     ],
@@ -112,54 +127,6 @@ def test_bad_training_commands(
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.startswith("error: ") and words in error
     assert not list(tmp_path.iterdir())
-
-
-def test_runs_are_not_mixed(first: Path, data: Path, configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run is neither started over, also not when a crash left only its old checkpoint, nor resumed with other
-    settings; it stays as it was."""
-    before = log(first)
-    base = [str(data), "--out", str(first), "--config", str(configs / "one.json")]
-    (first / "checkpoint").rename(first / "checkpoint.old")
-    with pytest.raises(SystemExit):
-        train_tokenizer.main(base)
-    assert "already holds a run; add --resume to go on with it" in capsys.readouterr().err
-    (first / "checkpoint.old").rename(first / "checkpoint")
-    for options, words in (
-        ([], "already holds a run; add --resume to go on with it, or choose another --out"),
-        (["--resume", "--set", "training.lr=0.5"], "was started with other settings"),
-        (["--resume", "--set", "training.steps=90"], "was started with other settings"),
-    ):
-        with pytest.raises(SystemExit):
-            train_tokenizer.main([*base, *options])
-        assert words in capsys.readouterr().err
-    assert log(first) == before
-
-
-def test_changed_inputs_are_noticed(
-    first: Path, second: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run is not resumed on other images, nor stage 2 on another tokenizer, even of the same sizes."""
-    more = tmp_path / "more"
-    shutil.copytree(data, more)
-    shutil.copy(more / "bars" / "00.png", more / "discs" / "zz.png")
-    other = load_checkpoint(first / "best")
-    assert other.tokenizer is not None
-    other.tokenizer.entropy_thresholds += 1e-3
-    save_checkpoint(other, tmp_path / "other")
-    one = ["--out", str(first), "--config", str(configs / "one.json"), "--resume"]
-    two = [*stage_2(data, configs, first, second), "--resume"]
-    for main, arguments, words in (
-        (train_tokenizer.main, [str(more), *one], f"was not started with the images that {more} holds now"),
-        (train_transformer.main, [str(more), *two[1:]], f"was not started with the images that {more} holds now"),
-        (
-            train_transformer.main,
-            [*two, "--tokenizer", str(tmp_path / "other")],
-            f"was not started with the tokenizer that {tmp_path / 'other'} holds now",
-        ),
-    ):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert words in capsys.readouterr().err
 
 
 def test_truncated_images_and_no_labels(
@@ -255,9 +222,16 @@ def test_configs_of_the_package(path: Path) -> None:
     read_dataclass(TransformerConfig, config["transformer"], path.stem, defaults=True)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_what_the_disk_refuses(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    """A full disk is one line and exit status 2, not a traceback."""
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (SafetensorError("I/O error"), "I/O error"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_refuses(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk or memory is one line and exit status 2, not a traceback."""
 
     @cli.guarded
     def command(argv: list[str] | None) -> None:
@@ -265,4 +239,44 @@ def test_what_the_disk_refuses(error: Exception, capsys: pytest.CaptureFixture[s
 
     with pytest.raises(SystemExit) as stopped:
         command()
-    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {words}\n"
+
+
+def in_another_process(code: str, encoding: str = "utf-8", **options: Any) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, **options)
+
+
+def test_consoles_that_lack_a_character() -> None:
+    """A path that the console cannot show is shown as far as it can be; a name that is no text at all too."""
+    code = "from training.cli import guarded; guarded(lambda _: print('caf\\xe9 \\u6f22 \\udcff'))()"
+    with in_another_process(code, "cp1252", stdout=subprocess.PIPE) as process:
+        out, error = process.communicate()
+    assert (process.returncode, out.split(), error) == (0, ["caf\xe9".encode("cp1252"), b"?", b"?"], b"")
+
+
+def test_readers_that_leave() -> None:
+    """Output into a pipe that nobody reads any more ends quietly."""
+    code = "from training.cli import guarded; guarded(lambda _: [print('x' * 9999) for _ in range(99)])()"
+    read, write = os.pipe()
+    os.close(read)
+    with in_another_process(code, stdout=write) as process:
+        os.close(write)
+        assert process.stderr is not None and process.stderr.read() == b""
+    assert process.returncode == cli.BROKEN_PIPE
+
+
+def test_windowed_programs(data: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no standard output and error, as under pythonw, both stages train and validate all the same."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    short = [word for name in ("steps", "validate_every", "picture_every") for word in ("--set", f"training.{name}=3")]
+    config = ["--config", str(configs / "one.json")]
+    train_tokenizer.main([str(data), "--out", str(tmp_path / "one"), *config, *short])
+    two = stage_2(data, configs, tmp_path / "one", tmp_path / "two")
+    train_transformer.main([*two, *short, "--set", "stage.min_psnr=0"])
+    assert load_training_state(tmp_path / "two" / "checkpoint").step == 3
+    with pytest.raises(SystemExit) as stopped:
+        train_transformer.main([*two, *short])
+    assert stopped.value.code == 2

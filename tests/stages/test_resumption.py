@@ -118,8 +118,9 @@ def test_checkpoint_survives_a_crash(moment: str, tmp_path: Path, monkeypatch: p
             patch.setattr(files, "sync", lambda path: crash() if path == tmp_path else None)
         else:
             rename = Path.rename
-            culprit = "checkpoint" if moment == "before the swap" else ".checkpoint.new"
-            patch.setattr(Path, "rename", lambda p, to: crash() if p.name == culprit else rename(p, to))
+            number = 1 if moment == "before the swap" else 2  # the old folder gives up the name, the new one takes it
+            calls = iter(range(1, 10))
+            patch.setattr(Path, "rename", lambda p, to: crash() if next(calls) == number else rename(p, to))
         with pytest.raises(Crash):
             save_checkpoint(models[1], folder, TrainingState(2))
 

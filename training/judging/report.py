@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dvq_rt import Codes, Samples
 from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay
+from runtimes.errors import InputError, guard
 from training.data.folder import Indices
 from training.data.pixels import Pixels
 from training.judging.metrics import QUANTILES, Distances
@@ -150,6 +152,20 @@ def report(result: dict[str, Any]) -> str:
         ["by", "samples below held-out's p5", "samples below copies' p95", "copies traced to their original"], near
     )
     return "\n\n".join((first, second, third, fourth))
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture whole, in the format of its ending.
+
+    Raises:
+        InputError: Pillow has no such format, or the disk refused.
+    """
+    with guard(InputError, f"cannot write {path}"):
+        kind, data = Image.registered_extensions().get(path.suffix.lower()), io.BytesIO()
+        if kind is None:
+            raise InputError(f"cannot write {path}: no picture has the ending {path.suffix!r}; take .png")
+        picture.save(data, kind)
+        write_file(path, data.getvalue())
 
 
 def save_json(path: Path, values: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ All maps are float [B, C, H, W].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,8 +53,8 @@ def check_sizes(config: Any) -> None:
     if not 0 <= config.decay < 1 or not 0 <= config.dropout < 1:
         raise ConfigError(f"tokenizer.decay {config.decay} and tokenizer.dropout {config.dropout} must be in [0, 1)")
     for name in ("beta", "restart_below"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"tokenizer.{name} is {getattr(config, name)}; it must be at least 0 and finite")
+        if not 0 <= getattr(config, name) <= 1e9:
+            raise ConfigError(f"tokenizer.{name} is {short(getattr(config, name))}; it must be in 0..1e9")
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -1,10 +1,12 @@
-"""DQ-VAE: an autoencoder whose image regions get one coarse or four fine codes (arXiv 2305.11718, section 3.1;
-spec/dq.md sections 1 to 6, the entropy-routed dual-granularity form)."""
+"""DQ-VAE: an autoencoder whose image regions get one code, four or sixteen (arXiv 2305.11718, section 3.1; spec/dq.md
+sections 1 to 6). Two or three grains, routed by entropy or by a learned gate."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 from runtimes.errors import ConfigError
 from training.models.blocks import Contracting, Expanding, Middle, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
+from training.models.router import GATES, GRAINS, FeatureRouter, budget_loss, draw_gate, gumbel_noise
 from training.models.tokenizer import Reconstruction, Tokenizer, check_images
 
 GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
 ENTROPY_BINS, ENTROPY_SIGMA = 32, 0.01
+ROUTERS = ("entropy", "feature")
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
 
 
@@ -27,8 +31,8 @@ class DQVAEConfig:
 
     Args:
         image_size: side of the square images, pixels.
-        channels: width of the first encoder level; ``encoder_mult`` scales it per level. The last level is the coarse
-            grid, the one before it the fine grid.
+        channels: width of the first encoder level; ``encoder_mult`` scales it per level. The last level is the
+            coarsest grid, the ones before it are the finer grids.
         decoder_channels, decoder_mult: likewise for the decoder, highest resolution first.
         blocks, decoder_blocks: residual blocks per encoder level; per decoder level (the decoder adds one more).
         attention, decoder_attention: image sides at which blocks are followed by attention.
@@ -36,9 +40,15 @@ class DQVAEConfig:
         codebook_size, code_dim: number and width of the codes.
         norm_groups: groups of every normalisation (32 in the released code).
         position_bias: what the decoder adds to its input: ``none``, ``fourier`` or ``fourier+learned``.
-        fine_percent: share of regions, 1 to 99 percent, that the entropy threshold makes fine.
+        fine_percent, median_percent: share of regions, in percent, that are fine, and with three grains median. The
+            rest is coarse. Whole numbers for the entropy router, which has a table of percentiles.
         beta, decay, restart_below, mask_weighted: see EMAQuantizer.
         entropy_low: value of the first entropy bin, -1 or 0 (see ``patch_entropy``); 0 is for released weights.
+        grains: 2 (coarse, fine) or 3 (coarse, median, fine).
+        router: what chooses the grain of a region: ``entropy``, its entropy against thresholds; ``feature``, a gate
+            that is trained with the autoencoder.
+        router_norm_groups, router_gate: of the feature router, see FeatureRouter.
+        budget: factor of the loss that holds the feature router to the shares; 0 leaves it free.
 
     Raises:
         ConfigError: a value is out of range.
@@ -59,46 +69,105 @@ class DQVAEConfig:
     norm_groups: int = 32
     dropout: float = 0.0
     position_bias: str = "fourier+learned"
-    fine_percent: int = 50
+    fine_percent: float = 50
     beta: float = 0.25
     decay: float = 0.99
     restart_below: float = 1.0
     mask_weighted: bool = True
     entropy_low: float = -1.0
+    grains: int = 2
+    median_percent: float = 0
+    router: str = "entropy"
+    router_norm_groups: int = 32
+    router_gate: str = "silu"
+    budget: float = 10.0
 
     def __post_init__(self) -> None:
         check_sizes(self)
         if self.entropy_low not in (-1.0, 0.0):
             raise ConfigError(f"tokenizer.entropy_low is {self.entropy_low}; it must be -1 or 0")
-        if len(self.encoder_mult) < 2:
-            raise ConfigError(f"tokenizer.encoder_mult is {self.encoder_mult}; dual granularity needs two levels")
-        if self.encoder_mult[-1] % self.encoder_mult[-2]:
+        if type(self.grains) is not int or self.grains not in GRAINS:
+            raise ConfigError(f"tokenizer.grains is {self.grains!r}; it must be one of {sorted(GRAINS)}")
+        if len(self.encoder_mult) < self.grains:
             raise ConfigError(
-                f"tokenizer.encoder_mult is {self.encoder_mult}; the last must be a multiple of the last but one"
+                f"tokenizer.encoder_mult is {self.encoder_mult}; {self.grains} grains need as many levels"
             )
-        if 2 ** len(self.decoder_mult) != self.stride:
+        widths = self.encoder_mult[-self.grains :]
+        if any(coarse % fine for fine, coarse in pairwise(widths)):
+            raise ConfigError(
+                f"tokenizer.encoder_mult is {self.encoder_mult}; of the last {self.grains} each must be a multiple of "
+                "the one before"
+            )
+        if len(self.decoder_mult) != len(self.encoder_mult) - self.grains + 1:
             raise ConfigError(
                 f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; the fine grid needs "
-                f"{len(self.encoder_mult) - 1}"
+                f"{len(self.encoder_mult) - self.grains + 1}"
             )
-        if type(self.fine_percent) is not int or not 1 <= self.fine_percent <= 99:
-            raise ConfigError(f"tokenizer.fine_percent is {self.fine_percent}; it must be in 1..99")
+        self._check_router()
         if self.position_bias not in POSITION_BIASES:
             raise ConfigError(f"tokenizer.position_bias is {self.position_bias!r}; it must be one of {POSITION_BIASES}")
 
+    def _check_router(self) -> None:
+        """The fields of the router and its budget."""
+        if self.router not in ROUTERS:
+            raise ConfigError(f"tokenizer.router is {self.router!r}; it must be one of {ROUTERS}")
+        names = [f"{grain}_percent" for grain in GRAINS[self.grains][1:]]
+        kind, text = (int, "a whole number") if self.router == "entropy" else (int | float, "a number")
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 100:
+                raise ConfigError(f"tokenizer.{name} is {value!r}; it must be {text} above 0 and below 100")
+        if not sum(self.ratios) < 1:
+            raise ConfigError(
+                f"tokenizer.{' + '.join(names)} is {100 * sum(self.ratios):g}; it must be below 100, because every "
+                "region has one grain and some must stay coarse"
+            )
+        if self.grains == 2 and self.median_percent:
+            raise ConfigError(
+                f"tokenizer.median_percent is {self.median_percent}, but there are two grains; set it to 0, or "
+                "tokenizer.grains to 3"
+            )
+        if self.router_gate not in GATES:
+            raise ConfigError(f"tokenizer.router_gate is {self.router_gate!r}; it must be one of {GATES}")
+        groups = self.router_norm_groups
+        if type(groups) is not int or groups < 0 or (self.router == "feature" and groups and self.z_channels % groups):
+            raise ConfigError(
+                f"tokenizer.router_norm_groups is {groups!r}; it must be 0, for none, or divide z_channels, "
+                f"{self.z_channels}"
+            )
+        if not isinstance(self.budget, int | float) or not 0 <= self.budget < math.inf:
+            raise ConfigError(f"tokenizer.budget is {self.budget!r}; it must be a number of at least 0")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Share of the regions that get each grain but the coarsest."""
+        return tuple(getattr(self, f"{grain}_percent") / 100 for grain in GRAINS[self.grains][1:])
+
     @property
     def stride(self) -> int:
-        """Pixels per side of a coarse cell."""
+        """Pixels per side of a coarsest cell."""
         return int(2 ** (len(self.encoder_mult) - 1))
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """Coarse and fine cells per image side."""
-        return self.image_size // self.stride, 2 * self.image_size // self.stride
+    def sides(self) -> tuple[int, ...]:
+        """Cells per image side of each grain, coarse to fine."""
+        return tuple(2**s * self.image_size // self.stride for s in range(self.grains))
 
     def layout(self) -> dict[str, Any]:
         """Arguments of the TokenLayout that follow from the tokenizer."""
         return {"codebook_size": self.codebook_size, "sides": self.sides}
+
+
+ADDED = {
+    "entropy_low": -1.0,
+    "grains": 2,
+    "median_percent": 0,
+    "router": "entropy",
+    "router_norm_groups": 32,
+    "router_gate": "silu",
+    "budget": 10.0,
+}
+"""Fields of DQVAEConfig that checkpoints lack which were written before there were these, and what they were like."""
 
 
 def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
@@ -129,23 +198,29 @@ def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
 
 
 class Encoder(Contracting):
-    """Image to a coarse and a fine feature map, the fine one taken one level earlier."""
+    """Image to one feature map per grain, each finer one taken one level earlier."""
 
     def __init__(self, config: DQVAEConfig) -> None:
         c, groups = config, config.norm_groups
         super().__init__(c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout)
-        coarse = c.channels * c.encoder_mult[-1]
-        fine = coarse // (c.encoder_mult[-1] // c.encoder_mult[-2])
-        self.mid_coarse, self.mid_fine = Middle(coarse, groups, c.dropout), Middle(fine, groups, c.dropout)
-        self.norm_out_coarse, self.norm_out_fine = group_norm(coarse, groups), group_norm(fine, groups)
-        self.conv_out_coarse = nn.Conv2d(coarse, c.z_channels, 3, padding=1)
-        self.conv_out_fine = nn.Conv2d(fine, c.z_channels, 3, padding=1)
+        self.grains = GRAINS[c.grains]
+        widths = {g: c.channels * m for g, m in zip(self.grains, reversed(c.encoder_mult[-c.grains :]), strict=True)}
+        for grain, width in widths.items():
+            self.add_module(f"mid_{grain}", Middle(width, groups, c.dropout))
+        for grain, width in widths.items():
+            self.add_module(f"norm_out_{grain}", group_norm(width, groups))
+        for grain, width in widths.items():
+            self.add_module(f"conv_out_{grain}", nn.Conv2d(width, c.z_channels, 3, padding=1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] -> coarse [B, z, hc, wc], fine [B, z, 2 hc, 2 wc]."""
-        *_, fine, coarse = self.maps(x)
-        coarse = self.conv_out_coarse(F.silu(self.norm_out_coarse(self.mid_coarse(coarse))))
-        return coarse, self.conv_out_fine(F.silu(self.norm_out_fine(self.mid_fine(fine))))
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, H, W] -> [B, z, side, side] of each grain, coarsest first."""
+        trunks = list(self.maps(x))[-len(self.grains) :]
+        return tuple(self.head(grain, trunk) for grain, trunk in zip(self.grains, reversed(trunks), strict=True))
+
+    def head(self, grain: str, trunk: Tensor) -> Tensor:
+        mid, norm, conv = (self.get_submodule(f"{part}_{grain}") for part in ("mid", "norm_out", "conv_out"))
+        out: Tensor = conv(F.silu(norm(mid(trunk))))
+        return out
 
 
 class FourierBias(nn.Module):
@@ -184,7 +259,7 @@ class Decoder(Expanding):
         super().__init__(
             c.image_size, c.decoder_channels, c.decoder_mult, c.decoder_blocks, c.decoder_attention, groups, c.dropout
         )
-        side = c.sides[1]
+        side = c.sides[-1]
         if c.position_bias != "none":
             self.position_bias_fourier = FourierBias(c.z_channels, side)
         if c.position_bias == "fourier+learned":
@@ -202,18 +277,36 @@ class Decoder(Expanding):
 
 
 class Encoding(NamedTuple):
-    """``codes`` int64 [B, hf, wf]; ``grain`` int64 [B, hc, wc], 0 coarse, 1 fine; ``entropy`` float [B, hc, wc]."""
+    """``codes`` int64 [B, hf, wf]; ``grain`` int64 [B, hc, wc], 0 is the coarsest; ``scores`` float [B, hc, wc] that it
+    was chosen by: the entropy, or how far the finest grain's logit is above the coarsest's."""
 
     codes: Tensor
     grain: Tensor
-    entropy: Tensor
+    scores: Tensor
+
+
+class Features(NamedTuple):
+    """``merged`` [B, d, hf, wf], what is quantized: the vector of a coarser cell stands in all places that it covers;
+    ``grain`` and ``scores`` as of Encoding; ``logits`` and ``gate`` [B, hc, wc, n] of the feature router, the gate only
+    in training."""
+
+    merged: Tensor
+    grain: Tensor
+    scores: Tensor
+    logits: Tensor | None = None
+    gate: Tensor | None = None
 
 
 class DQVAE(Tokenizer):
-    """The tokenizer. ``entropy_thresholds`` [99] is the table made from the user's images (entry p - 1 is the p-th
-    percentile); NaN until ``training.thresholds`` or training has filled it."""
+    """The tokenizer.
+
+    ``entropy_thresholds`` [99] is the table made from the user's images (entry p - 1 is the p-th percentile); NaN until
+    ``training.thresholds`` or training has filled it. A model with a feature router has ``router_biases`` [n] instead,
+    which are added to its logits where it does not learn; 0 until they are fitted to the user's images.
+    """
 
     entropy_thresholds: Tensor
+    router_biases: Tensor
 
     def __init__(self, config: DQVAEConfig) -> None:
         super().__init__()
@@ -229,21 +322,60 @@ class DQVAE(Tokenizer):
             restart_below=config.restart_below,
             mask_weighted=config.mask_weighted,
         )
-        self.register_buffer("entropy_thresholds", torch.full((99,), float("nan")))
+        if config.router == "entropy":
+            self.register_buffer("entropy_thresholds", torch.full((99,), float("nan")))
+        else:
+            c = config
+            self.router = FeatureRouter(c.z_channels, c.grains, c.router_norm_groups, c.router_gate)
+            self.register_buffer("router_biases", torch.zeros(config.grains))
 
-    def threshold(self) -> Tensor:
-        """The entropy above which a region is fine, a scalar."""
-        return self.entropy_thresholds[99 - self.config.fine_percent]
+    def routing(self) -> dict[str, Any]:
+        c = self.config
+        shares = {"fine_percent": c.fine_percent} | ({"median_percent": c.median_percent} if c.grains == 3 else {})
+        return {"router": c.router, **({"entropy_low": c.entropy_low} if c.router == "entropy" else {}), **shares}
+
+    def thresholds(self) -> list[Tensor]:
+        """The entropies above which a region has at least each grain but the coarsest, scalars."""
+        c = self.config
+        percents = [c.fine_percent] if c.grains == 2 else [c.fine_percent + c.median_percent, c.fine_percent]
+        return [self.entropy_thresholds[99 - int(percent)] for percent in percents]
 
     def route(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Grain (0 coarse, 1 fine) int64 [B, hc, wc] and entropy float [B, hc, wc] of [B, 3, H, W] images."""
+        """Grain int64 [B, hc, wc] and entropy float [B, hc, wc] of [B, 3, H, W] images, by the entropy router."""
         entropy = patch_entropy(images, self.config.stride, self.config.entropy_low)
-        return (entropy > self.threshold()).long(), entropy
+        grain, *finer = ((entropy > threshold).long() for threshold in self.thresholds())
+        for more in finer:
+            grain = grain + more
+        return grain, entropy
 
-    def features(self, images: Tensor, grain: Tensor) -> Tensor:
-        """Merged features before quantization, [B, d, hf, wf]: each coarse cell's vector stands in its four places."""
-        coarse, fine = self.encoder(images)
-        return self.quant_conv(torch.where(spread(grain)[:, None] == 0, spread(coarse), fine))
+    def logits(self, images: Tensor) -> Tensor:
+        """What the feature router makes of [B, 3, H, W] images, without biases: float [B, hc, wc, n]."""
+        logits: Tensor = self.router(self.encoder(images))
+        return logits
+
+    def features(self, images: Tensor) -> Features:
+        """Route [B, 3, H, W] images and merge the grains; in training a feature router draws."""
+        logits, gate = None, None
+        if self.config.router == "entropy":
+            grain, scores = self.route(images)
+            maps = self.encoder(images)
+        else:
+            maps = self.encoder(images)
+            logits = self.router(maps)
+            gate = draw_gate(logits, gumbel_noise(logits)) if self.training else None
+            grain = (logits + self.router_biases if gate is None else gate).argmax(-1)
+            scores = logits[..., -1] - logits[..., 0]
+        return Features(self.quant_conv(self.merge(maps, grain, gate)), grain, scores, logits, gate)
+
+    def merge(self, maps: Sequence[Tensor], grain: Tensor, gate: Tensor | None = None) -> Tensor:
+        """One map [B, z, hf, wf] of the grains' maps, coarsest first; times the gate's largest entries, which are 1 and
+        carry the router's gradient."""
+        times = self.config.grains - 1
+        merged, *coarser = reversed(maps)
+        spread_grain = spread(grain, times)[:, None]
+        for step, coarse in enumerate(coarser, 1):
+            merged = torch.where(spread_grain == times - step, spread(coarse, step), merged)
+        return merged if gate is None else merged * spread(gate.amax(-1), times)[:, None]
 
     def encode(self, images: Tensor) -> Encoding:
         """Codes of images, float [B, 3, H, W] in [-1, 1].
@@ -252,10 +384,9 @@ class DQVAE(Tokenizer):
             InputError: the images do not have the model's size.
         """
         check_images(images, self.config.image_size)
-        grain, entropy = self.route(images)
-        h = self.features(images, grain)
+        h, grain, scores, *_ = self.features(images)
         codes = self.quantizer.search(to_vectors(h)).view(h.shape[0], *h.shape[2:])
-        return Encoding(codes, grain, entropy)
+        return Encoding(codes, grain, scores)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images [B, 3, H, W] (about [-1, 1], not clamped) of code maps int64 [B, hf, wf]."""
@@ -273,26 +404,35 @@ class DQVAE(Tokenizer):
         return self.decode_codes(codes)
 
     def code_vectors(self, images: Tensor) -> Tensor:
-        grain, _ = self.route(images)
-        fine = spread(grain).bool()
-        corner = torch.zeros_like(fine)  # one of a coarse cell's four copies
-        corner[:, ::2, ::2] = True
-        return self.features(images, grain).permute(0, 2, 3, 1)[fine | corner]
+        h, grain, *_ = self.features(images)
+        times = self.config.grains - 1
+        grain = spread(grain, times)
+        first = torch.zeros_like(grain).bool()  # of the copies of a vector
+        for s in range(times + 1):
+            side = 2 ** (times - s)
+            first[:, ::side, ::side] |= grain[:, ::side, ::side] == s
+        return h.permute(0, 2, 3, 1)[first]
+
+    def copy_weights(self, grain: Tensor) -> Tensor:
+        """1 / the number of copies of each vector in the merged map: int64 [B, hc, wc] -> float [B, hf, wf]."""
+        times = self.config.grains - 1
+        return torch.tensor([4.0 ** (s - times) for s in range(times + 1)])[spread(grain, times)]
 
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
-        grain, entropy = self.route(images)
-        h = self.features(images, grain)
+        h, grain, scores, _, gate = self.features(images)
+        ratios = self.config.ratios
+        budget = None if gate is None else budget_loss(gate, ratios, [self.config.budget] * len(ratios))
         if not quantize:
-            return Reconstruction(self.decode(h), h.new_zeros(()), None, grain, entropy)
-        weight = 0.25 + 0.75 * spread(grain).to(h.dtype)  # 1 / number of copies
-        out = self.quantizer(to_vectors(h), weight.flatten(), noise)
+            return Reconstruction(self.decode(h), h.new_zeros(()), None, grain, scores, budget)
+        out = self.quantizer(to_vectors(h), self.copy_weights(grain).flatten(), noise)
         values = out.values.view(len(h), *h.shape[2:], -1).permute(0, 3, 1, 2)
-        return Reconstruction(self.decode(values), out.loss, out.codes.view(h.shape[0], *h.shape[2:]), grain, entropy)
+        codes = out.codes.view(h.shape[0], *h.shape[2:])
+        return Reconstruction(self.decode(values), out.loss, codes, grain, scores, budget)
 
 
-def spread(x: Tensor) -> Tensor:
-    """Repeat every cell to its 2x2 fine cells: [.., h, w] -> [.., 2h, 2w]."""
-    return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+def spread(x: Tensor, times: int = 1) -> Tensor:
+    """Repeat every cell to the cells of a grid with twice the side, so many times: [.., h, w] -> [.., 2h, 2w]."""
+    return x.repeat_interleave(2**times, -1).repeat_interleave(2**times, -2)
 
 
 def to_vectors(x: Tensor) -> Tensor:

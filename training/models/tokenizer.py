@@ -16,14 +16,16 @@ from training.models.quantizer import EMAQuantizer
 
 
 class Reconstruction(NamedTuple):
-    """``images`` [B, 3, H, W], ``loss`` of the quantizer, ``codes`` int64 of any shape or None, ``grain`` map, and
-    ``scores`` [B, hc, wc] that the grain was decided by (entropy, importance)."""
+    """``images`` [B, 3, H, W], ``loss`` of the quantizer, ``codes`` int64 of any shape or None, ``grain`` map,
+    ``scores`` [B, hc, wc] that the grain was decided by (entropy, importance), and ``budget``, what a
+    router that learns must minimize."""
 
     images: Tensor
     loss: Tensor
     codes: Tensor | None
     grain: Tensor
     scores: Tensor
+    budget: Tensor | None = None
 
 
 class Tokenizer(nn.Module):
@@ -47,6 +49,10 @@ class Tokenizer(nn.Module):
     def code_vectors(self, images: Tensor) -> Tensor:
         """What is quantized of images, one vector per code, [n, d]."""
         raise NotImplementedError
+
+    def routing(self) -> dict[str, Any]:
+        """How it chooses what gets codes, as plain values for an engine's manifest."""
+        return {}
 
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
         """Reconstruct; ``quantize=False`` passes the features through (the start of training)."""

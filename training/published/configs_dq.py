@@ -21,12 +21,32 @@ from training.published.configs import (
     tokenizer_sizes,
 )
 
-TOKENIZER = "models.stage1_dynamic.dqvae_dual_entropy.DualGrainVQModel"
-ENCODER = "modules.dynamic_modules.EncoderDual.DualGrainEncoder"
-ROUTER = "modules.dynamic_modules.RouterDual.DualGrainFixedEntropyRouter"
+
+class Variant(NamedTuple):
+    """What a released stage-1 model is built of: targets of its encoder and router, and our name of the router."""
+
+    encoder: str
+    router: str
+    kind: str
+
+
+DUAL_ENCODER = "modules.dynamic_modules.EncoderDual.DualGrainEncoder"
+TRIPLE_ENCODER = "modules.dynamic_modules.EncoderTriple.TripleGrainEncoder"
+TOKENIZERS = {
+    "models.stage1_dynamic.dqvae_dual_entropy.DualGrainVQModel": Variant(
+        DUAL_ENCODER, "modules.dynamic_modules.RouterDual.DualGrainFixedEntropyRouter", "entropy"
+    ),
+    "models.stage1_dynamic.dqvae_dual_feat.DualGrainVQModel": Variant(
+        DUAL_ENCODER, "modules.dynamic_modules.RouterDual.DualGrainFeatureRouter", "feature"
+    ),
+    "models.stage1_dynamic.dqvae_triple_feat.TripleGrainVQModel": Variant(
+        TRIPLE_ENCODER, "modules.dynamic_modules.RouterTriple.TripleGrainFeatureRouter", "feature"
+    ),
+}
 DECODER = "modules.dynamic_modules.Decoder.Decoder"
 POSITIONAL_DECODER = "modules.dynamic_modules.DecoderPositional.Decoder"
 QUANTIZER = "modules.vector_quantization.quantize2_mask.VectorQuantize2"
+PLAIN_QUANTIZER = "modules.vector_quantization.quantize_codebook_mask.MaskVectorQuantize"
 STACK = "modules.dynamic_modules.stackgpt.StackGPT"
 PERMUTER = "modules.dynamic_modules.permuter.DualGrainSeperatePermuter"
 CLASS_EVERYWHERE = "modules.dynamic_modules.label_provider.ClassAwareSOSProvider"
@@ -57,22 +77,52 @@ POSITION_BIAS = {  # position_type -> ours; learned tables without Fourier featu
     "learned": "none",
     "learned-relative": "none",
 }
-ENCODER_OPTIONS = {**configs.ENCODER_OPTIONS, "router_config": Option("section")}
+GATES = {"1layer-fc": "linear", "2layer-fc-SiLu": "silu", "2layer-fc-ReLu": "relu"}
+"""gate_type -> ours; the last is the triple router's alone."""
+BUDGETS = {  # section of the budget -> ours: names of the shares and of the grids
+    "modules.dynamic_modules.budget.BudgetConstraint_RatioMSE_DualGrain": (
+        {"fine": "target_ratio"},
+        ("min_grain_size", "max_grain_size"),
+    ),
+    "modules.dynamic_modules.budget.BudgetConstraint_NormedSeperateRatioMSE_TripleGrain": (
+        {"fine": "target_fine_ratio", "median": "target_median_ratio"},
+        ("min_grain_size", "median_grain_size", "max_grain_size"),
+    ),
+}
+ENCODER_OPTIONS = {
+    **configs.ENCODER_OPTIONS,
+    "router_config": Option("section"),
+    "update_router": optional("flag", True),
+}
+ENTROPY_ROUTER_OPTIONS = {"json_path": Option("text"), "fine_grain_ratito": Option("number")}
+FEATURE_ROUTER_OPTIONS = {
+    "num_channels": Option("size"),
+    "normalization_type": optional("text", "none"),
+    "gate_type": optional("text", "1layer-fc"),
+}
 POSITION_OPTIONS = {"latent_size": optional("size", 32), "position_type": optional("text", "relative")}
 QUANTIZER_OPTIONS = {
     **configs.QUANTIZER_OPTIONS,
     "accept_image_fmap": optional("flag", True),
     "channel_last": optional("flag", False),
 }
+PLAIN_QUANTIZER_OPTIONS = {
+    "codebook_size": Option("size"),
+    "codebook_dim": Option("size"),
+    "commitment_beta": optional("number", 0.25),
+    "use_cosine_sim": optional("flag", False),
+    "accept_image_fmap": optional("flag", True),
+    "channel_last": optional("flag", False),
+}
+PLAIN_QUANTIZER_PASSED_OVER = ("kmeans_init", "kmeans_iters", "orthogonal_reg_weight", "activate_mask_quantize")
 TOKENIZER_OPTIONS = {
     "encoderconfig": Option("section"),
     "decoderconfig": Option("section"),
     "vqconfig": Option("section"),
     "quant_before_dim": Option("size"),
     "quant_after_dim": Option("size"),
-    "entropy_patch_size": optional("size", 16),
-    "image_size": optional("size", 256),
 }
+ENTROPY_OPTIONS = {"entropy_patch_size": optional("size", 16), "image_size": optional("size", 256)}
 TOKENIZER_PASSED_OVER = (*configs.TOKENIZER_PASSED_OVER, "quant_sample_temperature", "loss_with_epoch")
 TRANSFORMER_PASSED_OVER = (*configs.TRANSFORMER_PASSED_OVER, "content_loss_weight", "position_loss_weight")
 STACK_OPTIONS = {
@@ -104,12 +154,13 @@ SEGMENT_OPTIONS = {"coarse_seg_sos": Option("integer"), "fine_seg_sos": Option("
 
 
 class ReleasedTokenizer(NamedTuple):
-    """A stage-1 configuration: our sizes, the path of the threshold table, and the decoder's position type ("": it has
-    none)."""
+    """A stage-1 configuration: our sizes, the path of the threshold table ("" for a feature router), the decoder's
+    position type ("": it has none), and whether the codebook is a plain table, without moving averages."""
 
     config: DQVAEConfig
     json_path: str
     position_type: str
+    plain_codebook: bool
 
 
 def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
@@ -118,14 +169,15 @@ def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
     Raises:
         ConfigError: names what contradicts itself or is not supported.
     """
-    top = section(node, where, TOKENIZER, TOKENIZER_OPTIONS, TOKENIZER_PASSED_OVER)
-    encoder = section(top["encoderconfig"], f"{where}.encoderconfig", ENCODER, ENCODER_OPTIONS, None)
-    router = section(
-        encoder["router_config"],
-        f"{where}.encoderconfig.router_config",
-        ROUTER,
-        {"json_path": Option("text"), "fine_grain_ratito": Option("number")},
-    )
+    target = node.get("target") if isinstance(node, Mapping) else None
+    if target not in list(TOKENIZERS):
+        raise ConfigError(
+            f"{where}.target is {short(target)}, which is not supported here; it must be one of {[*TOKENIZERS]}"
+        )
+    variant = TOKENIZERS[target]
+    options = TOKENIZER_OPTIONS | (ENTROPY_OPTIONS if variant.kind == "entropy" else {})
+    top = section(node, where, target, options, TOKENIZER_PASSED_OVER)
+    encoder = section(top["encoderconfig"], f"{where}.encoderconfig", variant.encoder, ENCODER_OPTIONS, None)
     plain = top["decoderconfig"].get("target") == DECODER  # the trunk alone, without a position bias
     decoder = section(
         top["decoderconfig"],
@@ -134,21 +186,29 @@ def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
         DECODER_OPTIONS if plain else {**DECODER_OPTIONS, **POSITION_OPTIONS},
         () if plain else ("window_size",),
     )
-    quantizer = section(top["vqconfig"], f"{where}.vqconfig", QUANTIZER, QUANTIZER_OPTIONS)
+    plain_codebook = top["vqconfig"].get("target") == PLAIN_QUANTIZER
+    quantizer = section(
+        top["vqconfig"],
+        f"{where}.vqconfig",
+        PLAIN_QUANTIZER if plain_codebook else QUANTIZER,
+        PLAIN_QUANTIZER_OPTIONS if plain_codebook else QUANTIZER_OPTIONS,
+        PLAIN_QUANTIZER_PASSED_OVER if plain_codebook else (),
+    )
+    if plain_codebook:
+        agree(f"{where}.vqconfig", quantizer, {"use_cosine_sim": False})
+        quantizer |= {"decay": 0.99, "restart_unused_codes": False}  # only for training that goes on here
     position_type = "" if plain else decoder["position_type"]
     if not plain and position_type not in POSITION_BIAS:
         raise ConfigError(
             f"{where}.decoderconfig.position_type is {short(position_type)}, which the released code cannot "
             f"build either; it must be one of {list(POSITION_BIAS)}"
         )
-    ratio = router["fine_grain_ratito"]
-    key = int(100 - 100 * ratio)  # truncates as released: 0.55 gives 44 (spec Q12)
-    if not 1 <= key <= 99:
-        raise ConfigError(f"{where}: fine_grain_ratito is {short(ratio)}; the threshold table has 0.01 to 0.99 only")
+    read_router = entropy_router if variant.kind == "entropy" else feature_router
+    router, json_path = read_router(encoder, variant, where, node["params"].get("lossconfig"))
     config = DQVAEConfig(
         **tokenizer_sizes(encoder, decoder, quantizer),
+        **router,
         position_bias="none" if plain else POSITION_BIAS[position_type],
-        fine_percent=100 - key,
         mask_weighted=False,
     )
     z, d, size = config.z_channels, config.code_dim, config.image_size
@@ -156,11 +216,70 @@ def released_tokenizer(node: Any, where: str) -> ReleasedTokenizer:
     wanted = {"in_ch": z, "out_ch": 3, "resolution": size, "resamp_with_conv": True, "give_pre_end": False}
     agree(f"{where}.decoderconfig", decoder, wanted)
     if config.position_bias != "none":
-        agree(f"{where}.decoderconfig", decoder, {"latent_size": config.sides[1]})
+        agree(f"{where}.decoderconfig", decoder, {"latent_size": config.sides[-1]})
     agree(f"{where}.vqconfig", quantizer, {"accept_image_fmap": True, "channel_last": False})
-    wanted = {"quant_before_dim": z, "quant_after_dim": d, "entropy_patch_size": config.stride, "image_size": size}
+    wanted = {"quant_before_dim": z, "quant_after_dim": d}
+    if variant.kind == "entropy":
+        wanted |= {"entropy_patch_size": config.stride, "image_size": size}
     agree(where, top, wanted)
-    return ReleasedTokenizer(config, router["json_path"], position_type)
+    return ReleasedTokenizer(config, json_path, position_type, plain_codebook)
+
+
+def entropy_router(
+    encoder: Mapping[str, Any], variant: Variant, where: str, _: Any = None
+) -> tuple[dict[str, Any], str]:
+    """Fields of our configuration, and the path of the threshold table, of an encoder section's values."""
+    where = f"{where}.encoderconfig.router_config"
+    router = section(encoder["router_config"], where, variant.router, ENTROPY_ROUTER_OPTIONS)
+    ratio = router["fine_grain_ratito"]
+    key = int(100 - 100 * ratio)  # truncates as released: 0.55 gives 44 (spec Q12)
+    if not 1 <= key <= 99:
+        raise ConfigError(f"{where}: fine_grain_ratito is {short(ratio)}; the threshold table has 0.01 to 0.99 only")
+    return {"fine_percent": 100 - key}, router["json_path"]
+
+
+def feature_router(encoder: Mapping[str, Any], variant: Variant, where: str, loss: Any) -> tuple[dict[str, Any], str]:
+    """As ``entropy_router``; the shares and the budget are those of the loss section, where it has them."""
+    triple = variant.encoder == TRIPLE_ENCODER
+    name = f"{where}.encoderconfig.router_config"
+    router = section(encoder["router_config"], name, variant.router, FEATURE_ROUTER_OPTIONS)
+    agree(name, router, {"num_channels": encoder["z_channels"]})
+    if not triple:  # a router that never learns is no model of anybody's
+        agree(f"{where}.encoderconfig", encoder, {"update_router": True})
+    gates = [gate for gate in GATES if triple or GATES[gate] != "relu"]
+    norm, groups = router["normalization_type"], router["normalization_type"].rpartition("-")[2]
+    if router["gate_type"] not in gates:
+        raise ConfigError(f"{name}.gate_type is {short(router['gate_type'])}; it must be one of {gates}")
+    if norm != "none" and not ("group" in norm and groups.isdecimal()):
+        raise ConfigError(
+            f"{name}.normalization_type is {short(norm)}; it must be 'none' or 'group-N', such as group-32"
+        )
+    fields = {
+        "grains": 3 if triple else 2,
+        "router": "feature",
+        "router_norm_groups": 0 if norm == "none" else int(groups),
+        "router_gate": GATES[router["gate_type"]],
+        "fine_percent": 30 if triple else 50,
+        "median_percent": 30 if triple else 0,
+        "budget": 0.0,
+    }
+    params = loss.get("params") if isinstance(loss, Mapping) else None
+    budget = params.get("budget_loss_config") if isinstance(params, Mapping) else None
+    return {**fields, **(read_budget(budget, f"{where}.lossconfig.budget_loss_config", triple) if budget else {})}, ""
+
+
+def read_budget(node: Any, where: str, triple: bool) -> dict[str, Any]:
+    """The shares and the factor of a budget section, which matter where training goes on. The released factor of two
+    grains counts twice (spec Q21)."""
+    target = list(BUDGETS)[triple]
+    shares, sizes = BUDGETS[target]
+    options = {name: optional("number", 0.0) for name in shares.values()} | {"gamma": optional("number", 1.0)}
+    values = section(node, where, target, {**options, "calculate_all": optional("flag", True)}, sizes)
+    ratios = {f"{grain}_percent": 100.0 * values[name] for grain, name in shares.items()}
+    if not all(0 < ratio < 100 for ratio in ratios.values()) or sum(ratios.values()) >= 100:
+        given = ", ".join(f"{name} {values[name]!r}" for name in shares.values())
+        raise ConfigError(f"{where}: {given} cannot be met; the shares must be above 0 and add to less than 1")
+    return {**ratios, "budget": float(values["gamma"]) * (2 if values["calculate_all"] and not triple else 1)}
 
 
 def released_transformer(config: Mapping[str, Any]) -> ReleasedTransformer:

@@ -108,7 +108,9 @@ QUANTIZER_NAMES = {
 }
 
 
-def tokenizer_sources(tokenizer: Tokenizer, position_type: str = "") -> dict[str, list[Source]]:
+def tokenizer_sources(
+    tokenizer: Tokenizer, position_type: str = "", plain_codebook: bool = False
+) -> dict[str, list[Source]]:
     """Our tensor name -> the released tensors that it is made of, joined along the rows (see ``load_released``)."""
     fourier = "position_bias" if position_type == "fourier" else "position_bias_fourier"
     out = {}
@@ -119,10 +121,17 @@ def tokenizer_sources(tokenizer: Tokenizer, position_type: str = "") -> dict[str
         elif name == "demasker.mask_token":
             shape = (1, *shape, 1)
         released = QUANTIZER_NAMES.get(name, name.replace("position_bias_fourier.", f"{fourier}.lff.ffm."))
+        if name.startswith("router."):
+            released = f"encoder.{name}"
         for block in ("blocks.", "last_resblock."):
             released = released.replace(f"demasker.{block}", f"demasker.transformer.{block}")
         out[name] = [Source(released, shape)]
-    out.pop("entropy_thresholds", None)
+    if plain_codebook:  # a table of its own, which the averages start from
+        table = [Source("quantize.embedding.weight", tuple(tokenizer.quantizer.codebook.shape))]
+        out |= {"quantizer.codebook": table, "quantizer.embed_sum": table}
+        out.pop("quantizer.cluster_size")
+    for fitted in ("entropy_thresholds", "router_biases"):
+        out.pop(fitted, None)
     return out
 
 
