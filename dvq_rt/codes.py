@@ -170,6 +170,30 @@ class Codes:
         return several[0]
 
 
+def codes_of(layout: TokenLayout, codes: Any) -> list[Codes]:
+    """One image's codes, several, or what holds them as ``.codes``, as a list.
+
+    Raises:
+        InputError: something is no codes, or its codebook or grids are not those of ``layout``.
+    """
+    several = getattr(codes, "codes", codes) if not isinstance(codes, Codes) else [codes]
+    try:
+        several = list(several)
+    except TypeError:
+        several = [several]
+    for c in several:
+        if not isinstance(c, Codes):
+            raise InputError(f"got a {type(c).__name__}; codes come from encode, sample or load_codes")
+        ours, theirs = (
+            f"a codebook of {of.codebook_size} and grids {of.sides}, "
+            + ("every cell coded" if of.covering else "some cells kept")
+            for of in (layout, c.layout)
+        )
+        if ours != theirs:
+            raise InputError(f"the codes have {theirs}; this model has {ours}")
+    return several
+
+
 def save_codes(path: FileName, codes: Codes | Iterable[Codes]) -> None:
     """Write the codes of one or more images of one layout, atomically; the suffix chooses ``.npz`` or ``.json``.
 

@@ -21,8 +21,9 @@ from dvq_rt.background import SharedBatch, Watch
 from dvq_rt.decoding import DecodeLoop, Event, Request, Scheduler
 from dvq_rt.images import to_uint8
 from dvq_rt.labels import whole
-from dvq_rt.layout import Tokens
+from dvq_rt.layout import UNORDERED, Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import SLOTS, StepTable
 from runtimes.errors import ConfigError, EngineError, InputError
 from runtimes.graph_files import check_interface
@@ -149,6 +150,25 @@ class Engine:
         return {output: np.concatenate([row[output] for row in rows]) for output in rows[0]}
 
     # --- tokens ------------------------------------------------------------------------------------------------
+    def sampling(self, params: SamplingParams | None) -> SamplingParams:
+        """Sampling parameters that this engine can draw with; None takes the recommended ones.
+
+        Raises:
+            InputError: it cannot; says why.
+        """
+        params = SamplingParams.from_dict(self.manifest.defaults) if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"params is a {type(params).__name__}; it must be a SamplingParams")
+        if params.guidance != 1 and not self.layout.null_label:
+            raise InputError(
+                f"guidance is {params.guidance}, but this model was trained without a null label; use guidance=1"
+            )
+        if params.guidance != 1 and self.slots == 1:
+            raise InputError("guidance takes two slots an image, but the engine was opened with slots=1; use 2 or more")
+        if params.positions == "ordered" and self.layout.order == UNORDERED:
+            raise InputError("this model was trained on no order of the cells; use positions='drawn'")
+        return params
+
     def loop(self, slots: int) -> DecodeLoop:
         """A new decode loop of so many slots, or of as many as the step is fixed to."""
         slots = self.manifest.slots if self.manifest.fixed_slots else slots

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dvq_rt.codes import Codes
+from dvq_rt.codes import Codes, codes_of
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
 from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
-from dvq_rt.layout import UNORDERED, TokenLayout
+from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest
 from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.results import Preview, Samples, Score
@@ -207,7 +207,7 @@ class Generator:
         Raises:
             InputError: the codes are of another layout.
         """
-        several = self._several(codes)
+        several = codes_of(self.layout, codes)
         size = self.manifest.image_size
         if not several:
             return np.zeros((0, size, size, 3), dtype=np.uint8)
@@ -227,7 +227,7 @@ class Generator:
         Raises:
             InputError: the codes are of another layout, or a label is unknown or missing.
         """
-        several = self._several(codes)
+        several = codes_of(self.layout, codes)
         given: list[int | None] = [None] * len(several)
         if labels is not None:
             given = choose_labels(self.layout, self.class_names, labels, len(several))
@@ -253,48 +253,11 @@ class Generator:
         layout = self.layout
         n = None if n is None else whole("n", n, 1, MOST_IMAGES)
         seed, first = whole("seed", seed, 0, 2**64 - 1), whole("first", first, 0, 2**62)
-        if params is None:
-            params = SamplingParams.from_dict(self.manifest.defaults)
-        elif not isinstance(params, SamplingParams):
-            raise InputError(f"params is a {type(params).__name__}; it must be a SamplingParams")
-        if params.guidance != 1 and not layout.null_label:
-            raise InputError(
-                f"guidance is {params.guidance}, but this model was trained without a null label; use guidance=1"
-            )
-        if params.positions == "ordered" and layout.order == UNORDERED:
-            raise InputError("this model was trained on no order of the cells; use positions='drawn'")
-        if params.guidance != 1 and self.engine.slots == 1:
-            raise InputError(
-                "guidance takes two slots an image, but the generator was opened with slots=1; use 2 or more"
-            )
+        params = self.engine.sampling(params)
         indices = choose_labels(layout, self.class_names, labels, n)
         starts = (layout.classes if label is None else label for label in indices)
         requests = [Request(s, params, seed, first + i, every=every, key=i) for i, s in enumerate(starts)]
         return indices, params, requests
-
-    def _several(self, codes: CodesLike) -> list[Codes]:
-        """Codes as a list, checked to be this model's."""
-        several: list[Any]
-        if isinstance(codes, Codes):
-            several = [codes]
-        elif isinstance(codes, Samples):
-            several = codes.codes
-        else:
-            try:
-                several = list(codes)
-            except TypeError:
-                several = [codes]
-        for c in several:
-            if not isinstance(c, Codes):
-                raise InputError(f"got a {type(c).__name__}; codes come from encode, sample or load_codes")
-            ours, theirs = (
-                f"a codebook of {layout.codebook_size} and grids {layout.sides}, "
-                + ("every cell coded" if layout.covering else "some cells kept")
-                for layout in (self.layout, c.layout)
-            )
-            if ours != theirs:
-                raise InputError(f"the codes have {theirs}; this model has {ours}")
-        return several
 
     def _codes(self, event: Event) -> Codes:
         codes, grain = cells_to_maps(self.layout, event.cells)

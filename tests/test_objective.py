@@ -16,6 +16,7 @@ from torch import Tensor
 from dvq_rt.files import read_dataclass
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import load_checkpoint, load_training_state
+from training.config import read_config
 from training.loop import TrainConfig
 from training.losses import ADVERSARIAL_LOSSES, PICTURE_LOSSES
 from training.models.dqvae import DQVAE
@@ -271,6 +272,15 @@ def test_wrong_substitute_weights(lite0: Path) -> None:
 def test_wrong_settings(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_dataclass(StageOneConfig, values, "stage", defaults=True)
+
+
+@pytest.mark.parametrize("value", ["lpips", "efficientnet", "none"])
+def test_perceptual_term_by_command(value: str) -> None:
+    """``--set stage.perceptual=NAME`` works with a configuration that has no section ``stage``."""
+    settings = read_config(
+        "emoji_tokenizer", {"tokenizer": dict, "training": dict, "stage": StageOneConfig}, [f"stage.perceptual={value}"]
+    )
+    assert settings["stage"] == StageOneConfig(perceptual=value)
 
 
 def test_images_too_small_to_judge() -> None:

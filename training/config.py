@@ -35,8 +35,9 @@ def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]
         section, dot, name = key.partition(".")
         if not equals or not dot or section not in sections:
             raise ConfigError(f"override {short(text)} is not SECTION.FIELD=VALUE with a section of {sorted(sections)}")
+        values.setdefault(section, {})
         try:
-            values.setdefault(section, {})[name] = parse_json(value)
+            values[section][name] = parse_json(value)
         except (ValueError, RecursionError):
             values[section][name] = value
     made = {}

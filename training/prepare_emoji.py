@@ -77,7 +77,7 @@ class _Bounded:
 
 
 def _open_tar(file: Any) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode="r:")
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
 
 
 def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
