@@ -178,7 +178,7 @@ def test_refusals(class_model: Model, tmp_path: Path) -> None:
         export_onnx(narrow, tmp_path / "engine", weights="int4")
     for options, words in (
         ({"calibrate": -1}, "calibrate is -1; it must be an integer from 0 to"),
-        ({"calibrate": 10**30}, "calibrate is an integer of over 20 digits; it must be an integer from 0 to"),
+        ({"calibrate": 10**30}, "calibrate is 10+; it must be an integer from 0 to"),
         ({"calibrate": True}, "calibrate is True; it must be an integer"),
         ({"tuning": -1}, "tuning is -1; it must be an integer from 0 to"),
         ({"tuning": float("nan")}, "tuning is nan; it must be an integer"),

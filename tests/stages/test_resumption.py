@@ -118,7 +118,7 @@ def test_checkpoint_survives_a_crash(moment: str, tmp_path: Path, monkeypatch: p
             patch.setattr(files, "sync", lambda path: crash() if path == tmp_path else None)
         else:
             rename = Path.rename
-            culprit = "checkpoint" if moment == "before the swap" else ".checkpoint.new"
+            culprit = "checkpoint" if moment == "before the swap" else f".checkpoint.{files.NEW}"
             patch.setattr(Path, "rename", lambda p, to: crash() if p.name == culprit else rename(p, to))
         with pytest.raises(Crash):
             save_checkpoint(models[1], folder, TrainingState(2))

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from training import objective, train_tokenizer, train_transformer
 from training.checkpoint import load_checkpoint, load_training_state
+from training.losses import PICTURE_LOSSES
 from training.watch import IN_A_ROW
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @pytest.fixture
@@ -29,9 +28,9 @@ def arguments(data: Path, configs: Path, tmp_path: Path) -> list[str]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Tensor], Tensor]) -> None:
     """Change the pixel loss by the number of the step, from 1."""
-    right: Loss = objective.reconstruction_loss
+    right = PICTURE_LOSSES["multiscale"]
     calls = iter(range(1, 1000))
-    monkeypatch.setattr(objective, "reconstruction_loss", lambda x, y: change(next(calls), right(x, y)))
+    monkeypatch.setitem(PICTURE_LOSSES, "multiscale", lambda x, y: change(next(calls), right(x, y)))
 
 
 def ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

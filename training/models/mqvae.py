@@ -85,7 +85,7 @@ class MQVAEConfig:
         if type(self.demask_blocks) is not int or not 0 <= self.demask_blocks <= 256 or not 0 <= self.mask_damping <= 1:
             raise ConfigError(
                 f"tokenizer.demask_blocks is {self.demask_blocks!r}, tokenizer.mask_damping {self.mask_damping!r}; "
-                "they must be an integer in 0..256 and a number in [0, 1]"
+                "they must be an integer of at least 0, 256 at most, and a number in [0, 1]"
             )
 
     @property
