@@ -21,8 +21,8 @@ from training.checkpoint import STATE, load_checkpoint, load_training_state, sav
 from training.cli import guarded
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
-from training.models.dqvae import DQVAE, DQVAEConfig, patch_entropy
-from training.models.router import GRAINS, fit_biases
+from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.router import GRAINS, fit_biases, patch_entropy
 
 
 def threshold_table(images: Iterable[np.ndarray], patch: int, low: float = -1.0) -> Tensor:

@@ -15,7 +15,7 @@ from released import changed, config_of, imported, state_of
 from runtimes.errors import CheckpointError, ConfigError
 from training.checkpoint import load_checkpoint
 from training.import_published import import_published, main
-from training.models.dqvae import patch_entropy
+from training.models.router import patch_entropy
 
 A, E, U = "a_dual_entropy", "e_class2_entropy", "stackformer_uncond"
 

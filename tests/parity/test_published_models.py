@@ -10,7 +10,8 @@ from dvq_rt.layout import ORDERS, TokenLayout
 from training.checkpoint import load_checkpoint
 from training.import_published import import_published, main
 from training.losses import stacked_losses
-from training.models.dqvae import patch_entropy, spread, to_vectors
+from training.models.dqvae import spread, to_vectors
+from training.models.router import patch_entropy
 from training.thresholds import percentiles
 
 LOSSES = {

@@ -28,7 +28,8 @@ from training.config import CONFIGS, read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.loop import TrainConfig
-from training.models.dqvae import DQVAE, patch_entropy
+from training.models.dqvae import DQVAE
+from training.models.router import patch_entropy
 from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig
 

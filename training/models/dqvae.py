@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from runtimes.errors import ConfigError
 from training.models.blocks import Contracting, Expanding, Middle, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
-from training.models.router import GATES, GRAINS, FeatureRouter, budget_loss, draw_gate, gumbel_noise
+from training.models.router import (
+    GATES,
+    GRAINS,
+    FeatureRouter,
+    budget_loss,
+    draw_gate,
+    gumbel_noise,
+    patch_entropy,
+)
 from training.models.tokenizer import Reconstruction, Tokenizer, check_images
 
-GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
-ENTROPY_BINS, ENTROPY_SIGMA = 32, 0.01
 ROUTERS = ("entropy", "feature")
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
 
@@ -117,10 +123,10 @@ class DQVAEConfig:
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 100:
                 raise ConfigError(f"tokenizer.{name} is {value!r}; it must be {text} above 0 and below 100")
-        if not sum(self.ratios) < 1:
+        if (total := sum(getattr(self, name) for name in names)) >= 100:
             raise ConfigError(
-                f"tokenizer.{' + '.join(names)} is {100 * sum(self.ratios):g}; it must be below 100, because every "
-                "region has one grain and some must stay coarse"
+                f"tokenizer.{' + '.join(names)} is {total:g}; it must be below 100, because every region has one grain "
+                "and some must stay coarse"
             )
         if self.grains == 2 and self.median_percent:
             raise ConfigError(
@@ -168,33 +174,6 @@ ADDED = {
     "budget": 10.0,
 }
 """Fields of DQVAEConfig that checkpoints lack which were written before there were these, and what they were like."""
-
-
-def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
-    """Entropy in nats of the grey values of each patch, by kernel density over 32 bins (spec section 3).
-
-    p ln p is taken as 0 at p = 0, which equals the released formula within 1e-36 and needs no denormals (spec Q15).
-
-    Args:
-        images: float [B, 3, H, W] in [-1, 1].
-        patch: patch side in pixels, dividing H and W.
-        low: value of the first bin. The released threshold script, and the code that the released weights were trained
-            with, had 0; the released code has -1 since (spec Q14).
-
-    Returns:
-        float [B, H / patch, W / patch] in 0 .. ln 32.
-    """
-    b, _, height, width = images.shape
-    rows, columns = height // patch, width // patch
-    grey = sum(weight * images[:, i] for i, weight in enumerate(GREY))
-    assert isinstance(grey, Tensor)
-    values = grey.view(b, rows, patch, columns, patch).permute(0, 1, 3, 2, 4).reshape(b, rows, columns, patch**2)
-    bins = torch.linspace(low, 1.0, ENTROPY_BINS, device=images.device)
-    scaled = (values[..., None] - bins) / ENTROPY_SIGMA
-    kernel = torch.exp(-0.5 * scaled * scaled).mean(3)  # [B, rows, columns, bins]
-    total = kernel.sum(-1, keepdim=True)
-    p = kernel / torch.where(total > 0, total, torch.ones_like(total))
-    return -(p * torch.log(torch.where(p > 0, p, torch.ones_like(p)))).sum(-1)
 
 
 class Encoder(Contracting):

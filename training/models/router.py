@@ -1,4 +1,5 @@
-"""The learned router of a DQ-VAE: which grain codes each coarsest cell (spec/dq.md sections 3, 4 and 7).
+"""By what the routers of a DQ-VAE choose the grain of each coarsest cell: the entropy of its pixels, or learned logits
+(spec/dq.md sections 3, 4 and 7).
 
 Gates and logits are [B, hc, wc, n], the coarsest of n grains first.
 """
@@ -13,9 +14,38 @@ from torch import Tensor, nn
 
 from training.models.blocks import group_norm
 
+GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
+ENTROPY_BINS, ENTROPY_SIGMA = 32, 0.01
 GRAINS = {2: ("coarse", "fine"), 3: ("coarse", "median", "fine")}
 """Names of the grains, by their number."""
 GATES = ("linear", "silu", "relu")
+
+
+def patch_entropy(images: Tensor, patch: int, low: float = -1.0) -> Tensor:
+    """Entropy in nats of the grey values of each patch, by kernel density over 32 bins (spec section 3).
+
+    p ln p is taken as 0 at p = 0, which equals the released formula within 1e-36 and needs no denormals (spec Q15).
+
+    Args:
+        images: float [B, 3, H, W] in [-1, 1].
+        patch: patch side in pixels, dividing H and W.
+        low: value of the first bin. The released threshold script, and the code that the released weights were trained
+            with, had 0; the released code has -1 since (spec Q14).
+
+    Returns:
+        float [B, H / patch, W / patch] in 0 .. ln 32.
+    """
+    b, _, height, width = images.shape
+    rows, columns = height // patch, width // patch
+    grey = sum(weight * images[:, i] for i, weight in enumerate(GREY))
+    assert isinstance(grey, Tensor)
+    values = grey.view(b, rows, patch, columns, patch).permute(0, 1, 3, 2, 4).reshape(b, rows, columns, patch**2)
+    bins = torch.linspace(low, 1.0, ENTROPY_BINS, device=images.device)
+    scaled = (values[..., None] - bins) / ENTROPY_SIGMA
+    kernel = torch.exp(-0.5 * scaled * scaled).mean(3)  # [B, rows, columns, bins]
+    total = kernel.sum(-1, keepdim=True)
+    p = kernel / torch.where(total > 0, total, torch.ones_like(total))
+    return -(p * torch.log(torch.where(p > 0, p, torch.ones_like(p)))).sum(-1)
 
 
 class FeatureRouter(nn.Module):
