@@ -20,6 +20,7 @@ from torch import Tensor
 from dvq_rt.engine import Engine
 from dvq_rt.files import write_file
 from dvq_rt.images import to_uint8
+from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS, Tokens
 from dvq_rt.sampling import uniforms
 from runtimes.errors import ConfigError
@@ -34,6 +35,8 @@ from training.loop import TrainConfig
 from training.step import sample_token
 from training.torch_program import teacher_forced
 from training.train_transformer import StageTwoConfig
+
+MOST_IMAGES = 1_000_000
 
 
 def held_out(model: Model, data: str | Path, config: str, images: int | None) -> list[Tokens]:
@@ -153,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, help="number of held-out images; all if left out")
     parser.add_argument("--out", help="write all numbers to this JSON file")
     args = parser.parse_args(argv)
+    if args.images is not None:
+        whole("--images", args.images, 1, MOST_IMAGES)
     model = load_checkpoint(args.checkpoint).eval().requires_grad_(False)
     engines = [Engine.open(path) for path in args.engines]
     for engine in engines:

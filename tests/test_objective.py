@@ -283,6 +283,15 @@ def test_perceptual_term_by_command(value: str) -> None:
     assert settings["stage"] == StageOneConfig(perceptual=value)
 
 
+def test_sharp_configuration_differs_in_the_objective_alone() -> None:
+    """What docs/training.md compares are two objectives, not two tokenizers or trainings."""
+    sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
+    sharp, plain = (read_config(name, sections, []) for name in ("emoji_sharp_tokenizer", "emoji_tokenizer"))
+    assert (sharp["tokenizer"], sharp["training"]) == (plain["tokenizer"], plain["training"])
+    assert sharp["stage"].perceptual == "efficientnet" and sharp["stage"].adversarial_weight > 0
+    sharp["stage"].check_size(sharp["tokenizer"]["image_size"])
+
+
 def test_images_too_small_to_judge() -> None:
     with pytest.raises(ConfigError, match="needs images of 24 px; these have 16, use fewer layers"):
         StageOneConfig(adversarial_weight=1).check_size(16)

@@ -13,6 +13,7 @@ import torch
 from small_models import ragged_tokens, small_model
 from torch import Tensor
 
+import export.accuracy as accuracy
 from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
 from export.accuracy import choices, compare, decoder_psnr
@@ -162,6 +163,14 @@ def test_accuracy_of_the_float_engine(generator: Generator, class_model: Model) 
         assert len(parts["content"][0]) == int((row.content < class_model.layout.codebook_size).sum())
         coarse = row.segment[1:] == 0
         assert len(parts["position"][0]) == int(coarse.sum())
+
+
+def test_accuracy_refuses_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is read; 0 images would be all of them or none, -1 all but the last."""
+    for number in ("0", "-1"):
+        with pytest.raises(SystemExit):
+            accuracy.main(["checkpoint", "data", "engine", "--images", number])
+        assert f"--images is {number}; it must be an integer from 1" in capsys.readouterr().err
 
 
 def test_refusals(class_model: Model, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _load(
     passed_over: tuple[str, ...] = (),
 ) -> None:
     """Load every tensor of a module, under our names where ``names`` has theirs, and nothing else."""
-    ours = {names.get(name, name): t for name, t in tensors.items() if not name.startswith(passed_over or ("\0",))}
+    ours = {names.get(name, name): t for name, t in tensors.items() if not name.startswith(passed_over)}
     try:
         load_strictly(module, ours, str(path))
     except CheckpointError as error:

@@ -1,16 +1,26 @@
-"""Every configuration file of both released repositories, by its values, is read as ours.
+"""Every configuration file of both released repositories, by its values, is read as ours; one of ours is like it.
 
 The files are written out here as trees of the values that matter; ``test_published_configs.py`` has what is refused.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from dvq_rt.files import read_dataclass
+from training.checkpoint import family_config
+from training.config import read_config
+from training.loop import TrainConfig
 from training.models.dqvae import DQVAE
 from training.models.mqvae import MQVAE
+from training.models.transformer import TransformerConfig
+from training.objective import StageOneConfig
 from training.published.configs_dq import released_tokenizer, released_transformer
 from training.published.configs_mq import released_mq_tokenizer, released_mq_transformer
+from training.published.presets import PRESETS
+from training.train_transformer import StageTwoConfig
 
 Tree = dict[str, Any]
 STAGE_1 = "models.stage1_dynamic.dqvae_"
@@ -225,6 +235,91 @@ def stackformer(target: str, vocabulary: int, **more: Any) -> Tree:
     )
 
 
+IMAGES, GPUS = 1_281_167, 8
+DQ_STAGE_1 = {"adversarial_weight": 1.0, "adversarial_cap": 0.75}
+MQ_STAGE_1 = {"adversarial_weight": 0.75, "adversarial_cap": 1.0}
+
+
+def check_schedule(training: TrainConfig, per_gpu: int, epochs: int) -> None:
+    """The released recipe: ImageNet, eight GPUs, half a cosine to 0, mirrored images, no clipping."""
+    batch = GPUS * per_gpu
+    assert (training.batch_size, training.steps) == (batch, epochs * (IMAGES // batch))
+    assert training.flip and training.clip >= 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "per_gpu", "balance"),
+    [
+        ("dq_dual_entropy_tokenizer", entropy(), 30, DQ_STAGE_1),
+        ("dq_dual_feature_tokenizer", dual(), 30, DQ_STAGE_1),
+        ("dq_triple_feature_tokenizer", triple(), 30, DQ_STAGE_1),
+        ("mq_tokenizer", mq_tokenizer(0.30), 4, MQ_STAGE_1),
+    ],
+)
+def test_own_configs_of_stage_1(name: str, config: Tree, per_gpu: int, balance: Tree) -> None:
+    """Sizes, losses and schedule of the configuration that trains each published tokenizer here; of the released faults
+    only the counting of copies (spec Q18) is put right."""
+    ours = read_config(name, {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}, [])
+    sizes, training, stage = dict(ours["tokenizer"]), ours["training"], ours["stage"]
+    family = sizes.pop("family", "dq")
+    tokenizer = read_dataclass(family_config(family), sizes, name, defaults=True)
+    if family == "dq":
+        assert tokenizer == replace(released_tokenizer(config, "config").config, mask_weighted=True)
+    else:
+        assert tokenizer == released_mq_tokenizer(config, "config")
+    check_schedule(training, per_gpu, 50)
+    assert training.lr == pytest.approx(4.5e-6 * GPUS * per_gpu) and training.betas == (0.5, 0.9)
+    assert training.warmup == round(0.1 * (IMAGES // training.batch_size)) and training.weight_decay == 0
+    assert {field: getattr(stage, field) for field in balance} == balance
+    assert (stage.picture, stage.perceptual, stage.adversarial) == ("l1", "lpips", "hinge")
+    assert (stage.perceptual_weight, stage.quantizer_weight, stage.warmup_fraction) == (1, 1, 0)
+    assert (stage.adversarial_start, stage.discriminator_width, stage.discriminator_layers) == (0, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "released", "per_gpu", "epochs"),
+    [
+        (
+            "dq_class_transformer",
+            released_transformer(transformer("class2_entropy", 1000, CLASSES, entropy())),
+            30,
+            100,
+        ),
+        (
+            "dq_unconditional_transformer",
+            released_transformer(transformer("uncond_entropy", 0, NONE, entropy())),
+            30,
+            100,
+        ),
+        (
+            "mq_class_transformer",
+            released_mq_transformer(
+                stackformer("stackformer_class.ClassTransformer", 2024, n_classes=1000, cond_stage_key="class_label")
+            ),
+            4,
+            50,
+        ),
+        (
+            "mq_unconditional_transformer",
+            released_mq_transformer(stackformer("stackformer_uncond.ReverseStackformer", 1025, sos_token=1024)),
+            4,
+            50,
+        ),
+    ],
+)
+def test_own_configs_of_stage_2(name: str, released: Any, per_gpu: int, epochs: int) -> None:
+    """Sizes and schedule of the configuration that trains each published transformer here. The position table is as
+    long as an image can be, no longer."""
+    ours = read_config(name, {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}, [])
+    training, stage = ours["training"], ours["stage"]
+    sizes = {**ours["transformer"], "block_size": released.config.block_size}
+    assert read_dataclass(TransformerConfig, sizes, name, defaults=True) == released.config
+    check_schedule(training, per_gpu, epochs)
+    assert (training.lr, training.betas, training.weight_decay, training.warmup) == (5e-4, (0.9, 0.95), 0.01, 0)
+    assert stage.order == released.layout.order and stage.label_dropout == 0
+    assert bool(stage.labels) == (released.layout.classes == 0)
+
+
 @pytest.mark.parametrize(
     ("config", "sides", "parameters", "fields"),
     [
@@ -254,6 +349,22 @@ def test_dq_stage_2(config: Tree, classes: int, sides: tuple[int, ...]) -> None:
     assert (released.layout.classes, released.layout.sides) == (classes, sides)
     assert (released.config.position_blocks, released.config.content_blocks) == (6, 18)
     assert released_tokenizer(released.first_stage, "first_stage_config").config.sides == sides
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("dq_class_p6c18", entropy()), ("dq_feature_class_p6c18", dual()), ("dq_triple_class_p6c18", triple())],
+)
+def test_presets(name: str, config: Tree) -> None:
+    """Presets have the published sizes, and their vocabularies."""
+    with torch.device("meta"):
+        made = PRESETS[name]()
+    released = released_tokenizer(config, "config").config
+    assert made.tokenizer is not None and made.transformer is not None
+    assert made.tokenizer.config == replace(released, mask_weighted=True, budget=made.tokenizer.config.budget)
+    layout = made.transformer.layout
+    assert layout.sides == released.sides and layout.content_vocabulary == layout.position_head == 2026
+    assert layout.position_table == sum(side**2 + 1002 for side in layout.sides)
 
 
 def test_dq_stage_2_with_a_feature_router() -> None:

@@ -105,7 +105,7 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
             ["--set", "stage.adversarial_weight=0.75"],
             "stage.discriminator_layers is 3, which needs images of 24 px; these have 16, use fewer layers",
         ),
-        (["--config", "nonesuch"], "give a JSON file or one of ['emoji_feature_tokenizer'"),
+        (["--config", "nonesuch"], "give a JSON file or one of ['dq_class_transformer'"),
         (["--config", "list.json"], "list.json must be one JSON object of sections"),
         (["--config", "two.json"], "two.json: unknown sections ['transformer']"),
     ],
