@@ -102,16 +102,13 @@ def test_generator(name: str, engines: Any, tmp_path: Path) -> None:
     """What a user calls: samples that do not depend on their batch, a stream that ends in them, their scores, their
     files, and an overlay with three colours."""
     model, generator = engines(name)
-    params = SamplingParams(positions="drawn", temperature=3.0)
-    samples = generator.sample(6, [0, 1, 2] * 2, seed=3, params=params, first=12)  # number 14 has fine cells
+    params = SamplingParams(temperature=1.1)
+    samples = generator.sample(6, [0, 1, 2] * 2, seed=3, params=params)
     assert {int(g) for codes in samples.codes for g in codes.grain.flat} == {0, 1, 2}
-    alone = generator.sample(1, 2, seed=3, params=params, first=17)
+    alone = generator.sample(1, 2, seed=3, params=params, first=5)
     assert alone.codes[0] == samples.codes[5]
     np.testing.assert_array_equal(alone.to_numpy()[0], samples.to_numpy()[5])
-    last = {
-        preview.index: preview.codes
-        for preview in generator.stream(2, [0, 1], seed=3, params=params, every=8, first=12)
-    }
+    last = {preview.index: preview.codes for preview in generator.stream(2, [0, 1], seed=3, params=params, every=8)}
     assert [last[0], last[1]] == samples.codes[:2]
     assert all(np.isfinite(score.total) and score.total < 0 for score in generator.score(samples.codes))
     samples.codes[0].save(tmp_path / "image.npz")
