@@ -25,6 +25,7 @@ from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
 from dvq_rt.labels import MOST_IMAGES, whole
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.rates import Rate
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
@@ -33,6 +34,7 @@ PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 FOLDER_GRID = "grid.png"
 RECONSTRUCTION_COLUMNS = 8
 BROKEN_PIPE = 141
+RATES = tuple(Rate.__dataclass_fields__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +120,7 @@ def reconstruct(options: argparse.Namespace) -> int:
     generator = _generator(options)
     size, layout = generator.manifest.image_size, generator.manifest.layout
     originals = [to_uint8(to_array(path, size)[None])[0] for path in options.images]
-    codes = generator.encode(originals)
+    codes = generator.encode(originals, **{name: value for name, value in vars(options).items() if name in RATES})
     restored = generator.decode(codes)
     scale = max(1, 256 // size)
     rows: list[list[NDArray[np.uint8]]] = [[], [], []]
@@ -329,6 +331,12 @@ def _parser() -> argparse.ArgumentParser:
 
     coding = add(reconstruct, True, name="--engine")
     coding.add_argument("images", nargs="+", metavar="IMAGE")
+    rate = coding.add_mutually_exclusive_group()
+    rate.add_argument("--bits-per-pixel", type=float, default=argparse.SUPPRESS, help="the most that codes may cost")
+    rate.add_argument(
+        "--fine-ratio", type=float, nargs="+", default=argparse.SUPPRESS, help="share of each finer grain"
+    )
+    rate.add_argument("--kept", type=int, default=argparse.SUPPRESS, help="cells that keep a code")
     coding.add_argument("--out", default="reconstructions.png", help="picture, or a folder ending with /")
 
     add(inspect, False, nargs="?")

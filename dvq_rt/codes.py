@@ -119,13 +119,7 @@ class Codes:
     def bits(self) -> float:
         """log2(codebook size) for each code, and the places: log2(segments) for each cell of the grain map or, where
         cells are kept, log2 of the number of ways to choose that many."""
-        layout = self.layout
-        places = (
-            self.grain.size * math.log2(layout.segments)
-            if layout.covering
-            else math.log2(math.comb(layout.cells, self.length))
-        )
-        return self.length * math.log2(layout.codebook_size) + places
+        return code_bits(self.layout, self.length)
 
     def bits_per_pixel(self, image_size: int) -> float:
         """``bits`` over the pixels of an image of ``image_size`` x ``image_size``."""
@@ -168,6 +162,13 @@ class Codes:
         if len(several) != 1:
             raise InputError(f"{path} holds the codes of {len(several)} images; read it with load_codes")
         return several[0]
+
+
+def code_bits(layout: TokenLayout, length: int) -> float:
+    """Bits of an image of so many codes: see ``Codes.bits``."""
+    cells = layout.sides[0] ** 2
+    places = cells * math.log2(layout.segments) if layout.covering else math.log2(math.comb(layout.cells, length))
+    return length * math.log2(layout.codebook_size) + places
 
 
 def codes_of(layout: TokenLayout, codes: Any) -> list[Codes]:

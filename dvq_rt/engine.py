@@ -23,6 +23,7 @@ from dvq_rt.images import to_uint8
 from dvq_rt.labels import whole
 from dvq_rt.layout import UNORDERED, Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.rates import Rate, select_codes
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import SLOTS, StepTable
 from runtimes.errors import ConfigError, EngineError, InputError
@@ -130,14 +131,33 @@ class Engine:
         size, fine, coarse = self.manifest.image_size, self.layout.sides[-1], self.layout.sides[0]
         images, codes = TensorSpec("float32", (None, 3, size, size)), TensorSpec("int64", (None, fine, fine))
         if name == "encoder":
-            return {"images": images}, {"codes": codes, "grain": TensorSpec("int64", (None, coarse, coarse))}
+            outputs = {"codes": codes, "grain": TensorSpec("int64", (None, coarse, coarse))}
+            if "scores" in program.outputs:  # engines of schema 1 have one rate
+                grains = self.layout.segments
+                outputs["scores"] = TensorSpec("float32", (None, coarse, coarse, grains))
+                outputs["grain_codes"] = TensorSpec("int64", (None, grains, fine, fine))
+            return {"images": images}, outputs
         pixels = {"pixels": TensorSpec("uint8", (None, size, size, 3))} if "pixels" in program.outputs else {}
         return {"codes": codes}, {"images": images, **pixels}
 
-    def encode(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Code maps [N, h, w] and grain maps [N, hc, wc] of images float32 [N, 3, S, S] in [-1, 1], each run alone."""
+    def encode(
+        self, images: NDArray[np.float32], rate: Rate | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Code maps [N, h, w] and grain maps [N, hc, wc] of images float32 [N, 3, S, S] in [-1, 1], each run alone.
+
+        Raises:
+            InputError: the model or its engine has no such rate.
+        """
         outputs = self.by_row("encoder", "images", images)
-        return outputs["codes"], outputs["grain"]
+        codes, grain = outputs["codes"], outputs["grain"]
+        if rate is None or rate.own:
+            return codes, grain
+        if "scores" not in outputs:
+            raise InputError(f"engine {self.path} was exported before rates could be chosen; export it again")
+        size = self.manifest.image_size
+        grain = np.stack([rate.grain(self.layout, size, *row) for row in zip(grain, outputs["scores"], strict=True)])
+        rows = zip(grain, outputs["grain_codes"], strict=True)
+        return np.stack([select_codes(self.layout, *row) for row in rows]), grain
 
     def decode(self, codes: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images uint8 [N, S, S, 3] of code maps int64 [N, h, w], each run alone."""

@@ -20,6 +20,7 @@ from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
 from dvq_rt.layout import TokenLayout
 from dvq_rt.manifest import Manifest
 from dvq_rt.progress import Progress, check_progress, told
+from dvq_rt.rates import rate_of
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
@@ -188,16 +189,21 @@ class Generator:
         return previews()
 
     # --- images and codes --------------------------------------------------------------------------------------
-    def encode(self, images: ImageLike | Iterable[ImageLike]) -> list[Codes]:
+    def encode(self, images: ImageLike | Iterable[ImageLike], **rate: Any) -> list[Codes]:
         """Codes of an image or several, resized and cropped to the model's size; see ``dvq_rt.images.to_array`` for
         what is an image.
 
+        Args:
+            images: one or several.
+            rate: ``fine_ratio``, ``bits_per_pixel`` or ``kept``, see ``dvq_rt.rates.Rate``; none for the model's own.
+
         Raises:
-            InputError: an image cannot be read, is too large, or is no image.
+            InputError: an image cannot be read, is too large, or is no image; or the model has no such rate.
         """
+        wanted = rate_of(rate)
         codes = []
         for image in image_list(images):
-            maps, grains = self.engine.encode(to_array(image, self.manifest.image_size)[None])
+            maps, grains = self.engine.encode(to_array(image, self.manifest.image_size)[None], wanted)
             codes.append(Codes(maps[0], grains[0], self.layout))
         return codes
 
@@ -213,9 +219,9 @@ class Generator:
             return np.zeros((0, size, size, 3), dtype=np.uint8)
         return self.engine.decode(np.stack([c.codes for c in several]))
 
-    def reconstruct(self, images: ImageLike | Iterable[ImageLike]) -> NDArray[np.uint8]:
-        """Images through their codes and back, uint8 [N, H, W, 3]; raises as ``encode``."""
-        return self.decode(self.encode(images))
+    def reconstruct(self, images: ImageLike | Iterable[ImageLike], **rate: Any) -> NDArray[np.uint8]:
+        """Images through their codes and back, uint8 [N, H, W, 3]; arguments and errors as for ``encode``."""
+        return self.decode(self.encode(images, **rate))
 
     def score(self, codes: CodesLike, labels: Label | Iterable[Label] = None) -> list[Score]:
         """Log-likelihood per token of codes in their canonical order, teacher-forced through the step graph.

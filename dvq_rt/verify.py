@@ -106,6 +106,11 @@ def check_tokenizer(engine: Engine, golden: dict[str, Array], bounds: Bounds, qu
     routed = 0.0 if engine.layout.covering or engine.manifest.precision == "fp32" else bounds.codes
     differing = (encoded["grain"] != golden["grain"]).mean()
     results.append(check("encoder: share of regions routed otherwise", differing, routed))
+    if "scores" in encoded and "scores" in golden:
+        relative = largest(encoded["scores"] - golden["scores"]) / max(largest(golden["scores"]), 1e-9)
+        results.append(check("encoder: relative error of the scores", relative, bounds.logits))
+        differing = (encoded["grain_codes"] != golden["grain_codes"]).mean()
+        results.append(check("encoder: share of codes in every grain that differ", differing, bounds.codes))
     decoded = engine.by_row("decoder", "codes", golden["codes"])
     error = decoded["images"] - golden["decoded"]
     if quantized:

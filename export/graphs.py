@@ -9,14 +9,15 @@ from training.models.tokenizer import Tokenizer
 
 
 class EncoderGraph(nn.Module):
-    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, h, w], grain int64 [B, hc, wc] (``Tokenizer``)."""
+    """images float32 [B, 3, S, S] in [-1, 1] -> codes int64 [B, h, w], grain int64 [B, hc, wc], scores float32 [B, hc,
+    wc, n], grain_codes int64 [B, n, h, w] (``EveryGrain``)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.vae = tokenizer
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vae.encode_maps(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.vae.encode_grains(images))
 
 
 class DecoderGraph(nn.Module):

@@ -58,7 +58,13 @@ def write_graphs(
     size, side, rows = vae.config.image_size, vae.config.sides[-1], 1 if slots else 2
     images, codes = torch.zeros(rows, 3, size, size), torch.zeros(rows, side, side, dtype=torch.long)
     options: dict[str, Any] = {"half_weights": half_weights, "fixed": slots is not None, "opset": opset}
-    trace(EncoderGraph(vae).eval(), {"images": images}, ["codes", "grain"], folder / "encoder.onnx", **options)
+    trace(
+        EncoderGraph(vae).eval(),
+        {"images": images},
+        ["codes", "grain", "scores", "grain_codes"],
+        folder / "encoder.onnx",
+        **options,
+    )
     decoder, outputs = (PixelDecoder(vae), ["images", "pixels"]) if pixels else (DecoderGraph(vae), ["images"])
     trace(decoder.eval(), {"codes": codes}, outputs, folder / "decoder.onnx", **options)
     trace(

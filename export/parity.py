@@ -72,7 +72,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
 
     # encoder and decoder
     images = smooth_images(vae.config.image_size, count)
-    codes, grain = vae.encode_maps(torch.from_numpy(images))
+    codes, grain, scores, grain_codes = vae.encode_grains(torch.from_numpy(images))
     decoded = vae.decode_maps(codes)
 
     # logits along given sequences, at steps spread over the longest
@@ -104,6 +104,8 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         "images": images,
         "codes": codes.numpy(),
         "grain": grain.numpy(),
+        "scores": scores.numpy(),
+        "grain_codes": grain_codes.numpy(),
         "decoded": decoded.numpy(),
         **{head: padded([getattr(row, head) for row in rows]) for head in HEADS},
         "steps": steps,

@@ -114,6 +114,10 @@ def test_generator(name: str, engines: Any, tmp_path: Path) -> None:
     samples.codes[0].save(tmp_path / "image.npz")
     assert Codes.load(tmp_path / "image.npz") == samples.codes[0]
     assert samples.codes[0].length == model.layout.count_codes(samples.codes[0].grain)
+    for rate in ({"fine_ratio": (0.25, 0.5)}, {"bits_per_pixel": 0.8}):
+        coded = generator.encode(pictures(16)[0], **rate)[0]
+        assert generator.decode(coded).shape == (1, 16, 16, 3) and coded.bits_per_pixel(16) <= 1.2
+    assert (generator.encode(pictures(16)[0], fine_ratio=(0.25, 0.5))[0].grain == 2).sum() == 2
     assert len(set(segment_colours(3))) == 3
     picture = grain_overlay(samples.to_numpy()[0], samples.codes[0].grain, model.layout.sides)
     assert picture.size == (64, 64)
@@ -130,7 +134,7 @@ def test_tensorrt_graphs_agree_with_pytorch(name: str, precision: str, tmp_path:
     manifest = to_tensorrt.describe_plans(model, table, 4, precision, Api, ["sm89"])  # type: ignore[arg-type]
     write_tensors(tmp_path / "golden.safetensors", golden_values(model, model.layout.max_length))
     checks = verify(Engine(tmp_path, manifest, OnnxRuntimeBackend()))
-    assert [check for check in checks if not check.ok] == [] and len(checks) == 9
+    assert [check for check in checks if not check.ok] == [] and len(checks) == 11
 
 
 @needs_rtx

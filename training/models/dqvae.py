@@ -25,7 +25,7 @@ from training.models.router import (
     gumbel_noise,
     patch_entropy,
 )
-from training.models.tokenizer import Reconstruction, Tokenizer, check_images
+from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
 
 ROUTERS = ("entropy", "feature")
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
@@ -266,12 +266,13 @@ class Encoding(NamedTuple):
 
 class Features(NamedTuple):
     """``merged`` [B, d, hf, wf], what is quantized: the vector of a coarser cell stands in all places that it covers;
-    ``grain`` and ``scores`` as of Encoding; ``logits`` and ``gate`` [B, hc, wc, n] of the feature router, the gate only
-    in training."""
+    ``grain`` and ``scores`` as of Encoding; ``maps`` of every grain before they are merged, coarsest first; ``logits``
+    and ``gate`` [B, hc, wc, n] of the feature router, the gate only in training."""
 
     merged: Tensor
     grain: Tensor
     scores: Tensor
+    maps: Sequence[Tensor]
     logits: Tensor | None = None
     gate: Tensor | None = None
 
@@ -344,7 +345,7 @@ class DQVAE(Tokenizer):
             gate = draw_gate(logits, gumbel_noise(logits)) if self.training else None
             grain = (logits + self.router_biases if gate is None else gate).argmax(-1)
             scores = logits[..., -1] - logits[..., 0]
-        return Features(self.quant_conv(self.merge(maps, grain, gate)), grain, scores, logits, gate)
+        return Features(self.quant_conv(self.merge(maps, grain, gate)), grain, scores, maps, logits, gate)
 
     def merge(self, maps: Sequence[Tensor], grain: Tensor, gate: Tensor | None = None) -> Tensor:
         """One map [B, z, hf, wf] of the grains' maps, coarsest first; times the gate's largest entries, which are 1 and
@@ -379,6 +380,19 @@ class DQVAE(Tokenizer):
         encoding = self.encode(images)
         return encoding.codes, encoding.grain
 
+    def encode_grains(self, images: Tensor) -> EveryGrain:
+        check_images(images, self.config.image_size)
+        routed, times = self.features(images), self.config.grains - 1
+        codes = self.quantizer.search(to_vectors(routed.merged)).view(images.shape[0], *routed.merged.shape[2:])
+        grain_codes = []
+        for s, h in enumerate(routed.maps):
+            own = self.quantizer.search(to_vectors(self.quant_conv(h))).view(images.shape[0], *h.shape[2:])
+            grain_codes.append(spread(own, times - s))
+        # a region of twice the entropy needs a finer grain twice as much
+        steps = torch.arange(times + 1, dtype=routed.scores.dtype)
+        scores = routed.scores[..., None] * steps if routed.logits is None else routed.logits.float()
+        return EveryGrain(codes, routed.grain, scores, torch.stack(grain_codes, 1))
+
     def decode_maps(self, codes: Tensor) -> Tensor:
         return self.decode_codes(codes)
 
@@ -398,7 +412,7 @@ class DQVAE(Tokenizer):
         return torch.tensor([4.0 ** (s - times) for s in range(times + 1)])[spread(grain, times)]
 
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
-        h, grain, scores, _, gate = self.features(images)
+        h, grain, scores, _, _, gate = self.features(images)
         ratios = self.config.ratios
         budget = None if gate is None else budget_loss(gate, ratios, [self.config.budget] * len(ratios))
         if not quantize:

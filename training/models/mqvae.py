@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from runtimes.errors import ConfigError
 from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
-from training.models.tokenizer import Reconstruction, Tokenizer, check_images
+from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
 
 SCORERS = ("conv", "token", "random")
 
@@ -272,6 +272,11 @@ class MQVAE(Tokenizer):
         encoding = self.encode(images)
         codes = self.to_map(encoding.codes, encoding.positions)
         return codes, codes.clamp_max(0)
+
+    def encode_grains(self, images: Tensor) -> EveryGrain:
+        encoding = self.encode(images)
+        codes = self.to_map(encoding.codes, encoding.positions)
+        return EveryGrain(codes, codes.clamp_max(0), encoding.scores[..., None], codes[:, None])
 
     def decode_maps(self, codes: Tensor) -> Tensor:
         values = self.quantizer.lookup(codes.clamp_min(0)).permute(0, 3, 1, 2)

@@ -28,6 +28,17 @@ class Reconstruction(NamedTuple):
     budget: Tensor | None = None
 
 
+class EveryGrain(NamedTuple):
+    """What an encoder says of images: ``codes`` and ``grain`` as it chooses them; ``scores`` float [B, hc, wc, n], how
+    well each of n grains (in MQ the one) suits each coarsest cell, larger being better; ``grain_codes`` int64 [B, n, h,
+    w], the codes that the cells would have in each grain."""
+
+    codes: Tensor
+    grain: Tensor
+    scores: Tensor
+    grain_codes: Tensor
+
+
 class Tokenizer(nn.Module):
     """Base of DQVAE and MQVAE."""
 
@@ -40,6 +51,10 @@ class Tokenizer(nn.Module):
         Raises:
             InputError: the images do not have the model's size.
         """
+        raise NotImplementedError
+
+    def encode_grains(self, images: Tensor) -> EveryGrain:
+        """``encode_maps``, and what is needed to choose other grains; arguments and errors as there."""
         raise NotImplementedError
 
     def decode_maps(self, codes: Tensor) -> Tensor:
