@@ -214,7 +214,7 @@ def test_verify_on_the_command_line(engine: Path, host: HostDevice, capsys: pyte
     """``python -m dvq_rt verify ENGINE_DIR`` needs no option for a folder of plans, and prints its table."""
     assert main(["verify", str(engine)]) == 0
     printed = capsys.readouterr().out
-    assert "all 9 passed" in printed and "identical slots" in printed and "free run" in printed
+    assert "all 11 passed" in printed and "identical slots" in printed and "free run" in printed
 
 
 def test_each_direction_becomes_one_graph(engine: Path, host: HostDevice) -> None:
