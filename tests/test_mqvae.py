@@ -187,7 +187,7 @@ def test_layout_follows() -> None:
         ({"kept_ratio": float("nan")}, r"kept_ratio is nan"),
         ({"kept_ratio": "half"}, r"kept_ratio is 'half'"),
         ({"scorer": "best"}, r"scorer is 'best'; it must be one of \('conv', 'token', 'random'\)"),
-        ({"demask_blocks": -1}, r"demask_blocks is -1.*must be an integer in 0"),
+        ({"demask_blocks": -1}, r"demask_blocks is -1.*must be an integer of at least 0"),
         ({"demask_blocks": 1.5}, r"demask_blocks is 1.5"),
         ({"mask_damping": 1.5}, r"mask_damping 1.5; .* a number in \[0, 1\]"),
         ({"decoder_mult": (1, 2)}, r"decoder_mult has 2 levels; it must have as many as encoder_mult, 3"),
