@@ -53,6 +53,7 @@ class DecodeLoop:
         self._asked: dict[str, Buffer] = {}
         self._host: dict[str, NDArray[Any]] = {}
         self._changed: set[str] = set()
+        self._resetting = False
         self.idle()
 
     def idle(self) -> None:
@@ -65,21 +66,24 @@ class DecodeLoop:
         self._changed = set(self._host)
 
     def control(self, name: str, slot: int, value: Any) -> None:
-        """Set a control of one slot for the steps to come."""
+        """Set a control of one slot for the steps to come, ``reset`` for the next one."""
         self._host[name][slot] = value
         self._changed.add(name)
+        self._resetting |= name == "reset"
 
     def step(self) -> None:
         """One token of every slot that is not done."""
-        for name in self._changed:
-            self._controls[name].write(self._host[name])
-        self._changed.clear()
+        if self._changed:
+            for name in self._changed:
+                self._controls[name].write(self._host[name])
+            self._changed.clear()
         began = time.perf_counter()
         self._bindings[self._side].run()
         self.seconds += time.perf_counter() - began
         self.calls += 1
         self._side = 1 - self._side
-        if self._host["reset"].any():  # a reset is for one step
+        if self._resetting:  # for one step
+            self._resetting = False
             self._host["reset"][:] = False
             self._changed.add("reset")
 
