@@ -1,4 +1,4 @@
-"""Graph files: read once and compared with the manifest, and their tensors with the interface that it describes."""
+"""Graph files: compared with the manifest, and their tensors with the interface that it describes."""
 
 from __future__ import annotations
 

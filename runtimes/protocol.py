@@ -85,7 +85,7 @@ class Backend(Device, Protocol):
     """How the names of its graph files end."""
 
     def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> Program:
-        """Open a graph file, read once: what is loaded are the bytes that are compared.
+        """Open a graph file: what is loaded is what was compared, or it is refused.
 
         Args:
             path: the file.
