@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dvq_rt.rates import rate_of
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import InputError
+from runtimes.onnxruntime import Providers
 
 OnToken = Callable[[int, int], None]
 CodesLike = Codes | Samples | Iterable[Codes]
@@ -43,6 +44,8 @@ class Generator:
             their own fixed number.
         threads: CPU threads of each graph; None for one per core. Images are decoded while others are drawn, so two
             graphs may run at once.
+        providers, session_options: of ONNX Runtime, for those who know what they want; see
+            ``runtimes.onnxruntime.OnnxRuntimeBackend``.
 
     Raises:
         EngineError: the folder is missing, incomplete, corrupted or of another version (dvq_rt.manifest).
@@ -57,10 +60,13 @@ class Generator:
         device: str | None = None,
         slots: int | None = None,
         threads: int | None = None,
+        providers: Providers | None = None,
+        session_options: Mapping[str, Any] | None = None,
     ) -> None:
-        arguments = {"engine_dir": engine_dir, "device": device, "slots": slots, "threads": threads}
-        self._arguments: dict[str, Any] | None = arguments
-        self._engine: Engine | None = Engine.open(engine_dir, device=device, slots=slots, threads=threads)
+        options: dict[str, Any] = {"device": device, "slots": slots, "threads": threads}
+        options |= {"providers": providers, "session_options": session_options}
+        self._arguments: dict[str, Any] | None = {"engine_dir": engine_dir, **options}
+        self._engine: Engine | None = Engine.open(engine_dir, **options)
 
     @classmethod
     def over(cls, engine: Engine) -> Generator:

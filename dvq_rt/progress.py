@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtimes.errors import InputError
+from runtimes.errors import InputError, short
 
 LOG_SECONDS = 30.0
 """Between two lines in a log file."""
@@ -42,8 +42,8 @@ def check_progress(progress: Any) -> None:
     Raises:
         InputError: it is nothing that ``told`` takes.
     """
-    if progress not in (None, True, False) and not callable(progress):
-        raise InputError(f"progress is {progress!r}; it must be True, False, None or a function")
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise InputError(f"progress is {short(progress)}; it must be True, False, None or a function")
 
 
 @contextmanager

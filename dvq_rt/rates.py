@@ -138,7 +138,8 @@ def by_shares(scores: Scores, shares: Sequence[float]) -> Grain:
     grain = np.zeros(len(flat), dtype=np.int64)
     for s in range(len(shares), 0, -1):
         gain = np.where(grain == 0, flat[:, s] - flat[:, 0], -np.inf)
-        grain[np.argsort(-gain, kind="stable")[: round(shares[s - 1] * len(flat))]] = s
+        count = min(round(shares[s - 1] * len(flat)), int((grain == 0).sum()))  # both may be rounded up
+        grain[np.argsort(-gain, kind="stable")[:count]] = s
     return grain.reshape(scores.shape[:2])
 
 

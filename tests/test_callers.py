@@ -17,7 +17,7 @@ from dvq_rt.codes import Codes
 from dvq_rt.generator import Generator
 from dvq_rt.results import Samples
 from dvq_rt.sampling import SamplingParams, uniforms
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 
 PLAIN = SamplingParams()
 
@@ -141,6 +141,15 @@ def test_generators_travel(generator: Generator) -> None:
         assert pool.apply(first_codes, (generator,)) == first_codes(generator)
     with pytest.raises(InputError, match=r"Generator\.over cannot be pickled; open the folder by its name"):
         pickle.dumps(Generator.over(generator.engine))
+
+
+def test_options_of_onnxruntime(generator: Generator) -> None:
+    """Whoever knows what he wants says which provider and session options run the graphs; they travel along."""
+    options: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "session_options": {"intra_op_num_threads": 1}}
+    own = pickle.loads(pickle.dumps(Generator(generator.path, slots=4, **options)))
+    assert first_codes(own) == first_codes(generator)
+    with pytest.raises(BackendError, match=r"providers is .*it must be a list of some of"):
+        Generator(generator.path, providers=["NoSuchProvider"])
 
 
 def test_closing(class_engine: Path) -> None:

@@ -71,6 +71,7 @@ CALLS: dict[str, tuple[Callable[[Generator], Any], str]] = {
     "first": (lambda g: g.sample(first=-1), "first is -1; it must be an integer from 0"),
     "on_token": (lambda g: g.sample(on_token=3), "on_token is 3; it must be a function"),
     "progress": (lambda g: g.sample(progress="bar"), "progress is 'bar'; it must be True, False, None or a function"),
+    "progress array": (lambda g: g.sample(progress=np.zeros(2)), r"progress is array\(.*it must be True, False, None"),
     "codes none": (lambda g: g.decode(None), "got a NoneType; codes come from encode"),
     "codes path": (lambda g: g.score("codes.npz"), "got a str; codes come from encode, sample or load_codes"),
     "path with NUL": (lambda g: g.encode("a\0b.png"), "image"),

@@ -57,6 +57,8 @@ def test_shares() -> None:
     scores[..., 2] = [[9, 1], [2, 3]]
     scores[..., 1] = [[9, 7], [8, 1]]
     assert by_shares(scores, [0.5, 0.25]).tolist() == [[2, 1], [1, 0]]
+    rounded = by_shares(np.zeros((3, 3, 3), np.float32), [5 / 6, 1 / 6])  # 7.5 and 1.5 of nine cells
+    assert [(rounded == s).sum() for s in range(3)] == [0, 7, 2]
     assert by_shares(scores, [0, 0]).tolist() == [[0, 0], [0, 0]] and (by_shares(scores, [0, 1]) == 2).all()
 
 
