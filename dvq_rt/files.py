@@ -31,8 +31,9 @@ from runtimes.errors import ConfigError, DvqError, EngineError, InputError, guar
 
 T = TypeVar("T")
 FileName = str | os.PathLike[str]
-TEMPORARY, NEW, OLD = "dvq-tmp", "dvq-new", "dvq-old"
-"""Endings of the hidden names, beside a file or folder, that it has on the way and that an older folder waits under."""
+TEMPORARY, NEW, OLD, LOCK = "dvq-tmp", "dvq-new", "dvq-old", "dvq-lock"
+"""Endings of the hidden names, beside a file or folder, that it has on the way, that an older folder waits under, and
+of the file that is locked while folders are renamed."""
 MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -223,9 +224,10 @@ def new_folder(target: FileName, *, overwrite: bool = False, error: type[DvqErro
         final = Path(os.path.abspath(target))
         if b"\0" in os.fsencode(final):
             raise ValueError("its name holds a NUL")
-    restore_folder(final)
-    if os.path.lexists(final) and not (overwrite and final.is_dir()):
-        raise error(f"{final} exists already; choose another name, or ask to overwrite the folder")
+    with _renaming(final):
+        _restore(final)
+        if os.path.lexists(final) and not (overwrite and final.is_dir()):
+            raise error(f"{final} exists already; choose another name, or ask to overwrite the folder")
     made_parents = [p for p in final.parents if not os.path.exists(p)]
     done = False
     try:
@@ -255,11 +257,16 @@ def restore_folder(target: FileName) -> Path:
         ``target``; or the folder's present name where it cannot be renamed, such as on a disk that is read only.
     """
     final = Path(target)
-    if os.path.lexists(final) or not os.path.isdir(old := _hidden(final, OLD)):
+    if os.path.lexists(final) or not os.path.isdir(_hidden(final, OLD)):
         return final
-    with _locked(old, wait=True):  # a living process that is between two renames
-        if os.path.lexists(final) or not os.path.isdir(old):
-            return final
+    with _renaming(final):  # after a living process that is between two renames
+        return _restore(final)
+
+
+def _restore(final: Path) -> Path:
+    """``restore_folder`` for who has the right to rename."""
+    old = _hidden(final, OLD)
+    if not os.path.lexists(final) and os.path.isdir(old):
         try:
             old.rename(final)
         except OSError:
@@ -283,29 +290,41 @@ def sync(path: Path) -> None:
 def _swap(temporary: Path, final: Path, overwrite: bool) -> None:
     """Give a new folder its name, and remove the folder that had it."""
     old = _hidden(final, OLD)
-    while True:
-        restore_folder(final)
-        with _locked(final, wait=True) as locked:
-            if locked is False:
-                continue  # another process has replaced it meanwhile
-            if not os.path.lexists(final):
-                temporary.rename(final)
-                sync(final.parent)
-                return
-            if not overwrite:
-                raise FileExistsError(errno.EEXIST, "it has appeared meanwhile")
-            _remove(old)
-            try:
-                final.rename(old)
-                temporary.rename(final)
-            except BaseException:
-                if not os.path.lexists(final):
-                    old.rename(final)
-                raise
+    with _renaming(final):
+        _restore(final)
+        if not os.path.lexists(final):
+            temporary.rename(final)
             sync(final.parent)
-            dead = _hidden(final, f"{secrets.token_hex(4)}.{NEW}")  # swept like one if this process ends here
-            old.rename(dead)
-            _remove(dead)
+            return
+        if not overwrite:
+            raise FileExistsError(errno.EEXIST, "it has appeared meanwhile")
+        _remove(old)
+        try:
+            final.rename(old)
+            temporary.rename(final)
+        except BaseException:
+            if not os.path.lexists(final):
+                old.rename(final)
+            raise
+        sync(final.parent)
+        dead = _hidden(final, f"{secrets.token_hex(4)}.{NEW}")  # swept like one if this process ends here
+        old.rename(dead)
+    _remove(dead)
+
+
+@contextmanager
+def _renaming(final: Path) -> Iterator[None]:
+    """The sole right, among processes and threads, to rename what is or was ``final``: a locked file beside it."""
+    path = _hidden(final, LOCK)
+    while True:
+        with _locked(path, wait=True, create=True) as locked:
+            if locked is False:
+                continue  # the one before has removed it
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
             return
 
 
@@ -321,16 +340,17 @@ def _beside(final: Path, ending: str, make: Callable[[Path], object]) -> Iterato
     that, or where the disk has no locks to tell.
     """
     usual = _hidden(final, ending)
-    for path in (usual, _hidden(final, f"{secrets.token_hex(4)}.{ending}")):
+    for path in (usual, *(_hidden(final, f"{secrets.token_hex(4)}.{ending}") for _ in range(100))):
         try:
             make(path)
         except FileExistsError:
             continue
         with _locked(path) as locked:
-            if path == usual and not locked:
-                if locked is None:
-                    _remove(path)
-                continue  # otherwise somebody takes it for a dead one and removes it
+            if locked is False or not os.path.lexists(path):
+                continue  # somebody takes it for a dead one and removes it
+            if locked is None and path == usual:
+                _remove(path)
+                continue
             try:
                 yield path
             except BaseException:
@@ -341,14 +361,14 @@ def _beside(final: Path, ending: str, make: Callable[[Path], object]) -> Iterato
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool | None]:
+def _locked(path: Path, wait: bool = False, create: bool = False) -> Iterator[bool | None]:
     """Lock a file or folder against other processes, and say whether that worked; None if there are no such locks, or
     nothing to lock. A process that dies unlocks."""
     handle, locked = -1, None
     with suppress(ImportError, OSError):
         import fcntl
 
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             locked = os.path.samestat(os.fstat(handle), os.lstat(path))  # not if it was renamed while we waited

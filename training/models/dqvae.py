@@ -28,6 +28,7 @@ from training.models.router import (
 from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
 
 ROUTERS = ("entropy", "feature")
+ROUTER_GRADIENTS = ("chosen", "every")
 POSITION_BIASES = ("none", "fourier", "fourier+learned")
 
 
@@ -54,6 +55,8 @@ class DQVAEConfig:
         router: what chooses the grain of a region: ``entropy``, its entropy against thresholds; ``feature``, a gate
             that is trained with the autoencoder.
         router_norm_groups, router_gate: of the feature router, see FeatureRouter.
+        router_gradient: by what the feature router learns: ``chosen``, how the loss changes with the size of the
+            features of the drawn grain, as released; ``every``, of every grain's, so that grains are compared.
         budget: factor of the loss that holds the feature router to the shares; 0 leaves it free.
 
     Raises:
@@ -86,6 +89,7 @@ class DQVAEConfig:
     router: str = "entropy"
     router_norm_groups: int = 32
     router_gate: str = "silu"
+    router_gradient: str = "chosen"
     budget: float = 10.0
 
     def __post_init__(self) -> None:
@@ -117,6 +121,10 @@ class DQVAEConfig:
         """The fields of the router and its budget."""
         if self.router not in ROUTERS:
             raise ConfigError(f"tokenizer.router is {self.router!r}; it must be one of {ROUTERS}")
+        if self.router_gradient not in ROUTER_GRADIENTS:
+            raise ConfigError(
+                f"tokenizer.router_gradient is {self.router_gradient!r}; it must be one of {ROUTER_GRADIENTS}"
+            )
         names = [f"{grain}_percent" for grain in GRAINS[self.grains][1:]]
         kind, text = (int, "a whole number") if self.router == "entropy" else (int | float, "a number")
         for name in names:
@@ -348,9 +356,14 @@ class DQVAE(Tokenizer):
         return Features(self.quant_conv(self.merge(maps, grain, gate)), grain, scores, maps, logits, gate)
 
     def merge(self, maps: Sequence[Tensor], grain: Tensor, gate: Tensor | None = None) -> Tensor:
-        """One map [B, z, hf, wf] of the grains' maps, coarsest first; times the gate's largest entries, which are 1 and
-        carry the router's gradient."""
+        """One map [B, z, hf, wf] of the grains' maps, coarsest first; a gate carries the router's gradient: its largest
+        entries, which are 1, times the map, or the sum of all its entries times the grains' maps."""
         times = self.config.grains - 1
+        if gate is not None and self.config.router_gradient == "every":
+            gates = spread(gate.permute(3, 0, 1, 2), times)[:, :, None]
+            return torch.stack(
+                [g * spread(h, times - s) for s, (g, h) in enumerate(zip(gates, maps, strict=True))]
+            ).sum(0)
         merged, *coarser = reversed(maps)
         spread_grain = spread(grain, times)[:, None]
         for step, coarse in enumerate(coarser, 1):
