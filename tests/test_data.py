@@ -249,6 +249,9 @@ def test_out_of_range_options_are_refused(root: Path) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"indices": []}, "no images"),
         ({"indices": [18]}, "indices span 18"),
+        ({"part": (0, 3)}, "batch_size 4 cannot be shared by 3"),
+        ({"part": (2, 2)}, r"part is \(2, 2\)"),
+        ({"part": (0, 4), "indices": [1, 2]}, "2 images are fewer than the 4 processes"),
         ({"augment": Augment(shift=8)}, "shift is 8"),
         ({"augment": Augment(flip_exclude=frozenset({"dog"}))}, "dog.*ant, bee, cat"),
     ]
@@ -256,6 +259,15 @@ def test_out_of_range_options_are_refused(root: Path) -> None:
         settings = {"indices": folder.train, "batch_size": 4, "seed": 7} | options
         with pytest.raises(DataError, match=text):
             batches(folder, **settings)  # type: ignore[arg-type]
+
+
+def test_processes_share_the_batches_of_one(root: Path) -> None:
+    """Each process gets its rows of every batch; together they are the batch of one process, row for row."""
+    augment = Augment(shift=2, flip=True)
+    whole = take(ImageFolder(root, 8), 6, augment=augment)
+    parts = [take(ImageFolder(root, 8), 6, augment=augment, part=(number, 2)) for number in range(2)]
+    joined = [(np.concatenate([a, c]), np.concatenate([b, d])) for (a, b), (c, d) in zip(*parts, strict=True)]
+    assert same(joined, whole)
 
 
 @pytest.mark.parametrize("batch_size", [4, 40])

@@ -45,6 +45,7 @@ def batches(
     step: int = 0,
     augment: Augment | None = None,
     workers: int = 2,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """An endless stream of (images uint8 [B, size, size, 3], labels int64 [B]) over ``indices``.
 
@@ -61,6 +62,8 @@ def batches(
         step: number of batches to leave out, 0 or more.
         augment: random changes, None for none.
         workers: threads that prepare batches ahead; 0 prepares them in the caller's thread.
+        part: (number of this process, number of processes P). Process r gets rows r B / P .. (r + 1) B / P of each
+            batch, so the processes together see what one sees alone.
 
     Raises DataError at once when an argument is out of range or ``augment`` excludes a class the folder lacks, and
     while running when no image of ``indices`` can be decoded.
@@ -74,6 +77,14 @@ def batches(
     for name, value, least in (("batch_size", batch_size, 1), ("step", step, 0), ("workers", workers, 0)):
         if value < least:
             raise DataError(f"{name} is {value}; choose {least} or more")
+    process, processes = part
+    if not 0 <= process < processes:
+        raise DataError(f"part is {part}; choose (number of the process, number of processes)")
+    if batch_size % processes:
+        raise DataError(f"batch_size {batch_size} cannot be shared by {processes} processes; choose a multiple of that")
+    if len(pool) < processes:
+        raise DataError(f"{folder.root}: {len(pool)} images are fewer than the {processes} processes; start fewer")
+    rows = range(process * batch_size // processes, (process + 1) * batch_size // processes)
     if not 0 <= seed < 1 << 64:
         raise DataError(f"seed is {seed}; choose 0 <= seed < 2**64")
     if augment.shift >= folder.size:
@@ -94,7 +105,7 @@ def batches(
         return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), label
 
     def batch(number: int) -> Batch:
-        items = [item(number * batch_size + row) for row in range(batch_size)]
+        items = [item(number * batch_size + row) for row in rows]
         return np.stack([pixels for pixels, _ in items]), np.array([label for _, label in items], dtype=np.int64)
 
     def stream() -> Iterator[Batch]:
