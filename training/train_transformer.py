@@ -163,7 +163,7 @@ def tokenization(
         data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None
     )
     folder.check_held_out()
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), crop=training.crop)
     return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
 
 
