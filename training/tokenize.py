@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def write_on_ray(work: Tokenization, out: Path, parts: list[Part], workers: int)
         DataError: a part cannot be written.
     """
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.data")
     except ImportError as error:
         raise ConfigError("--ray needs the package ray: pip install 'dvq-rt[ray]'") from error
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -85,7 +87,7 @@ def write_on_ray(work: Tokenization, out: Path, parts: list[Part], workers: int)
     try:
         rows = ray.data.from_items([{"part": number} for number in range(len(parts))], override_num_blocks=len(parts))
         written = rows.map(
-            RayWriter,  # type: ignore[arg-type]
+            RayWriter,
             fn_constructor_args=(work, out, parts),
             compute=ray.data.ActorPoolStrategy(size=workers),
         )
