@@ -2,6 +2,7 @@
 for another tokenizer, data set or augmentation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from test_data import noise, write
 from runtimes.errors import DataError
 from training import tokenize
 from training.checkpoint import Model, save_checkpoint
-from training.data.codes import Codes, Tokenization, check
+from training.data.codes import Codes, Tokenization, check, open_codes
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
@@ -67,7 +68,7 @@ def work(place: Path, tokenizer: str = "tokenizer", copies: int = 2) -> Tokeniza
 def test_rows_are_the_codes_of_the_stream(place: Path, whole: Path) -> None:
     """Row i is the code of the i-th image of the stream of augmented copies, with its label, index and captions."""
     given = work(place)
-    train, val = Codes(whole, given, "train"), Codes(whole, given, "val")
+    train, val = open_codes(whole, replace(given, shard_size=64))  # the folder knows its own
     assert len(train) == 2 * len(given.folder.train) and val.images.tolist() == given.folder.val.tolist()
     row = 0
     stream = batches(given.folder, given.folder.train, 32, seed=1, augment=given.augment, indexed=True)

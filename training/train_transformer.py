@@ -25,7 +25,7 @@ from runtimes.errors import CheckpointError, ConfigError, DataError, short
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
-from training.data.codes import Codes, Tokenization, begin, check
+from training.data.codes import Tokenization, begin, open_codes
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
@@ -204,8 +204,7 @@ def learning(model: Model, work: Tokenization, codes: Path, training: TrainConfi
     """
     net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
-    check(codes, work)
-    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
+    train, val = open_codes(codes, work)
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
