@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ class Tokenized(NamedTuple):
     codes: NDArray[np.int32]
     grain: NDArray[np.int8]
     labels: NDArray[np.int64]
+
+
+class CodeRows(Protocol):
+    """Codes and grains of images by number, in memory (``Tokenized``) or on the disk."""
+
+    @property
+    def codes(self) -> Any: ...
+    @property
+    def grain(self) -> Any: ...
 
 
 @torch.no_grad()
@@ -51,7 +60,7 @@ def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int6
 
 
 def collate(
-    layout: TokenLayout, data: Tokenized, images: NDArray[np.int64], labels: NDArray[np.int64]
+    layout: TokenLayout, data: CodeRows, images: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
