@@ -25,11 +25,13 @@ class Augment:
         shift: most pixels of a random translation, in x and in y apart, which repeats the outermost ones; 0 for none.
         flip: mirror half of the images left to right.
         flip_exclude: names of classes that are never mirrored.
+        flip_exclude_images: indices of images that are never mirrored.
     """
 
     shift: int = 0
     flip: bool = False
     flip_exclude: frozenset[str] = frozenset()
+    flip_exclude_images: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.shift < 0:
@@ -45,6 +47,7 @@ def batches(
     step: int = 0,
     augment: Augment | None = None,
     workers: int = 2,
+    indexed: bool = False,
 ) -> Iterator[Batch]:
     """An endless stream of (images uint8 [B, size, size, 3], labels int64 [B]) over ``indices``.
 
@@ -61,6 +64,7 @@ def batches(
         step: number of batches to leave out, 0 or more.
         augment: random changes, None for none.
         workers: threads that prepare batches ahead; 0 prepares them in the caller's thread.
+        indexed: give the images' indices instead of their labels.
 
     Raises DataError at once when an argument is out of range or ``augment`` excludes a class the folder lacks, and
     while running when no image of ``indices`` can be decoded.
@@ -91,7 +95,8 @@ def batches(
         index, pixels = _first_readable(folder, order(epoch), position)
         label = int(folder.labels[index])
         flips = augment.flip and folder.classes[label] not in augment.flip_exclude
-        return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), label
+        flips = flips and index not in augment.flip_exclude_images
+        return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), index if indexed else label
 
     def batch(number: int) -> Batch:
         items = [item(number * batch_size + row) for row in range(batch_size)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,3 +74,13 @@ def collate(
         out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
         out["target_segment"][i, :t] = row.segment[1:]
     return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def collate_prompts(prompts: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
+    """Prompts padded on the right: ``prompt``, token ids int64 [B, P] or features float [B, P, d], P at least 1, and
+    ``prompt_length`` int64 [B]."""
+    lengths = torch.tensor([len(row) for row in prompts])
+    table = np.zeros((len(prompts), max(1, int(lengths.max())), *prompts[0].shape[1:]), prompts[0].dtype)
+    for line, row in zip(table, prompts, strict=True):
+        line[: len(row)] = row
+    return {"prompt": torch.from_numpy(table), "prompt_length": lengths}
