@@ -153,7 +153,7 @@ class StepTable:
 
     @classmethod
     def from_dict(cls, layout: TokenLayout, interface: Mapping[str, Any], prompt: int = 0) -> StepTable:
-        """The table of an interface as ``to_dict`` gives it, of a model that reads prompts of at most ``prompt`` tokens.
+        """The table of an interface as ``to_dict`` gives it; ``prompt`` is the most tokens of a prompt.
 
         Raises:
             ConfigError: a tensor is missing, unknown, or of another kind than a step of this layout has.

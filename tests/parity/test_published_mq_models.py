@@ -164,7 +164,7 @@ def test_our_training_batch(check):
     case = "stackformer_class"
     imported, labels = model(case), load(case, "inputs")["class_label"].numpy()
     codes, grain = (part.numpy() for part in imported.tokenizer.encode_maps(images(case)))
-    batch = collate(imported.layout, Tokenized(codes, grain, labels), torch.arange(3).numpy(), labels)
+    batch = collate(imported.layout, Tokenized(codes, grain, labels, labels), torch.arange(3).numpy(), labels)
     losses = batch_losses(imported.transformer, batch)
     check.close("value_loss", losses["content"][None], load(case)["value_loss"], **LOSS)
     check.close("position_loss", losses["position"][None], load(case)["position_loss"], **LOSS)

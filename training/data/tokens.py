@@ -17,31 +17,40 @@ from training.models.tokenizer import Tokenizer
 
 
 class Tokenized(NamedTuple):
-    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]."""
+    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` and ``images`` (their indices) int64 [N]."""
 
     codes: NDArray[np.int32]
     grain: NDArray[np.int8]
     labels: NDArray[np.int64]
+    images: NDArray[np.int64]
 
 
 @torch.no_grad()
-def tokenize(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenized:
-    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
+def tokenize(
+    vae: Tokenizer,
+    images: Iterator[tuple[np.ndarray, np.ndarray]],
+    labels: NDArray[np.int64],
+    count: int,
+    title: str,
+) -> Tokenized:
+    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], indices [B]) batches; ``labels`` are of all
+    images, by index."""
     codes: list[np.ndarray] = []
     grains: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
+    indices: list[np.ndarray] = []
     done = 0
     with progress_bar(total=count, desc=title, unit="image") as bar:
-        for pixels, label in images:
+        for pixels, index in images:
             code, grain = vae.encode_maps(to_float(pixels))
             codes.append(code.numpy().astype(np.int32))
             grains.append(grain.numpy().astype(np.int8))
-            labels.append(label)
+            indices.append(index)
             done += len(pixels)
             bar.update(len(pixels))
             if done >= count:
                 break
-    return Tokenized(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
+    code_maps, grain_maps, found = (np.concatenate(part)[:count] for part in (codes, grains, indices))
+    return Tokenized(code_maps, grain_maps, labels[found], found)
 
 
 def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:

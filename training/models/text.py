@@ -1,5 +1,5 @@
-"""The prompt in front of an image: text tokens, or features of a frozen text encoder, to rows of the transformer's width
-that stand before the start token. Both stacks read them as they read tokens; nothing is predicted about text."""
+"""The prompt in front of an image: text tokens, or features of a frozen text encoder, to rows of the transformer's
+width that stand before the start token. Both stacks read them as they read tokens; nothing is predicted about text."""
 
 from __future__ import annotations
 
