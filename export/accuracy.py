@@ -60,8 +60,7 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
         raise ConfigError(f"the checkpoint's labels are {list(names)}, the data's {folder.classes}; reorder --config")
     folder.check_held_out()
     indices = folder.val[:images]
-    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(indices, 16))
-    codes = tokenize(vae, chunks, len(indices), "tokenizing held-out images")
+    codes = tokenize(vae, folder.chunks(indices, 16), folder.labels, len(indices), "tokenizing held-out images")
     starts = codes.labels if names else np.zeros_like(codes.labels)
     return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
 
