@@ -98,7 +98,7 @@ def test_evaluate_writes_numbers_pictures_and_a_table(
 ) -> None:
     out = tmp_path / "new" / "result"
     arguments = [str(engine), str(data), "--out", str(out), "--config", str(config), "--n", "3"]
-    main([*arguments, "--classifier-steps", "40"])
+    main([*arguments, "--classifier-steps", "40", "--number", "12"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == str(out)
     assert any(line.startswith("| squares | ") for line in printed)
@@ -197,7 +197,7 @@ def test_wrong_engines_and_folders(engine: Path, data: Path, tmp_path: Path, mon
     with pytest.raises(ConfigError, match="--config"):  # without a mapping every sub-folder is a label
         open_data(generator, data, TrainConfig(), StageTwoConfig())
     monkeypatch.setattr(Generator, "class_names", ())
-    with pytest.raises(InputError, match="no named labels"):
+    with pytest.raises(InputError, match="have no names"):
         open_data(generator, data, TrainConfig(), stage)
 
 

@@ -3,8 +3,10 @@
 - **Tokenizers** (checkpoints; several stand side by side): cost, fidelity and use of the codebook on held-out images,
   at their own rates and at equal budgets, in ``tokenizers.md`` and ``tokenizers.json``; rate against distortion in
   ``rate_distortion.png``.
-- **An engine**: everything is drawn, encoded and decoded by the engine; PyTorch runs the judge alone, a classifier
-  trained on the real images. Pictures and ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR.
+- **An engine**, or one checkpoint of both stages: samples against the training images (Fréchet distance, Inception
+  Score, precision, recall), the likelihood of held-out images, and the verdict of a classifier that is trained on the
+  real images. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
+  ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR, with all settings.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ from typing import Any
 
 from PIL import Image
 
-from dvq_rt import Generator
-from dvq_rt.files import write_file
+from dvq_rt import Generator, SamplingParams
+from dvq_rt.files import parse_json, write_file
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
-from training.checkpoint import CONFIG, load_tokenizer
+from training.checkpoint import CONFIG, load_checkpoint, load_tokenizer
+from training.checkpoint_engine import CheckpointEngine
 from training.cli import guarded
 from training.config import read_config
+from training.data.folder import ImageFolder
 from training.judging.classifier import train_classifier
+from training.judging.distribution import Statistics
 from training.judging.engine import judge_engine, open_data, sweep
-from training.judging.features import efficientnet_features
+from training.judging.features import Extractor, efficientnet_features, extract, inception
 from training.judging.plot import line_plot
 from training.judging.report import pick, report, save_json, save_picture, table
+from training.judging.samples import compare_samples, draw, labels_like, likelihood, read_samples, sample_rows
 from training.judging.tokenizers import Coded, Judges, check_budgets, compare_rates, rate_distortion, rate_table
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
@@ -117,55 +123,111 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def evaluate_engine(
-    args: argparse.Namespace, path: str, config: dict[str, Any], first: dict[str, Any], out: Path
+def evaluate_model(
+    args: argparse.Namespace, generator: Generator, config: dict[str, Any], first: dict[str, Any], out: Path
 ) -> None:
-    """The part of ``main`` for an engine."""
-    generator = Generator(path)
+    """The part of ``main`` for an engine, or a checkpoint that acts as one."""
     folder, augment = open_data(generator, args.data, config["training"], config["stage"])
     held_out = held_out_folder(args.data, folder.size, first["training"], first["stage"])
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
+    params = sampling(generator, args.param)
     out.mkdir(parents=True, exist_ok=True)
-
-    began = time.monotonic()
-    model = train_classifier(folder, args.classifier_steps, augment)
     manifest = generator.manifest
     settings = {
+        "model": str(generator.path),
         "engine": {"files": manifest.files, "tools": manifest.tools, "parameters": manifest.parameters},
         "config": args.config,
         "overrides": args.set,
         "tokenizer_config": args.tokenizer_config,
         "n": args.sweep or args.n,
         "seed": args.seed,
-        "classifier": {
-            "steps": args.classifier_steps,
-            "seconds": time.monotonic() - began,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
         "versions": {**versions(), "onnxruntime": import_onnxruntime().__version__},
     }
+    if not args.sweep:
+        fields, rows = field_numbers(args, generator, folder, params)
+        print(table(["measure", "value"], rows), end="\n\n")
+    if args.no_classifier or not generator.class_names:
+        if not args.no_classifier:
+            print("the model has no labels, so no classifier judges what its samples show")
+        save_json(out / "evaluation.json", {"settings": settings, "field": fields})
+        print(out)
+        return
+    began = time.monotonic()
+    model = train_classifier(folder, args.classifier_steps, augment)
+    settings["classifier"] = {
+        "steps": args.classifier_steps,
+        "seconds": time.monotonic() - began,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if args.sweep:
-        rows = sweep(generator, folder, model, args.sweep, args.seed)
-        save_json(out / "sweep.json", {"settings": settings, "rows": rows})
-        shown = [name for name in rows[0] if name != "labels"]
-        print(table(shown, [[row[name] for name in shown] for row in rows]))
+        trials = sweep(generator, folder, model, args.sweep, args.seed)
+        save_json(out / "sweep.json", {"settings": settings, "rows": trials})
+        shown = [name for name in trials[0] if name != "labels"]
+        print(table(shown, [[trial[name] for name in shown] for trial in trials]))
     else:
 
         def save(name: str, picture: Image.Image) -> None:
             save_picture(out / name, picture)
 
-        result = judge_engine(generator, folder, held_out, model, args.n, args.seed, save)
-        save_json(out / "evaluation.json", {"settings": settings, **result})
+        result = judge_engine(generator, folder, held_out, model, args.n, args.seed, params, save)
+        save_json(out / "evaluation.json", {"settings": settings, "field": fields, **result})
         print(report(result))
     print(out)
+
+
+def sampling(generator: Generator, given: list[str]) -> SamplingParams:
+    """The recommended sampling parameters with what ``--param`` gives.
+
+    Raises:
+        InputError: one is no parameter, or the model cannot draw with it.
+    """
+    values = dict(generator.manifest.defaults)
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--param {text!r} is not NAME=VALUE, such as temperature=0.8")
+        try:
+            values[name] = parse_json(value)
+        except (ValueError, RecursionError):
+            values[name] = value
+    return generator.engine.sampling(SamplingParams.from_dict(values))
+
+
+def field_numbers(
+    args: argparse.Namespace, generator: Generator, folder: ImageFolder, params: SamplingParams
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """What papers report of samples and held-out images, with all settings, and as lines of a table."""
+    extractor: Extractor = inception(args.inception) if args.inception else efficientnet_features()
+    used = folder.train[pick(len(folder.train), args.images)]
+    if args.reference:
+        real, statistics = None, Statistics.load(args.reference, extractor.width)
+    else:
+        chunks = (images for images, _ in folder.chunks(used, 64))
+        real = extract(extractor, chunks, "features of real images", len(used)).features
+        statistics = Statistics.of(real)
+    if args.write_statistics:
+        statistics.save(args.write_statistics)
+    how: dict[str, Any]
+    if args.samples:
+        drawn, count, plan = read_samples(args.samples, folder.size)
+        how = {"folder": args.samples, "plan": plan}
+    else:
+        labels = labels_like(folder.labels[used], args.number) if generator.layout.classes else [None] * args.number
+        drawn, count = draw(generator, labels, args.seed, params), args.number
+        how = {"params": params.to_dict(), "seed": args.seed, "number": count, "labels": "as the real images"}
+    made = extract(extractor, drawn, "features of samples", count)
+    numbers = compare_samples(extractor, made, real, statistics, None if real is None else len(real))
+    numbers["likelihood"] = likelihood(generator, folder, folder.val[pick(len(folder.val), args.images)])
+    numbers["settings"] = {"samples": how, "reference": args.reference or args.data, "inception": args.inception}
+    return numbers, sample_rows(numbers, extractor)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
-        description="Judge tokenizers, or an engine, on real images.",
+        description="Judge tokenizers, or a model that draws, on real images.",
     )
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="engine, or checkpoints of tokenizers, as [NAME=]PATH"
@@ -179,35 +241,50 @@ def main(argv: list[str] | None = None) -> None:
     )
     of_tokenizers.add_argument("--images", type=int, default=5000, metavar="N", help="held-out images at most (5000)")
     of_tokenizers.add_argument("--lpips", metavar="FOLDER", help="weights of LPIPS, see docs/training.md")
-    of_engine = parser.add_argument_group("an engine")
-    of_engine.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
-    of_engine.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override --config"
+    of_models = parser.add_argument_group("an engine, or a checkpoint of both stages")
+    of_models.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
+    of_models.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides")
+    of_models.add_argument("--number", type=int, default=1000, help="samples that are compared with real images (1000)")
+    of_models.add_argument("--seed", type=int, default=0, help="of the samples")
+    of_models.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="another sampling parameter than recommended"
     )
-    of_engine.add_argument("--n", type=int, default=32, help="samples per label")
-    of_engine.add_argument("--seed", type=int, default=0, help="of the samples")
-    of_engine.add_argument("--classifier-steps", type=int, default=1500)
-    of_engine.add_argument(
+    of_models.add_argument("--samples", metavar="FOLDER", help="compare these pictures or shards, and draw none")
+    of_models.add_argument("--inception", metavar="FILE", help="weights of the FID network; else EfficientNet-Lite0")
+    of_models.add_argument("--reference", metavar="NPZ", help="mu and sigma to compare with, in place of the images'")
+    of_models.add_argument("--write-statistics", metavar="NPZ", help="write mu and sigma of the real images")
+    of_models.add_argument("--no-classifier", action="store_true", help="leave out the judgement by a classifier")
+    of_models.add_argument("--n", type=int, default=32, help="samples per label for the classifier (32)")
+    of_models.add_argument("--classifier-steps", type=int, default=1500)
+    of_models.add_argument(
         "--sweep", type=int, nargs="?", const=8, metavar="N", help="instead try sampling parameters, N samples a label"
     )
     args = parser.parse_args(argv)
-    for name in ("n", "classifier_steps", "sweep", "images"):
+    for name in ("n", "classifier_steps", "sweep", "images", "number"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if not 0 <= args.seed < 2**64:
         raise InputError(f"--seed is {args.seed}; it must be in 0..2**64-1")
+    if args.sweep and args.no_classifier:
+        raise InputError("--sweep needs the classifier; leave out --no-classifier")
+    if args.reference and args.write_statistics:
+        raise InputError("--write-statistics writes those of the images; leave out --reference")
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
     config = read_config(args.config, sections, args.set)
     sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     first = read_config(args.tokenizer_config, sections, [])
     models, out = named(args.models), Path(args.out)
-    if all(is_checkpoint(path) for path in models.values()):
+    checkpoints = [is_checkpoint(path) for path in models.values()]
+    if all(checkpoints):
         evaluate_tokenizers(args, models, first, out)
-    elif len(models) == 1:
-        evaluate_engine(args, next(iter(models.values())), config, first, out)
-    else:
+    elif len(models) > 1:
         raise InputError(f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one engine")
+    path = next(iter(models.values()))
+    if not any(checkpoints):
+        evaluate_model(args, Generator(path), config, first, out)
+    elif len(models) == 1 and load_checkpoint(path).transformer is not None:
+        evaluate_model(args, Generator.over(CheckpointEngine(path)), config, first, out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,3 +90,59 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     trace = np.sqrt(np.linalg.eigvalsh((middle + middle.T) / 2).clip(0)).sum()
     distance = ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace
     return max(float(distance), 0.0)
+
+
+def inception_score(logits: Features, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """exp of the mean Kullback-Leibler divergence of each image's class probabilities from their mean (Salimans et al.
+    2016), mean and standard deviation over parts of the images, which are shuffled first.
+
+    Args:
+        logits: float [N, classes], N at least ``splits``.
+
+    Raises:
+        InputError: there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise InputError(f"there are {len(logits)} images for an Inception Score in {splits} parts; draw more")
+    order = np.random.default_rng(seed).permutation(len(logits))
+    wide = logits[order].astype(np.float64)
+    wide = wide - wide.max(1, keepdims=True)
+    logs = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+    scores = []
+    for part in np.array_split(logs, splits):
+        mean = np.log(np.exp(part).mean(0))
+        scores.append(np.exp((np.exp(part) * (part - mean)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if splits > 1 else 0.0
+
+
+def precision_recall(real: Features, made: Features, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Share of the made images that lie among the real ones, and of the real ones that lie among the made (Kynkäänniemi
+    et al. 2019): a set reaches around each of its members as far as that one's k-th nearest neighbour in the set.
+
+    Args:
+        real, made: float [N, D] and [M, D], each with more than ``k`` rows.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if min(len(real), len(made)) <= k:
+        raise InputError(f"there are {len(real)} real and {len(made)} made images; precision needs more than {k}")
+    return _covered(made, real, k), _covered(real, made, k)
+
+
+def _covered(queries: Features, members: Features, k: int) -> float:
+    """Share of the queries within reach of any member."""
+    reach = np.concatenate(
+        [np.partition(d, k, 1)[:, k] for d in _distances(members, members)]
+    )  # 0 is the member itself
+    inside = [(d <= reach).any(1) for d in _distances(queries, members)]
+    return float(np.concatenate(inside).mean())
+
+
+def _distances(rows: Features, columns: Features) -> Iterator[NDArray[np.float64]]:
+    """Squared distances of all pairs, float64 [up to 512, M] at a time."""
+    columns = columns.astype(np.float64)
+    norms = (columns**2).sum(1)
+    for start in range(0, len(rows), 512):
+        part = rows[start : start + 512].astype(np.float64)
+        yield ((part**2).sum(1)[:, None] + norms - 2 * part @ columns.T).clip(0)

@@ -39,20 +39,24 @@ SWEEP = {"temperature": (0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), 
 def open_data(
     generator: Generator, data: str | Path, training: TrainConfig, stage: StageTwoConfig
 ) -> tuple[ImageFolder, Augment]:
-    """The images of stage 2 that have the engine's labels, in its order, with the split and the augmentation.
+    """The images of stage 2 that have the engine's labels, in its order, with the split and the augmentation; for a
+    model without labels all images, under the label "".
 
     Raises:
-        InputError: the engine has no named labels.
+        InputError: the engine has labels without names.
         ConfigError: its labels are not among the configuration's.
         DataError: the folder cannot be used, or holds no held-out image.
     """
-    names = generator.class_names
-    if not names:
+    names, size = generator.class_names, generator.manifest.image_size
+    if not names and generator.layout.classes:
         raise InputError(
-            f"engine {generator.path} has no named labels, so nothing says what its samples should show; "
-            "evaluate an engine of a class-conditional model"
+            f"the labels of {generator.path} have no names, so nothing says what its samples should show; export it "
+            "from a checkpoint with class_names"
         )
-    size = generator.manifest.image_size
+    if not names:
+        everything = {"": ["*"]}
+        folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=everything)
+        return folder, Augment(training.shift, training.flip)
     if set(names) <= set(stage.labels):
         exclude = tuple(name for name in stage.flip_exclude if name in names)
         stage = replace(stage, labels={name: stage.labels[name] for name in names}, flip_exclude=exclude)
@@ -72,16 +76,18 @@ def judge_engine(
     model: Classifier,
     n: int,
     seed: int,
+    params: SamplingParams,
     save: Callable[[str, Image.Image], None],
 ) -> dict[str, Any]:
     """All numbers of ``evaluation.json`` but the settings.
 
     Args:
         folder: labelled as the engine is; held_out: with stage 1's split.
-        model: trained on ``folder.train``; n: samples per label; save: called with each picture's name and picture.
+        model: trained on ``folder.train``; n: samples per label; params: how they are drawn.
+        save: called with each picture's name and picture.
     """
     names, size = folder.classes, folder.size
-    samples = generator.sample(n * len(names), [i for i in range(len(names)) for _ in range(n)], seed, progress=True)
+    samples = generator.sample(n * len(names), [i for i in range(len(names)) for _ in range(n)], seed, params, True)
     drawn = judge(model, samples.to_numpy())
     wanted = np.array(samples.labels, dtype=np.int64)
     training, used = folder.load(folder.train)

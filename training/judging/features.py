@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,11 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dvq_rt.progress import progress_bar
+from runtimes.errors import ConfigError
 from training.data.pixels import Pixels, to_float
+from training.models.inception import Inception
 from training.models.perceptual import EfficientNetLite0, SameConv, norm
-from training.perceptual import load_lite0
+from training.perceptual import load_lite0, load_named, read_weights
 
 BATCH = 32
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_WEIGHTS = (
+    f"--inception must be the weights of the FID network, {INCEPTION_FILE} "
+    f"(https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}); without it the "
+    "features of EfficientNet-Lite0 are taken, and no number is called FID"
+)
 
 
 class Extracted(NamedTuple):
@@ -32,11 +41,13 @@ class Extractor(Protocol):
     Attributes:
         title: what tables call it.
         frechet: what they call the Fréchet distance in its features.
+        class_score: what they call ``distribution.inception_score`` of its logits.
         width: D.
     """
 
     title: str
     frechet: str
+    class_score: str
     width: int
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +61,7 @@ class EfficientNetFeatures(EfficientNetLite0):
 
     title = "EfficientNet-Lite0"
     frechet = "Fréchet distance (EfficientNet-Lite0)"
+    class_score = "score of Inception's formula (EfficientNet-Lite0's classes)"
     width, side = EfficientNetLite0.STAGES[-1][1], 224
 
     def __init__(self) -> None:
@@ -70,6 +82,30 @@ def efficientnet_features() -> EfficientNetFeatures:
     """
     net = EfficientNetFeatures()
     load_lite0(net)
+    for weight in net.parameters():
+        if weight.ndim == 4:  # depthwise convolutions are faster so
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
+
+
+def inception(weights: str | Path) -> Inception:
+    """The network of FID with its published weights, frozen.
+
+    Args:
+        weights: ``pt_inception-2015-12-05-6726825d.pth``, or another file of the same names.
+
+    Raises:
+        ConfigError: there is no such file.
+        CheckpointError: it is damaged, or does not hold exactly these tensors.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}; {INCEPTION_WEIGHTS}")
+    net = Inception()
+    tensors = read_weights(path, INCEPTION_WEIGHTS)
+    # counts of training steps, which play no part here; files of some versions lack them
+    counted = {name: t for name, t in net.state_dict().items() if name.endswith("num_batches_tracked")}
+    load_named(net, {}, counted | tensors, path, INCEPTION_WEIGHTS)
     return net.eval().requires_grad_(False)
 
 
