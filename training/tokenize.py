@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 does it in this one")
     parser.add_argument("--ray", action="store_true", help="have Ray Data start the workers")
     args = parser.parse_args(argv)
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, args.set)
     stage = config["stage"] if args.copies is None else replace(config["stage"], copies=args.copies)
     if args.workers < 0 or (args.ray and args.workers < 1):
