@@ -41,6 +41,7 @@ def create_app(settings: Settings) -> Gate:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         server.engines = Engines(settings)
         await asyncio.to_thread(server.engines.warm)
@@ -48,6 +49,7 @@ def create_app(settings: Settings) -> Gate:
         yield
         observer.cancel()
         server.engines.close()
+        sys.setswitchinterval(before)
 
     app = FastAPI(title="dvq-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server

@@ -13,7 +13,8 @@ from functools import partial
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from dvq_rt.serve.gate import JsonLines
+from dvq_rt.serve.app import create_app
+from dvq_rt.serve.gate import Gate, JsonLines
 from dvq_rt.serve.metrics import FOLDER_VARIABLE
 from dvq_rt.serve.protocol import PatientProtocol
 from dvq_rt.serve.settings import KEY_VARIABLE, Settings
@@ -68,11 +69,10 @@ def configuration(settings: Settings) -> uvicorn.Config:
     )
 
 
-def application(settings: Settings):  # type: ignore[no-untyped-def]
-    """The application of one process, which logs as this one does."""
-    from dvq_rt.serve.app import create_app
-
-    log_json()
+def application(settings: Settings) -> Gate:
+    """The application of one process."""
+    if settings.workers > 1:
+        log_json()  # a worker is a process that has no log yet
     return create_app(settings)
 
 
