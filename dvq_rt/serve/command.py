@@ -63,6 +63,7 @@ def configuration(settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         backlog=BACKLOG,
         workers=settings.workers,
         timeout_graceful_shutdown=math.ceil(settings.timeout),
