@@ -35,7 +35,6 @@ from runtimes.registry import open_backend
 
 MOST_SLOTS = 4096
 """Rows that exported graphs take at most."""
-GRAPHS = ("encoder", "decoder", "step")
 LOGITS = ("position_logits", "content_logits")
 LOGPROBS = ("position_logprob", "content_logprob")
 

@@ -95,7 +95,7 @@ class PromptReader:
     def __init__(self, tokenizer: TextTokenizer, embed: Callable[[NDArray[np.int64]], Rows]) -> None:
         self.tokenizer, self._embed = tokenizer, embed
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Rows] = OrderedDict()
+        self._kept: OrderedDict[bytes, Rows] = OrderedDict()
 
     def rows(self, text: Prompt, truncate: bool = False) -> Rows | None:
         """Rows float32 [l, C] of a prompt; None of the empty one.
@@ -109,7 +109,7 @@ class PromptReader:
         ids = self.tokenizer.encode("" if text is None else text, truncate)
         if not len(ids):
             return None
-        key = ids.tobytes().hex()
+        key = ids.tobytes()
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = self._embed(ids)
