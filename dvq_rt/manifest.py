@@ -38,6 +38,9 @@ from runtimes.errors import ConfigError, EngineError, guard, short
 SCHEMA, OLDER = 3, (1, 2)
 """The version that is written, and those that are read too: 1 lacks ``tokenizer``, both ``conditioning``."""
 MANIFEST = "manifest.json"
+GRAPHS = ("encoder", "decoder", "step")
+TEXT_GRAPH = "text"
+"""The graph that models which read prompts have beside the others."""
 DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
 """The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
@@ -176,7 +179,7 @@ class Manifest:
     @property
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs, without their suffix."""
-        return ("encoder", "decoder", "step", *(("text",) if self.conditioning else ()))
+        return (*GRAPHS, TEXT_GRAPH) if self.conditioning else GRAPHS
 
     @property
     def fixed_slots(self) -> bool:
