@@ -32,6 +32,8 @@ from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model, load_checkpoint, save_checkpoint
 from training.data.captions import choose_caption, holds, train_bpe
 from training.data.folder import ImageFolder
+from training.evaluate_prompts import main as judge_prompts
+from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prompts import directed_images, hold_out
@@ -422,3 +424,30 @@ def test_pictures_of_training_are_prompted(net: StackedTransformer) -> None:
     bare = text_transformer(TokenLayout(32, (4, 8)), TextConfig(16, 256, 1, empty=False))
     with pytest.raises(InputError, match="null label or the empty prompt"):
         sample_events(bare, [0], GUIDED)
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+def test_numbers_of_judging() -> None:
+    """Ranks and margins of captions, captions that differ in one word, and the colour that is nearest."""
+    scores = np.array([[-1.0, -5.0, -2.0], [-4.0, -3.0, -9.0]])
+    assert matching(scores) == {
+        **{"images": 2, "others": 2, "own_above_mean": 1.0, "margin": 2.25},
+        **{"recall_at_1": 0.5, "recall_at_10": 1.0},
+    }
+    captions = ["red heart", "Blue heart", "green heart", "blue car", "red car", "elf: medium-dark tone"]
+    assert families(captions, COLOURS) == {"{} heart": {"red": captions[0], "blue": captions[1], "green": captions[2]}}
+    image = np.full((4, 4, 3), 255, np.uint8)
+    image[0] = (200, 0, 0)
+    assert foreground_colour(image).tolist() == [200, 0, 0] and hue(np.array([[0.0, 90.0, 0.0]])) == pytest.approx(120)
+    real = {"red": np.array([255.0, 0, 0]), "blue": np.array([0.0, 0, 255])}
+    hit, told = nearest_word(real, {"red": np.array([[200.0, 9, 9], [10, 10, 200]])})
+    assert hit.tolist() == [True, False] and told["red"]["nearest"] == 0.5 and told["red"]["real_hue"] == 0
+
+
+def test_the_command(generator: Generator, run: Path, data: Path, tmp_path: Path) -> None:
+    """The command reads what the run held out, writes its numbers and a picture of the combinations."""
+    arguments = [str(generator.path), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
+    assert judge_prompts([*arguments, "--images", "2", "--samples", "1"]) is None
+    result = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
+    assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
