@@ -311,8 +311,8 @@ def test_images_by_their_captions(data: Path) -> None:
     before = set(folder.val.tolist())
     hold_out(folder, ["green left"])
     assert not set(folder.train.tolist()) & set(folder.val.tolist()) and len(folder.train) + len(folder.val) == 24
-    assert {folder.caption(i) for i in set(folder.val.tolist()) - before} == {"green left"}
-    assert {folder.caption(i) for i in directed_images(folder, ["left"])} == {"red left", "green left", "blue left"}
+    assert {folder.captions(i)[0] for i in set(folder.val.tolist()) - before} == {"green left"}
+    assert {folder.captions(i)[0] for i in directed_images(folder, ["left"])} == {"red left", "green left", "blue left"}
     with pytest.raises(DataError, match=r"hold_out names 'purple', but no caption"):
         hold_out(folder, ["purple"])
 

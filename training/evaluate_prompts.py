@@ -23,7 +23,6 @@ from training.data.folder import ImageFolder
 from training.judging.metrics import nearest_pixels
 from training.judging.prompts import COLOURS, TONES, families, foreground_colour, matching, nearest_word
 from training.judging.report import enlarged, save_json, save_picture, sheet
-from training.prompts import captions_of
 from training.run import IMAGES, SETTINGS, say
 
 OTHERS = 50
@@ -55,12 +54,12 @@ def score_captions(
     """``matching`` of so many held-out images, each with its own caption and 50 captions of other held-out images."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.array(held))[:images]
-    texts = sorted({captions_of(folder, i)[0] for i in held})
+    texts = sorted({folder.captions(i)[0] for i in held})
     if len(texts) < 2:
         raise DataError("fewer than two captions are held out; hold more images out")
     rows = []
     for i in progress_bar(chosen, desc="scoring captions", unit="image"):
-        own = captions_of(folder, int(i))[0]
+        own = folder.captions(int(i))[0]
         others = [text for text in rng.permutation(texts) if text != own][:OTHERS]
         codes = generator.encode(folder.pixels(int(i)))
         scores = generator.score(codes * (1 + len(others)), prompts=[own, *others], truncate=True)
@@ -74,7 +73,7 @@ def test_words(
 ) -> dict[str, Any]:
     """Draw captions that differ in one word, ``count`` times each, and see whether the samples' colour is nearest to
     that of the real image with that word."""
-    images = {captions_of(folder, i)[0]: i for i in reversed(range(len(folder)))}
+    images = {folder.captions(i)[0]: i for i in reversed(range(len(folder)))}
     groups = families(list(images), attributes)
     step = max(1, -(-len(groups) // MOST_FAMILIES))
     hits: list[NDArray[np.bool_]] = []
@@ -99,7 +98,7 @@ def picture_combinations(
 ) -> Any:
     """For held-out images: the real one, samples of its caption, and the training image nearest to the first sample."""
     training = np.stack([folder.pixels(i) for i in train])
-    texts = [captions_of(folder, i)[0] for i in held]
+    texts = [folder.captions(i)[0] for i in held]
     drawn = [
         generator.sample(count, prompts=text, seed=seed).to_numpy()
         for text in progress_bar(texts, desc="drawing what was held out", unit="caption")
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         result["colours"] = test_words(generator, folder, COLOURS, args.samples, args.seed)
         result["skin_tones"] = test_words(generator, folder, TONES, args.samples, args.seed)
         save_json(args.out / "prompts.json", result)
-        if novel := [i for i in held if holds(captions_of(folder, i)[0], phrases)]:
+        if novel := [i for i in held if holds(folder.captions(i)[0], phrases)]:
             save_picture(
                 args.out / "combinations.png",
                 picture_combinations(generator, folder, train, novel, args.samples, args.seed),

@@ -55,19 +55,13 @@ class TextSettings:
                 raise ConfigError(f"text.templates: {short(template)} must be a text with {{name}} in it")
 
 
-def captions_of(folder: ImageFolder, image: int) -> tuple[str, ...]:
-    """All captions of an image."""
-    caption = folder.caption(image)
-    return () if caption is None else (caption,)
-
-
 def hold_out(folder: ImageFolder, phrases: Sequence[str]) -> None:
     """Move the images whose captions have all words of a phrase to those held out.
 
     Raises:
         DataError: a phrase is in no caption.
     """
-    captions = [captions_of(folder, i) for i in range(len(folder))] if phrases else []
+    captions = [folder.captions(i) for i in range(len(folder))] if phrases else []
     for phrase in phrases:
         if not any(holds(text, [phrase]) for texts in captions for text in texts):
             raise DataError(
@@ -85,7 +79,7 @@ def read_captions(folder: ImageFolder, text: TextSettings) -> tuple[str, TextCon
         DataError: an image has no caption.
         BackendError: the package tokenizers is missing.
     """
-    captions = [captions_of(folder, i) for i in range(len(folder))]
+    captions = [folder.captions(i) for i in range(len(folder))]
     if lacking := [folder.relative(i) for i, texts in enumerate(captions) if not texts]:
         raise DataError(
             f"{len(lacking)} images have no caption: {some(lacking)}; see docs/prompts.md for where they go"
@@ -101,7 +95,7 @@ def directed_images(folder: ImageFolder, phrases: Sequence[str]) -> frozenset[in
     """The images whose captions have all words of a phrase."""
     if not phrases:
         return frozenset()
-    return frozenset(i for i in range(len(folder)) if any(holds(text, phrases) for text in captions_of(folder, i)))
+    return frozenset(i for i in range(len(folder)) if any(holds(text, phrases) for text in folder.captions(i)))
 
 
 class Prompts:
@@ -117,7 +111,7 @@ class Prompts:
 
     def caption(self, image: int, number: float = 0.0) -> str:
         """The caption that a number in [0, 1) chooses."""
-        return choose_caption(captions_of(self._folder, image), self.text.templates, number)
+        return choose_caption(self._folder.captions(image), self.text.templates, number)
 
     def ids(self, text: str) -> NDArray[np.int64]:
         if text not in self._known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,17 +19,19 @@ from dvq_rt.decoding import cells_to_maps
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
+from dvq_rt.progress import progress_bar
 from dvq_rt.prompts import BYTES
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError, DataError, short
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
+from training.data.codes import Codes, Tokenization, begin, check
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
-from training.data.stream import Augment, batches
-from training.data.tokens import code_counts, collate, tokenize
+from training.data.stream import Augment
+from training.data.tokens import collate
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses
@@ -108,6 +111,7 @@ def train_transformer(
     stage: StageTwoConfig,
     resume: bool = False,
     init: str | Path | None = None,
+    codes: str | Path | None = None,
     text: TextSettings | None = None,
 ) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
@@ -119,18 +123,16 @@ def train_transformer(
         transformer, training, stage: sizes and settings.
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
         init: checkpoint folder whose transformer, of the same sizes and vocabularies, is trained on.
+        codes: what ``training.tokenize`` has written for these images, tokenizer and settings; None makes it, in the
+            run folder.
         text: makes a model that reads prompts, trained on the images' captions; None makes one without.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
     vae = load_tokenizer(tokenizer).requires_grad_(False)
-    labels = stage.labels or None
-    folder = ImageFolder(
-        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels
-    )
-    hold_out(folder, stage.hold_out)
-    folder.check_held_out()
+    work = tokenization(data, vae, training, stage)
+    folder = work.folder
     unconditional = folder.classes == [""]
     layout = TokenLayout(
         order=stage.order,
@@ -161,7 +163,36 @@ def train_transformer(
         if before is not None and not resumed:
             begin_from(model, before, str(init))
         model.both()[0].requires_grad_(False)
-        return fit(learning(model, folder, training, stage, text), training, path, resumed)
+        if codes is None:
+            make_codes(path / "codes", work)
+        return fit(learning(model, work, Path(codes or path / "codes"), training, stage, text), training, path, resumed)
+
+
+def tokenization(
+    data: str | Path, vae: Tokenizer, training: TrainConfig, stage: StageTwoConfig, shard_size: int = 4096
+) -> Tokenization:
+    """How stage 2 has its images tokenized."""
+    folder = ImageFolder(
+        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None
+    )
+    hold_out(folder, stage.hold_out)
+    folder.check_held_out()
+    directed = directed_images(folder, stage.flip_exclude_words)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop, directed)
+    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
+
+
+def make_codes(out: Path, work: Tokenization) -> None:
+    """Tokenize all images into a folder, which is made anew where it holds codes of something else."""
+    try:
+        begin(out, work)
+    except DataError as error:
+        say(f"tokenizing again: {error}")
+        shutil.rmtree(out)
+        begin(out, work)
+    with progress_bar(total=sum(part.count for part in work.parts()), desc="tokenizing", unit="image") as bar:
+        for part in work.parts():
+            work.write(out, part, bar.update)
 
 
 def begin_from(model: Model, before: Model, source: str) -> None:
@@ -181,26 +212,28 @@ def begin_from(model: Model, before: Model, source: str) -> None:
 
 
 def learning(
-    model: Model, folder: ImageFolder, training: TrainConfig, stage: StageTwoConfig, text: TextSettings | None = None
+    model: Model,
+    work: Tokenization,
+    codes: Path,
+    training: TrainConfig,
+    stage: StageTwoConfig,
+    text: TextSettings | None = None,
 ) -> Stage:
-    """What ``fit`` does to a transformer: the images are tokenized once, before.
+    """What ``fit`` does to a transformer, on the codes in a folder.
 
     Raises:
-        DataError: a label has no image that can be decoded.
+        DataError: a label has no image that can be decoded, or the codes are incomplete or of something else.
     """
-    vae, net = model.both()
+    net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
+    check(codes, work)
+    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
     prompts = None if text is None else Prompts(model, folder, text)
-    directed = directed_images(folder, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed)
-    source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment, indexed=True)
-    train = tokenize(vae, source, folder.labels, len(folder.train) * stage.copies, "tokenizing")
-    val = tokenize(vae, folder.chunks(folder.val, 1), folder.labels, len(folder.val), "tokenizing held-out images")
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
-    lengths = code_counts(layout, train.grain)
+    lengths = train.lengths(layout)
 
     def stream(step: int) -> Iterator[dict[str, Tensor]]:
         size = training.batch_size
@@ -311,13 +344,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--init", metavar="CKPT", help="checkpoint folder of stage 2 to train on from, of the same sizes"
     )
+    parser.add_argument(
+        "--codes", metavar="CODES", help="what training.tokenize wrote with the same settings; otherwise it is made"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, args.set)
     settings = config["transformer"], config["training"], config["stage"]
     text = read_dataclass(TextSettings, config["text"], "section 'text'", defaults=True) if config["text"] else None
-    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init, text)
+    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init, args.codes, text)
     print(Path(args.out) / "best")
 
 

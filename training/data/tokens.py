@@ -1,9 +1,9 @@
-"""Images as token sequences: tokenized once, collated into padded batches."""
+"""Codes as token sequences, collated into padded batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,46 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from dvq_rt.progress import progress_bar
-from training.data.pixels import to_float
-from training.models.tokenizer import Tokenizer
 
 
-class Tokenized(NamedTuple):
-    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` and ``images`` (their indices) int64 [N]."""
+class CodeRows(Protocol):
+    """Codes int32 [h, w] and grains int8 [hc, wc] of images, by number."""
 
-    codes: NDArray[np.int32]
-    grain: NDArray[np.int8]
-    labels: NDArray[np.int64]
-    images: NDArray[np.int64]
-
-
-@torch.no_grad()
-def tokenize(
-    vae: Tokenizer,
-    images: Iterator[tuple[np.ndarray, np.ndarray]],
-    labels: NDArray[np.int64],
-    count: int,
-    title: str,
-) -> Tokenized:
-    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], indices [B]) batches; ``labels`` are of all
-    images, by index."""
-    codes: list[np.ndarray] = []
-    grains: list[np.ndarray] = []
-    indices: list[np.ndarray] = []
-    done = 0
-    with progress_bar(total=count, desc=title, unit="image") as bar:
-        for pixels, index in images:
-            code, grain = vae.encode_maps(to_float(pixels))
-            codes.append(code.numpy().astype(np.int32))
-            grains.append(grain.numpy().astype(np.int8))
-            indices.append(index)
-            done += len(pixels)
-            bar.update(len(pixels))
-            if done >= count:
-                break
-    code_maps, grain_maps, found = (np.concatenate(part)[:count] for part in (codes, grains, indices))
-    return Tokenized(code_maps, grain_maps, labels[found], found)
+    @property
+    def codes(self) -> Any: ...
+    @property
+    def grain(self) -> Any: ...
 
 
 def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
@@ -60,7 +29,7 @@ def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int6
 
 
 def collate(
-    layout: TokenLayout, data: Tokenized, images: NDArray[np.int64], labels: NDArray[np.int64]
+    layout: TokenLayout, data: CodeRows, images: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
