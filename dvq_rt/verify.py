@@ -210,7 +210,7 @@ def free_request(engine: Engine, golden: dict[str, Array], image: int) -> Reques
     label, few = int(golden["free_labels"][image]), "free_position" in golden
     some = {"prompts": golden["prompts"][image : image + 2]} if "prompts" in golden else {}
     prompts: list[Array | None] = [*golden_prompts(engine, some)]
-    prompt, negative = (prompts + [None, None])[:2]
+    prompt, negative = [*prompts, None, None][:2]
     params = free_params(engine.layout, engine.manifest.defaults, label, few, engine.manifest.empty_prompt)
     return Request(label, params, image=image, prompt=prompt, negative=negative)
 

@@ -36,6 +36,8 @@ from training.evaluate_prompts import main as judge_prompts
 from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.prepare_coco import main as prepare_coco
+from training.prepare_coco import prepare
 from training.prompts import directed_images, hold_out
 from training.sampling import embed_prompts, sample_tokens
 from training.step import Step, example_inputs, step_table
@@ -451,3 +453,25 @@ def test_the_command(generator: Generator, run: Path, data: Path, tmp_path: Path
     result = json.loads((tmp_path / "out" / "prompts.json").read_text())
     assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
     assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
+
+
+def test_coco(tmp_path: Path) -> None:
+    """A captions file as COCO has them becomes a list that training reads, with all captions of each image; what is
+    missing is named."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(images / f"{i}.png")
+    rows = [{"image_id": i, "caption": f" number {i}\n{j}"} for i in range(12) for j in range(2)]
+    names = [{"id": i, "file_name": f"{i}.png"} for i in range(13)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": names, "annotations": rows}))
+    assert prepare_coco([str(tmp_path / "captions.json"), str(images), str(tmp_path / "out")]) is None
+    folder = ImageFolder(tmp_path / "out" / "images.txt", 16)
+    assert len(folder) == 12 and folder.captions(3) in [(f"number {i} 0", f"number {i} 1") for i in range(12)]
+    rows.append({"image_id": 12, "caption": "no file"})
+    (tmp_path / "captions.json").write_text(json.dumps({"images": names, "annotations": rows}))
+    with pytest.raises(DataError, match=r"lacks 1 of 13 captioned images: 12\.png"):
+        prepare(tmp_path / "captions.json", images, tmp_path / "other")
+    (tmp_path / "captions.json").write_text("{}")
+    with pytest.raises(DataError, match="no file of captions"):
+        prepare(tmp_path / "captions.json", images, tmp_path / "other")
