@@ -101,11 +101,17 @@ def sample(options: argparse.Namespace) -> int:
     target, folder = _output(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
-    n = options.n or len(labels or []) or 16
-    columns = options.columns or (PER_LABEL if options.n is None and labels else None)
+    prompts = pick_prompts(options.prompt, options.n)
+    labels = None
+    if prompts is None or options.labels is not None:
+        n = options.n or len(prompts or []) or None
+        labels = pick_labels(options.labels, n, generator.class_names, generator.manifest.layout.classes)
+    n = options.n or len(labels or prompts or []) or 16
+    columns = options.columns or (PER_LABEL if options.n is None and (labels or prompts) else None)
     watched = sys.stderr is not None and sys.stderr.isatty()
-    samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched)
+    words = {"prompts": prompts, "negative_prompts": options.negative, "truncate": options.truncate}
+    texts: dict[str, Any] = words if prompts or options.negative is not None else {}
+    samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched, **texts)
     if folder is not None:
         _make_folder(folder)
         samples.save(folder)
@@ -199,6 +205,10 @@ def describe(manifest: Manifest, folder: Path) -> str:
     labels = f"{layout.classes}" if layout.classes else "none"
     if layout.classes:
         labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
+    prompts = "none"
+    if manifest.prompt:
+        empty = "the empty one stands for anything (guidance works)" if manifest.empty_prompt else "never empty"
+        prompts = f"at most {manifest.prompt} tokens of {manifest.conditioning['tokenizer']}; {empty}"
     most = "at most " if layout.covering else ""
     kind = f"{manifest.precision}, weights {manifest.weights}"
     rows = [
@@ -208,6 +218,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
+        ("prompts", prompts),
     ]
     sections = [table(rows)]
     if manifest.class_names:
@@ -264,6 +275,16 @@ def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: 
         wanted = wanted[:10]
     n = n or PER_LABEL * len(wanted)
     return [wanted[i * len(wanted) // n] for i in range(n)] if wanted else None
+
+
+def pick_prompts(texts: list[str] | None, n: int | None) -> list[str] | None:
+    """One prompt for each picture: those asked for in equal shares and in order; without ``n`` a row for each."""
+    if not texts:
+        return None
+    if n is not None and len(texts) > n:
+        raise InputError(f"there are {len(texts)} --prompt, but --n is {n}; raise --n or give fewer")
+    n = n or PER_LABEL * len(texts)
+    return [texts[i * len(texts) // n] for i in range(n)]
 
 
 def _output(text: str) -> tuple[Path, Path | None]:
@@ -332,6 +353,9 @@ def _parser() -> argparse.ArgumentParser:
     drawing = add(sample, True, name="--engine")
     drawing.add_argument("--n", type=int, help="number of pictures (a row per label, or 16)")
     drawing.add_argument("--labels", help="names or indices, separated by commas; all labels if left out")
+    drawing.add_argument("--prompt", action="append", help="what to draw, in words; give it again for more")
+    drawing.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
+    drawing.add_argument("--truncate", action="store_true", help="leave out the end of prompts that are too long")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", default="samples.png", help="picture, or a folder ending with / (samples.png)")
     drawing.add_argument("--columns", type=int, help="pictures per row of the grid")

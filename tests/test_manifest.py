@@ -171,7 +171,7 @@ def test_names_of_engines(tmp_path):
 
 def test_schema(engine):
     """A newer folder asks for an upgrade, an older one for a new export, before anything else is judged."""
-    for schema, words in ((3, "upgrade dvq-rt"), (0, "export it again"), ("1", "no schema"), (True, "no schema")):
+    for schema, words in ((4, "upgrade dvq-rt"), (0, "export it again"), ("1", "no schema"), (True, "no schema")):
         values = json.loads((engine / MANIFEST).read_text())
         (engine / MANIFEST).write_text(json.dumps({**values, "schema": schema, "new field": 1}))
         with pytest.raises(EngineError, match=words):
