@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
+import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dvq_rt.completion import script
+from dvq_rt.describe import describe, plain, table
 from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
 from dvq_rt.labels import MOST_IMAGES, whole
-from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.rates import Rate
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and (command := _installed().get(words[0])):
             return _run_installed(command, words[1:])
         options = _parser().parse_args(words)
-        status: int = options.command(options)
+        with _logging(options):
+            status: int = options.command(options)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -70,6 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(text: str) -> None:
     if sys.stderr is not None:
         print(text, file=sys.stderr)
+
+
+@contextmanager
+def _logging(options: argparse.Namespace) -> Iterator[None]:
+    """Lines of our loggers on standard error: warnings, with ``-v`` also what is done, with ``-q`` neither."""
+    ours = [logging.getLogger(name) for name in ("dvq_rt", "runtimes")]
+    handler = logging.StreamHandler() if sys.stderr is not None else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.ERROR if options.quiet else logging.DEBUG)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    for logger in ours:
+        logger.setLevel(logging.INFO if options.verbose else logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
 
 
 def _installed() -> dict[str, EntryPoint]:
@@ -104,7 +126,7 @@ def sample(options: argparse.Namespace) -> int:
     labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
     n = options.n or len(labels or []) or 16
     columns = options.columns or (PER_LABEL if options.n is None and labels else None)
-    watched = sys.stderr is not None and sys.stderr.isatty()
+    watched = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
     samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched)
     if folder is not None:
         _make_folder(folder)
@@ -142,16 +164,20 @@ def reconstruct(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     """Print what an engine folder holds, after checking its files."""
     folder = engine_folder(options.engine)
-    print(describe(read_engine(folder), folder))
+    manifest = read_engine(folder)
+    print(plain({"path": str(folder), **manifest.to_dict()}) if options.json else describe(manifest, folder))
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check an engine against the numbers stored at its export; exit status 1 if a check fails."""
     checks = _generator(options).verify()
+    failed = [c.name for c in checks if not c.ok]
+    if options.json:
+        print(plain({"checks": [c._asdict() for c in checks], "failed": failed}))
+        return 1 if failed else 0
     rows = [(c.name, f"{c.measured:.3g}", f"{c.bound:.3g}", "ok" if c.ok else "FAILED") for c in checks]
     print(table([("check", "measured", "bound", "result"), *rows]))
-    failed = [c.name for c in checks if not c.ok]
     print(
         f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
     )
@@ -173,52 +199,18 @@ def bench(options: argparse.Namespace) -> int:
         mixed=options.mixed,
     )
     if options.out:
-        write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
-    print(table(tool.report(result)))
+        write_file(Path(options.out), (plain(result) + "\n").encode())
+    print(plain(result) if options.json else table(tool.report(result)))
     return 0
 
 
-# --- texts and pictures ----------------------------------------------------------------------------------------
-def describe(manifest: Manifest, folder: Path) -> str:
-    """A readable summary of an engine."""
-    layout = manifest.layout
-    sides = ", ".join(f"{side} x {side}" for side in layout.sides)
-    labels = f"{layout.classes}" if layout.classes else "none"
-    if layout.classes:
-        labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
-    most = "at most " if layout.covering else ""
-    kind = f"{manifest.precision}, weights {manifest.weights}"
-    rows = [
-        ("engine", str(folder)),
-        ("family", f"{manifest.family}, schema {manifest.schema}"),
-        ("runs on", f"{manifest.backend} for {manifest.target}, {kind}, {manifest.slots} slots"),
-        ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
-        ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
-        ("labels", labels),
-    ]
-    sections = [table(rows)]
-    if manifest.class_names:
-        sections.append("\n".join(["label names", *(f"  {i:3d} {n}" for i, n in enumerate(manifest.class_names))]))
-    files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
-    parts: list[tuple[str, dict[str, Any]]] = [
-        ("recommended sampling", manifest.defaults),
-        ("tokenizer", manifest.tokenizer),
-        ("parameters", {name: f"{count:,}" for name, count in manifest.parameters.items()}),
-        ("errors measured at export", {name: f"{value:.3g}" for name, value in manifest.tolerances.items()}),
-        ("made with", manifest.tools),
-        ("files (sizes and SHA-256 checked)", files),
-    ]
-    for title, values in parts:
-        if values:
-            sections.append(f"{title}\n{table([(f'  {name}', str(value)) for name, value in values.items()])}")
-    return "\n\n".join(sections)
+def completion(options: argparse.Namespace) -> int:
+    """Print a script that completes commands, options and file names in bash: eval "$(dvq-rt completion)"."""
+    print(script(options.parsers, _installed()), end="")
+    return 0
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
+# --- pictures --------------------------------------------------------------------------------------------------
 def _blocks(rows: list[list[NDArray[np.uint8]]], columns: int) -> Image.Image:
     """Rows of pictures side by side, broken into blocks of at most ``columns``."""
     across = min(columns, len(rows[0]))
@@ -299,7 +291,10 @@ def _top_k(text: str) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
-    parser.epilog = f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own."
+    parser.epilog = (
+        f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own. Exit status: 0 done, 1 a "
+        "check of verify failed, 2 bad use or an error that is told, 130 interrupted, 141 whoever read the output left."
+    )
     commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify | bench")
 
     def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:
@@ -310,6 +305,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             name, metavar="DIR", help="engine folder, demo:dq or demo:mq; demo:dq if left out", **engine
         )
+        talk = command.add_mutually_exclusive_group()
+        talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")
+        talk.add_argument("-q", "--quiet", action="store_true", help="neither warnings nor a progress bar")
         if runs:
             command.add_argument("--device", choices=("cpu", "cuda"), help="the engine's own if left out")
             command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")
@@ -339,16 +337,21 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--kept", type=int, default=argparse.SUPPRESS, help="cells that keep a code")
     coding.add_argument("--out", default="reconstructions.png", help="picture, or a folder ending with /")
 
-    add(inspect, False, nargs="?")
-    add(verify, True, nargs="?")
+    checking = add(inspect, False, nargs="?"), add(verify, True, nargs="?")
 
     timing = add(bench, True, nargs="?")
+    for command in (*checking, timing):
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     timing.add_argument("--length", type=int, help="tokens cached when one token is timed (half of the longest)")
     timing.add_argument("--tokens", type=int, help="tokens of the images whose time is split (5/8 of the longest)")
     timing.add_argument("--rounds", type=int, default=5, help="turns; every number is their median")
     timing.add_argument("--images", type=int, nargs="*", default=[1, 10], help="numbers of images to draw (1 10)")
     timing.add_argument("--mixed", action="store_true", help="also 64 images of mixed lengths, refilled and static")
     timing.add_argument("--out", help="write all numbers to this JSON file")
+
+    words = (completion.__doc__ or "").strip()
+    commands.add_parser("completion", help=words, description=words).set_defaults(command=completion)
+    parser.set_defaults(parsers=commands.choices, quiet=False, verbose=False)
     return parser
 
 
