@@ -10,7 +10,6 @@ import argparse
 import io
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,21 +19,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dvq_rt.completion import script
 from dvq_rt.describe import describe, plain, table
 from dvq_rt.files import write_file
-from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
+from dvq_rt.images import grain_overlay, psnr, to_array, to_uint8
 from dvq_rt.labels import MOST_IMAGES, whole
 from dvq_rt.manifest import engine_folder, read_engine
+from dvq_rt.outputs import PICTURES, blocks, make_folder, picture_target, write_picture
 from dvq_rt.rates import Rate
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
 PER_LABEL = 6
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-FOLDER_GRID = "grid.png"
 RECONSTRUCTION_COLUMNS = 8
 BROKEN_PIPE = 141
 RATES = tuple(Rate.__dataclass_fields__)
@@ -120,25 +117,54 @@ def sample(options: argparse.Namespace) -> int:
     for name in ("n", "columns"):
         if getattr(options, name) is not None:
             whole(f"--{name}", getattr(options, name), 1, MOST_IMAGES)
-    target, folder = _output(options.out)
+    if options.shard or options.workers or options.ray:
+        return _sample_shards(options, given)
+    target, folder = picture_target(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
     labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
     n = options.n or len(labels or []) or 16
     columns = options.columns or (PER_LABEL if options.n is None and labels else None)
-    watched = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
+    watched = _watched(options)
     samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched)
     if folder is not None:
-        _make_folder(folder)
+        make_folder(folder)
         samples.save(folder)
-    _write_picture(target, samples.grid(columns=columns))
+    write_picture(target, samples.grid(columns=columns))
     print(target)
+    return 0
+
+
+def _sample_shards(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Draw what a folder of tar files still lacks; image i has label i modulo their number."""
+    from dvq_rt.bulk import SHARD, draw_shards
+
+    if options.columns or Path(options.out).suffix.lower() in PICTURES:
+        raise InputError(
+            "--shard, --workers and --ray write tar files: name a folder with --out, and leave out --columns"
+        )
+    manifest = read_engine(engine_folder(options.engine))
+    layout = manifest.layout
+    paths = draw_shards(
+        options.engine,
+        options.out,
+        options.n or 16,
+        named_labels(options.labels, manifest.class_names, layout.classes) or None,
+        options.seed,
+        SamplingParams.from_dict({**manifest.defaults, **given}),
+        shard=options.shard or SHARD,
+        workers=options.workers or 1,
+        ray=options.ray,
+        progress=_watched(options),
+        **{name: getattr(options, name) for name in ("device", "slots", "threads")},
+    )
+    print(f"{len(paths)} shards in {options.out}")
     return 0
 
 
 def reconstruct(options: argparse.Namespace) -> int:
     """Code pictures and decode them again; write originals above reconstructions above grain maps."""
-    target, folder = _output(options.out)
+    target, folder = picture_target(options.out)
     generator = _generator(options)
     size, layout = generator.manifest.image_size, generator.manifest.layout
     originals = [to_uint8(to_array(path, size)[None])[0] for path in options.images]
@@ -155,8 +181,8 @@ def reconstruct(options: argparse.Namespace) -> int:
             f"PSNR {psnr(before, after):.2f} dB"
         )
     if folder is not None:
-        _make_folder(folder)
-    _write_picture(target, _blocks(rows, RECONSTRUCTION_COLUMNS))
+        make_folder(folder)
+    write_picture(target, blocks(rows, RECONSTRUCTION_COLUMNS))
     print(target)
     return 0
 
@@ -210,19 +236,6 @@ def completion(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- pictures --------------------------------------------------------------------------------------------------
-def _blocks(rows: list[list[NDArray[np.uint8]]], columns: int) -> Image.Image:
-    """Rows of pictures side by side, broken into blocks of at most ``columns``."""
-    across = min(columns, len(rows[0]))
-    blank = np.full_like(rows[0][0], 255)
-    cells: list[NDArray[np.uint8]] = []
-    for start in range(0, len(rows[0]), across):
-        for row in rows:
-            part = row[start : start + across]
-            cells += part + [blank] * (across - len(part))
-    return grid(np.stack(cells), across)
-
-
 # --- arguments -------------------------------------------------------------------------------------------------
 def _generator(options: argparse.Namespace) -> Any:
     from dvq_rt.generator import Generator
@@ -233,56 +246,26 @@ def _generator(options: argparse.Namespace) -> Any:
 def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
     """One label for each picture: those asked for, or all, in equal shares and in order; without ``n`` a row of
     pictures for each (at most the first ten if all)."""
-    wanted: list[int | str] = list(range(classes))
-    if text is not None:
-        words = [text] if text in names else [word.strip() for word in text.split(",")]
-        wanted = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
-        if n is not None and len(wanted) > n:
-            raise InputError(f"--labels names {len(wanted)} labels, but --n is {n}; raise --n or name fewer labels")
-    elif n is None:
+    wanted = named_labels(text, names, classes)
+    if text is not None and n is not None and len(wanted) > n:
+        raise InputError(f"--labels names {len(wanted)} labels, but --n is {n}; raise --n or name fewer labels")
+    if text is None and n is None:
         wanted = wanted[:10]
     n = n or PER_LABEL * len(wanted)
     return [wanted[i * len(wanted) // n] for i in range(n)] if wanted else None
 
 
-def _output(text: str) -> tuple[Path, Path | None]:
-    """The picture to write, and the folder if ``--out`` names one; checked to be writable before any work."""
-    folder = Path(text) if text.endswith(("/", os.sep)) or os.path.isdir(text) else None
-    target = folder / FOLDER_GRID if folder else Path(text)
-    if target.suffix.lower() not in PICTURES:
-        raise InputError(f"--out is {text}; end it with one of {', '.join(PICTURES)}, or with / for a folder")
-    try:
-        if target.exists() and not target.is_file():
-            raise InputError(f"--out {target} exists and is not a regular file; choose another name")
-        parent = target.absolute().parent
-        while folder and not parent.exists():  # it is made later; the nearest parent that exists must take it
-            parent = parent.parent
-        probe = parent / f".{secrets.token_hex(4)}.tmp"
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write --out {text}: {reason}; choose a folder that can be written") from error
-    return target, folder
+def named_labels(text: str | None, names: Sequence[str], classes: int) -> list[int | str]:
+    """The labels that ``--labels`` names, or all."""
+    if text is None:
+        return list(range(classes))
+    words = [text] if text in names else [word.strip() for word in text.split(",")]
+    return [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make folder {folder}: {error.strerror}") from error
-
-
-def _write_picture(path: Path, picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    kind = PICTURES[path.suffix.lower()]
-    try:
-        picture.save(buffer, kind, **({"quality": 95} if kind != "PNG" else {}))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"a picture of {picture.width} x {picture.height} cannot be stored as {kind}: {error}"
-        ) from error
-    write_file(path, buffer.getvalue())
+def _watched(options: argparse.Namespace) -> bool:
+    """Whether somebody looks at a progress bar."""
+    return sys.stderr is not None and sys.stderr.isatty() and not options.quiet
 
 
 def _top_k(text: str) -> int | None:
@@ -320,6 +303,12 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", default="samples.png", help="picture, or a folder ending with / (samples.png)")
     drawing.add_argument("--columns", type=int, help="pictures per row of the grid")
+    bulk = drawing.add_argument_group(
+        "many images", "any of these writes tar files into the folder --out; the same command goes on where one stopped"
+    )
+    bulk.add_argument("--shard", type=int, metavar="IMAGES", help="images in a tar file (256)")
+    bulk.add_argument("--workers", type=int, help="processes, or actors of Ray (1)")
+    bulk.add_argument("--ray", action="store_true", help="workers on a Ray cluster, which RAY_ADDRESS names")
     tuning = drawing.add_argument_group("sampling", "what is left out keeps the engine's recommended value")
     for name in ("temperature", "top-p", "top-p-position", "guidance"):
         tuning.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
