@@ -230,6 +230,18 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def push(options: argparse.Namespace) -> int:
+    """Upload an engine and its model card to the Hugging Face Hub; print the name that opens it."""
+    from dvq_rt.publish import model_card
+    from dvq_rt.publish import push as upload
+
+    if options.dry_run:
+        print(model_card(read_engine(engine_folder(options.engine)), options.repository, options.license))
+    else:
+        print(upload(options.engine, options.repository, options.license, private=options.private))
+    return 0
+
+
 def completion(options: argparse.Namespace) -> int:
     """Print a script that completes commands, options and file names in bash: eval "$(dvq-rt completion)"."""
     print(script(options.parsers, _installed()), end="")
@@ -278,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own. Exit status: 0 done, 1 a "
         "check of verify failed, 2 bad use or an error that is told, 130 interrupted, 141 whoever read the output left."
     )
-    commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify | bench")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:
         words = (function.__doc__ or "").strip()
@@ -286,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         name = engine.pop("name", "engine")
         command.add_argument(
-            name, metavar="DIR", help="engine folder, demo:dq or demo:mq; demo:dq if left out", **engine
+            name, metavar="DIR", help="engine folder, demo:dq, demo:mq or hf:owner/name; demo:dq if left out", **engine
         )
         talk = command.add_mutually_exclusive_group()
         talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")
@@ -337,6 +349,12 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--images", type=int, nargs="*", default=[1, 10], help="numbers of images to draw (1 10)")
     timing.add_argument("--mixed", action="store_true", help="also 64 images of mixed lengths, refilled and static")
     timing.add_argument("--out", help="write all numbers to this JSON file")
+
+    publishing = add(push, False)
+    publishing.add_argument("repository", metavar="OWNER/NAME")
+    publishing.add_argument("--license", required=True, help="as the hub writes it, such as mit")
+    publishing.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    publishing.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")
 
     words = (completion.__doc__ or "").strip()
     commands.add_parser("completion", help=words, description=words).set_defaults(command=completion)
