@@ -305,7 +305,7 @@ def _local(address: str) -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a file's lock, after whoever has it; where there are no locks, nothing is held."""
-    with path.open("a") as file:
+    with path.open("ab") as file:
         with suppress(ImportError, OSError):
             import fcntl
 
