@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dvq_rt.decoding import cells_to_maps
 from dvq_rt.files import read_dataclass
@@ -20,6 +22,7 @@ from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError, DataError, short
+from training import processes
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -27,10 +30,10 @@ from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
 from training.data.stream import Augment, batches
-from training.data.tokens import code_counts, collate, tokenize
+from training.data.tokens import Tokenized, code_counts, collate, tokenize
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
-from training.losses import stacked_losses
+from training.losses import stacked_losses, target_counts
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.run import open_run, say
@@ -83,10 +86,11 @@ class StageTwoConfig:
         SamplingParams.from_dict(self.defaults)
 
 
-def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``stacked_losses`` of a collated batch."""
+def batch_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``stacked_losses`` of a collated batch; ``counts`` is in it, if it is a part of one."""
     position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"])
-    return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
+    targets = batch["target_position"], batch["target_content"], batch["target_segment"]
+    return stacked_losses(position, content, *targets, batch.get("counts"))
 
 
 def train_transformer(
@@ -98,8 +102,11 @@ def train_transformer(
     stage: StageTwoConfig,
     resume: bool = False,
     init: str | Path | None = None,
+    device: str = "",
 ) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
+
+    Of several processes, each calls this with the same arguments.
 
     Args:
         data: see ``list_images``.
@@ -108,10 +115,13 @@ def train_transformer(
         transformer, training, stage: sizes and settings.
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
         init: checkpoint folder whose transformer, of the same sizes and vocabularies, is trained on.
+        device: see ``processes.start``.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
+    accelerator = processes.start(device, training.precision, training.compile)
+    training.check_parts()
     vae = load_tokenizer(tokenizer).requires_grad_(False)
     labels = stage.labels or None
     folder = ImageFolder(
@@ -137,7 +147,7 @@ def train_transformer(
     if init is not None and before is not None:
         inputs["init"] = (init, digest(before.both()[1]))
     with open_run(run, resume, settings, folder, inputs, new_classes=unconditional) as (path, resumed):
-        check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
+        processes.on_first(lambda: check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer)))
         torch.manual_seed(training.seed)
         if resumed:
             model = load_checkpoint(path / "checkpoint")
@@ -147,7 +157,8 @@ def train_transformer(
         if before is not None and not resumed:
             begin_from(model, before, str(init))
         model.both()[0].requires_grad_(False)
-        return fit(learning(model, folder, training, stage), training, path, resumed)
+        stages = learning(model, folder, training, stage, accelerator.device)
+        return fit(stages, training, path, resumed, accelerator)
 
 
 def begin_from(model: Model, before: Model, source: str) -> None:
@@ -166,26 +177,33 @@ def begin_from(model: Model, before: Model, source: str) -> None:
         say(f"the labels of {source} were {short(before.class_names)}; in their places are {short(model.class_names)}")
 
 
-def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: StageTwoConfig) -> Stage:
-    """What ``fit`` does to a transformer: the images are tokenized once, before.
+def learning(
+    model: Model, folder: ImageFolder, training: TrainConfig, stage: StageTwoConfig, device: torch.device
+) -> Stage:
+    """What ``fit`` does to a transformer: process 0 tokenizes the images once, before.
 
     Raises:
         DataError: a label has no image that can be decoded.
     """
     vae, net = model.both()
     layout, names = net.layout, model.class_names
-    augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
-    source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
-    held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
-    train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
-    val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
-    check_labels(folder, train.labels, val.labels)
+
+    def tokenized() -> tuple[Tokenized, Tokenized]:
+        augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
+        source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
+        held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
+        train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
+        val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
+        check_labels(folder, train.labels, val.labels)
+        return train, val
+
+    train, val = processes.on_first(tokenized)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
     lengths = code_counts(layout, train.grain)
 
-    def stream(step: int) -> Iterator[dict[str, Tensor]]:
+    def stream(step: int) -> Iterator[list[dict[str, Tensor]]]:
         size = training.batch_size
         while True:
             bucket, place = divmod(step, BUCKET)
@@ -197,31 +215,55 @@ def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: St
             for row in range(place, BUCKET):
                 given = train.labels[drawn[row]]
                 given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                yield collate(layout, train, drawn[row], given)
+                yield own_parts(drawn[row], given)
                 step += 1
 
-    def validate() -> dict[str, float]:
+    def own_parts(images: NDArray[np.int64], labels: NDArray[np.int64]) -> list[dict[str, Tensor]]:
+        """This process's rows of the parts of a batch, each part as long as its longest sequence anywhere."""
+        made = []
+        for rows in np.split(np.arange(len(images)), training.accumulate):
+            own = np.split(rows, processes.count())[processes.number()]
+            length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
+            part = padded_to(collate(layout, train, images[own], labels[own]), int(length))
+            made.append({name: processes.moved(values, device) for name, values in part.items()})
+        targets = ((p["target_position"], p["target_content"], p["target_segment"]) for p in made)
+        counted = torch.stack([target_counts(*each, layout.segments) for each in targets]).sum(0)
+        counts = processes.total(counted) / (len(made) * processes.count())
+        return [{**part, "counts": counts} for part in made]
+
+    def validate(model: Model) -> dict[str, float]:
         sums: dict[str, float] = {}
         for start in range(0, len(val.labels), 16):
             rows = np.arange(start, min(start + 16, len(val.labels)))
-            for name, value in batch_losses(net, collate(layout, val, rows, val.labels[rows])).items():
+            batch = {name: x.to(device) for name, x in collate(layout, val, rows, val.labels[rows]).items()}
+            for name, value in batch_losses(transformer_of(model), batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(val.labels)
         return sums
 
-    def pictures() -> dict[str, np.ndarray]:
+    def pictures(model: Model) -> dict[str, np.ndarray]:
         count = min(max(1, len(names)), 10)
         shown = [i % count for i in range(2 * count)]
         params = SamplingParams.from_dict(stage.defaults)
-        images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
+        model = model if device.type == "cpu" else copy.deepcopy(model).cpu()  # where the decode loop's arrays are
+        images = decode_cells(model, [event.cells for event in sample_events(transformer_of(model), shown, params)])
         return {"samples": np.asarray(grid(images, columns=count))}
 
-    def count(batch: dict[str, Tensor]) -> int:
-        return len(batch["content"])
+    def loss(net: nn.Module, part: dict[str, Tensor], step: int, scale: float | Tensor) -> dict[str, Tensor]:
+        return batch_losses(net, part)
 
-    def loss(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        return batch_losses(net, batch)
+    return Stage(model, transformer_of, stream, loss, validate, pictures)
 
-    return Stage(model, net, stream, loss, validate, pictures, count)
+
+def transformer_of(model: Model) -> StackedTransformer:
+    """The transformer of a whole model."""
+    return model.both()[1]
+
+
+def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A collated batch with sequences of a length, or longer ones as they are."""
+    more = max(0, length - batch["content"].shape[1])
+    without = ("target_content", "target_position")  # -1 where there is none
+    return {name: F.pad(x, (0, more), value=-1 if name in without else 0) for name, x in batch.items()}
 
 
 def check_labels(folder: ImageFolder, train: NDArray[np.int64], val: NDArray[np.int64]) -> None:
@@ -280,12 +322,16 @@ def main(argv: list[str] | None = None) -> None:
         "--init", metavar="CKPT", help="checkpoint folder of stage 2 to train on from, of the same sizes"
     )
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; by default the first of these that is there")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
     config = read_config(args.config, sections, args.set)
     settings = config["transformer"], config["training"], config["stage"]
-    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init)
-    print(Path(args.out) / "best")
+    try:
+        train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init, args.device)
+        say(str(Path(args.out) / "best"))
+    finally:
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def batches(
     step: int = 0,
     augment: Augment | None = None,
     workers: int = 2,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """An endless stream of (images uint8 [B, size, size, 3], labels int64 [B]) over ``indices``.
 
@@ -61,6 +62,7 @@ def batches(
         step: number of batches to leave out, 0 or more.
         augment: random changes, None for none.
         workers: threads that prepare batches ahead; 0 prepares them in the caller's thread.
+        part: (r, w), of which the batches hold the rows r * B / w to (r + 1) * B / w alone.
 
     Raises DataError at once when an argument is out of range or ``augment`` excludes a class the folder lacks, and
     while running when no image of ``indices`` can be decoded.
@@ -94,7 +96,8 @@ def batches(
         return _augmented(pixels, augment, flips, _rng(seed, epoch, position)), label
 
     def batch(number: int) -> Batch:
-        items = [item(number * batch_size + row) for row in range(batch_size)]
+        r, w = part
+        items = [item(number * batch_size + row) for row in range(r * batch_size // w, (r + 1) * batch_size // w)]
         return np.stack([pixels for pixels, _ in items]), np.array([label for _, label in items], dtype=np.int64)
 
     def stream() -> Iterator[Batch]:
