@@ -220,6 +220,7 @@ class Trainer:
     def __init__(self, stage: Stage, config: TrainConfig, accelerator: Accelerator) -> None:
         self.stage, self.config = stage, config
         stage.model.to(accelerator.device)
+        processes.share(list(stage.model.state_dict().values()))
         self.shown: Model = averaged_copy(stage.model) if config.ema else stage.model  # type: ignore[assignment]
         self.trained = stage.trained(stage.model)
         modules = [self.trained, *([stage.critic.module.to(accelerator.device)] if stage.critic else [])]
@@ -249,9 +250,9 @@ class Trainer:
             )
         self.state = state
 
-    def step(self, parts: list[Any]) -> dict[str, Tensor]:
+    def step(self, parts: list[Any], rate: float) -> dict[str, Tensor]:
         """One step of all optimizers on a batch; its scalars, ``norm`` and ``finite`` among them."""
-        stage, step, rate = self.stage, self.state.step, self.config.rate(self.state.step)
+        stage, step = self.stage, self.state.step
         torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**64)
         self.trained.train()
         stage.before(step)
@@ -304,8 +305,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool, accelerator:
 
     All randomness of step k is a function of (seed, k), so an interrupted and resumed run has the loss curve of an
     uninterrupted one. SIGTERM and Ctrl-C save a checkpoint and raise ``SystemExit(130)``. Process 0 validates and
-    writes ``run/checkpoint`` (latest), ``run/best`` (lowest validation loss), ``run/step-N``, ``run/log.jsonl`` and what
-    the tracker keeps.
+    writes ``run/checkpoint`` (latest), ``run/best`` (lowest validation loss), ``run/step-N``, ``run/log.jsonl`` and
+    what the tracker keeps.
 
     Returns:
         the model that was kept last, on the CPU.
@@ -340,7 +341,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool, accelerator:
     batches, ends = stage.batches(state.step), False
     with closing(record), _signals() as signals:
         while state.step < config.steps and not ends:
-            rate, scalars = config.rate(state.step), trainer.step(next(batches))
+            rate = config.rate(state.step)
+            scalars = trainer.step(next(batches), rate)
             record.note(state.step, rate, scalars)
             row = state.step % READ_EVERY == 0 or state.step == config.steps
             validates, draws, saves = (

@@ -29,8 +29,8 @@ READ_EVERY = 10
 
 
 def make_tracker(name: str, run: Path, step: int) -> GeneralTracker:
-    """Accelerate's tracker of a run, into its folder: ``tensorboard/``, where what is behind ``step`` no longer counts, or
-    ``wandb/``, offline.
+    """Accelerate's tracker of a run, into its folder: ``tensorboard/``, where nothing behind ``step`` counts any more,
+    or ``wandb/``, offline.
 
     Raises:
         ConfigError: its package is missing, or refuses.

@@ -84,7 +84,7 @@ def train_tokenizer(
         if before is not None and not resumed:
             load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
         if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
-            processes.on_first(lambda: fit_router(vae, folder))  # the others get it with the weights
+            processes.on_first(lambda: fit_router(vae, folder))  # ``fit`` gives it to the others
         last = vae.get_parameter("decoder.conv_out.weight")
         grains = len(tokenizer.sides)
         objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual, grains)
