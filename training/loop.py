@@ -214,11 +214,12 @@ class Trainer:
     Attributes:
         shown: the model that is validated, drawn and kept: the average of the weights, or the model itself.
         learners: of the model and, if there is one, of the critic.
+        processes: how many train.
         state: what is kept beside the model.
     """
 
     def __init__(self, stage: Stage, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.stage, self.config = stage, config
+        self.stage, self.config, self.processes = stage, config, processes.count()
         stage.model.to(accelerator.device)
         processes.share(list(stage.model.state_dict().values()))
         self.shown: Model = averaged_copy(stage.model) if config.ema else stage.model  # type: ignore[assignment]
@@ -243,9 +244,9 @@ class Trainer:
                 load_strictly(self.trained, {k: raw[k] for k in self.trained.state_dict()}, source)
             if self.scaler:
                 self.scaler.load_state_dict(state.values["scaler"])
-        if (before := state.values.get("processes", 1)) != processes.count():
+        if (before := state.values.get("processes", 1)) != self.processes:
             say(
-                f"resumed with {processes.count()} processes instead of {before}: batches and random numbers stay the "
+                f"resumed with {self.processes} processes instead of {before}: batches and random numbers stay the "
                 "same, sums are taken in another order, so losses differ by rounding"
             )
         self.state = state
@@ -282,9 +283,9 @@ class Trainer:
     def save(self, folder: Path, watch: Watch, seconds: float) -> None:
         """Write a checkpoint, and its copy if copies are kept."""
         state, critic = self.state, self.stage.critic.module.state_dict() if self.stage.critic else {}
-        if broken := not_finite(self.stage.model.state_dict() | self.shown.state_dict() | critic):
+        if broken := not_finite(self.stage.model.state_dict() | critic) or not_finite(self.shown.state_dict()):
             raise watch.error(state.step, f"the model holds numbers that are not finite, in {short(broken)}")
-        state.values |= {"skipped": watch.skipped, "seconds": seconds, "processes": processes.count()}
+        state.values |= {"skipped": watch.skipped, "seconds": seconds, "processes": self.processes}
         if self.scaler:
             state.values["scaler"] = self.scaler.state_dict()
         state.tensors = self.learners[0].tensors() | {CRITIC + name: tensor for name, tensor in critic.items()}
@@ -371,7 +372,8 @@ def fit(stage: Stage, config: TrainConfig, run: Path, resume: bool, accelerator:
         say(f"{watch.skipped} of {state.step} steps were skipped, since their gradient was not finite")
     trainer.close()
     if ends and state.step < config.steps:
-        print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
+        if processes.number() == 0:
+            print(f"stopped at step {state.step}; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130)
     return trainer.shown.cpu()
 

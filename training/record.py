@@ -78,7 +78,7 @@ class Record:
         self.batch_size, self.seconds, self.smooth = batch_size, seconds, dict[str, float]()
         self._waiting: list[tuple[int, float, dict[str, Tensor]]] = []
         self._last = self._working = time.monotonic()
-        self._bar = progress_bar(total=steps, initial=step, unit="step", disable=processes.number() > 0 or None)
+        self._bar = progress_bar(total=steps, initial=step, unit="step", disable=processes.number() > 0)
 
     def note(self, step: int, rate: float, scalars: dict[str, Tensor]) -> None:
         """Take down a step, which is the ``step``-th, without waiting for the device; ``norm`` of its gradient and

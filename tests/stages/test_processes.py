@@ -34,7 +34,9 @@ def work(data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_processes_train_as_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_as_one(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Half a batch on each of two processes gives the losses of the whole on one, to rounding: batch normalisation of
     scorer and discriminator, adaptive weight, start and restarts of the codebook, learned router, dropout, and in stage
     2 sequences of different lengths. A run may go on with another number of processes. What cannot be divided is
@@ -57,7 +59,9 @@ def test_two_processes_train_as_one(work: Path, monkeypatch: pytest.MonkeyPatch)
         assert len(losses(work / f"{name}2")) == 8  # each row once, of process 0
         assert difference(work / f"{name}1", work / f"{name}2")[0] < 1e-5, name
     train_tokenizer.main([*jobs(2)[0], "--resume", "--set", "training.steps=9"])
-    assert load_training_state(work / "masked2" / "checkpoint").step == 9
+    state = load_training_state(work / "masked2" / "checkpoint")
+    assert state.step == 9 and state.values["processes"] == 1
+    assert "resumed with 1 processes instead of 2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(2, [job("odd", STAGE_1, work, "batch_size=7")], work / "refused")
     text = (work / "refused").read_text()
