@@ -178,9 +178,16 @@ def gathered(x: Tensor, rows: Tensor) -> Tensor:
     return total(torch.where(inside[:, None], x[own.clamp(0, len(x) - 1)], 0))
 
 
-def part(rows: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """This process's ``rows`` of what ``draw`` draws for the rows of all, with the same random numbers in each."""
-    return draw(rows * count())[number() * rows : (number() + 1) * rows]
+def drawn(like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
+    """This process's rows of random numbers for the rows of all, which have one shape everywhere.
+
+    Args:
+        like: float [n, ..], of whose dtype, device and order in memory they are.
+        fill: fills a tensor in place, with the same numbers in every process.
+    """
+    shape, whole = (len(like) * count(), *like.shape[1:]), like.stride(0) * len(like) == like.numel()
+    made = fill(like.new_empty_strided(shape, like.stride()) if whole else like.new_empty(shape))
+    return made[number() * len(like) : (number() + 1) * len(like)]
 
 
 def share(tensors: list[Tensor]) -> None:

@@ -167,7 +167,7 @@ class Masker(nn.Module):
         if self.score_pred_net is None:
             if not self.training:
                 return self.random_scores.expand(h.shape[0], -1)
-            return processes.part(len(h), lambda rows: h.new_empty((rows, *h.shape[2:])).normal_()).flatten(1)
+            return processes.drawn(h[:, 0].detach(), torch.Tensor.normal_).flatten(1)
         if self.scorer == "conv":
             return torch.sigmoid(self.score_pred_net(h)).flatten(1)
         return torch.sigmoid(self.score_pred_net(h.flatten(2).transpose(1, 2))).squeeze(2)

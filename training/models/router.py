@@ -80,8 +80,7 @@ class FeatureRouter(nn.Module):
 
 def gumbel_noise(like: Tensor) -> Tensor:
     """What makes the largest of logits a draw of probability softmax(logits): standard Gumbel numbers."""
-    drawn = processes.part(len(like), lambda rows: like.new_empty((rows, *like.shape[1:])).exponential_())
-    return -drawn.log()
+    return -processes.drawn(like.detach(), torch.Tensor.exponential_).log()
 
 
 def draw_gate(logits: Tensor, noise: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Dropout(nn.Dropout):
         if not self.training or not self.p or processes.count() == 1:
             return super().forward(x)
         kept = 1 - self.p
-        mask = processes.part(len(x), lambda rows: x.new_empty((rows, *x.shape[1:])).bernoulli_(kept))
+        mask = processes.drawn(x.detach(), lambda mask: mask.bernoulli_(kept))
         return x * mask.div(kept)
 
 
