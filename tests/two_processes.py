@@ -31,14 +31,16 @@ from small_runs import ADVERSARIAL, MASKED, STAGE_1, STAGE_2  # noqa: E402
 from training import loop, processes, train_tokenizer, train_transformer  # noqa: E402
 
 JUDGED = ADVERSARIAL["stage"] | {"warmup_fraction": 0.2, "adversarial_start": 0.2}
+AT_ONCE = JUDGED | {"warmup_fraction": 0}
 FEATURE = STAGE_1["tokenizer"] | {"router": "feature", "router_norm_groups": 8, "dropout": 0.1}
-KINDS: dict[str, dict[str, Any]] = {
-    "DQ, entropy router, discriminator": {**STAGE_1, "stage": JUDGED},
-    "DQ, feature router, dropout, discriminator": {**STAGE_1, "tokenizer": FEATURE, "stage": JUDGED},
-    "MQ, discriminator": {**MASKED, "stage": JUDGED},
-    "MQ, random scorer": {**MASKED, "tokenizer": MASKED["tokenizer"] | {"scorer": "random"}},
+KINDS: dict[str, tuple[dict[str, Any], float]] = {
+    "DQ, entropy router, discriminator": ({**STAGE_1, "stage": JUDGED}, 1e-3),
+    "DQ, feature router, dropout, discriminator": ({**STAGE_1, "tokenizer": FEATURE, "stage": JUDGED}, 1e-3),
+    "MQ, discriminator": ({**MASKED, "stage": AT_ONCE}, 1e-4),
+    "MQ, random scorer": ({**MASKED, "tokenizer": MASKED["tokenizer"] | {"scorer": "random"}}, 1e-4),
 }
-"""Stage 1; at step 10 of 50 the codebook and the discriminator start."""
+"""Stage 1, with learning rates; at step 10 of 50 the codebook (of MQ at once, but for the last) and the discriminator
+start."""
 
 
 def pictures(folder: Path) -> None:
@@ -103,16 +105,16 @@ def difference(one: Path, two: Path) -> tuple[float, float]:
 
 def same(work: Path, steps: int = 50) -> None:
     settings = [f"{name}_every={steps}" for name in ("checkpoint", "validate", "picture")]
-    settings += ["lr=0.001", f"steps={steps}"]
+    settings += [f"steps={steps}"]
     names: dict[str, str] = {}
     for count in (1, 2):
         jobs = []
-        for n, (kind, config) in enumerate(KINDS.items()):
-            jobs.append(job(f"{n}-{count}", config, work, *settings))
+        for n, (kind, (config, rate)) in enumerate(KINDS.items()):
+            jobs.append(job(f"{n}-{count}", config, work, *settings, f"lr={rate}"))
             names[kind] = str(n)
         for n, family in ((0, "DQ"), (2, "MQ")):
             two = {**STAGE_2, "stage": STAGE_2["stage"] | {"min_psnr": 0}}
-            jobs.append(job(f"two{n}-{count}", two, work, *settings, "accumulate=2", tokenizer=f"{n}-1"))
+            jobs.append(job(f"two{n}-{count}", two, work, *settings, "lr=0.001", "accumulate=2", tokenizer=f"{n}-1"))
             names[f"stage 2 of {family}, dropout, two parts a batch"] = f"two{n}"
         run(count, jobs, work / "output", 1)
     for kind, name in names.items():

@@ -87,7 +87,8 @@ def averaged_copy(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def average(mean: nn.Module, module: nn.Module, decay: float) -> None:
     """Move the weights of a copy towards a network's: mean * decay + weight * (1 - decay)."""
-    torch._foreach_lerp_(list(mean.parameters()), list(module.parameters()), 1 - decay)
+    for of_mean, weight in zip(mean.parameters(), module.parameters(), strict=True):
+        of_mean.lerp_(weight, 1 - decay)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from training.checkpoint import (
     not_finite,
     save_checkpoint,
 )
+from training.data.stream import CROPS
 from training.learner import Learner, average, averaged_copy, under
 from training.record import READ_EVERY, TRACKERS, Record, make_tracker
 from training.run import cut_log, say
@@ -69,7 +70,9 @@ class TrainConfig:
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
         seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
-        shift: largest random translation of the images, pixels; flip: mirror half of them.
+        shift: largest random translation of the images, pixels; flip: mirror half of them; crop: which square of an
+            oblong one, ``centre`` or ``random``.
+        workers: processes that decode images; 0 leaves it to two threads. It changes no batch.
         ema: decay per step of an average of the weights, which is then what is validated, drawn and kept as the
             checkpoint's weights; 0 for none.
         validate_every, picture_every, checkpoint_every: steps between these.
@@ -95,6 +98,8 @@ class TrainConfig:
     seed: int = 0
     shift: int = 0
     flip: bool = False
+    crop: str = "centre"
+    workers: int = 0
     ema: float = 0.0
     validate_every: int = 250
     picture_every: int = 500
@@ -119,6 +124,11 @@ class TrainConfig:
         if not 0 < self.lr <= MOST or not 0 < self.clip <= MOST:
             raise ConfigError(
                 f"training.lr {short(self.lr)} and training.clip {short(self.clip)} must be positive, {MOST} at most"
+            )
+        if self.crop not in CROPS or not 0 <= self.workers <= 1024:
+            raise ConfigError(
+                f"training.crop is {self.crop!r}, one of {list(CROPS)} is known; training.workers is "
+                f"{short(self.workers)}, it must be in 0..1024"
             )
         if self.lr_schedule not in ("cosine", "constant"):
             raise ConfigError(f"training.lr_schedule is {self.lr_schedule!r}; it must be 'cosine' or 'constant'")

@@ -100,15 +100,16 @@ def learning(
     """What ``fit`` does to a tokenizer."""
 
     def stream(step: int) -> Iterator[list[np.ndarray]]:
-        parts, part = training.accumulate, (processes.number(), processes.count())
+        parts = training.accumulate
         made = batches(
             folder,
             folder.train,
             training.batch_size // parts,
             seed=training.seed,
             step=step * parts,
-            augment=Augment(shift=training.shift, flip=training.flip),
-            part=part,
+            augment=Augment(shift=training.shift, flip=training.flip, crop=training.crop),
+            workers=training.workers,
+            part=(processes.number(), processes.count()),
         )
         while True:
             yield [next(made)[0] for _ in range(parts)]
