@@ -9,6 +9,7 @@ Prints what docs/training.md says. ``tests/stages/test_processes.py`` does less 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -29,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent / "stages"), str(Path(__file__).parent
 from small_runs import ADVERSARIAL, MASKED, STAGE_1, STAGE_2  # noqa: E402
 
 from training import loop, processes, train_tokenizer, train_transformer  # noqa: E402
+from training.checkpoint import load_training_state  # noqa: E402
 
 JUDGED = ADVERSARIAL["stage"] | {"warmup_fraction": 0.2, "adversarial_start": 0.2}
 AT_ONCE = JUDGED | {"warmup_fraction": 0}
@@ -61,26 +63,23 @@ def job(name: str, config: dict[str, Any], work: Path, *settings: str, tokenizer
     return base + (["--tokenizer", str(work / tokenizer / "best")] if tokenizer else [])
 
 
-def begin(count: int, jobs: list[list[str]], output: Path, every: int = 10) -> list[subprocess.Popen[bytes]]:
-    """Processes that do jobs one after another, together; the loop reads its numbers after so many steps."""
+def together(count: int) -> list[dict[str, str]]:
+    """What tells processes of each other, as torchrun does: environment variables of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = []
-    for rank in range(count):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **places} if count > 1 else {}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in together.items()}}
-        command = [sys.executable, __file__, "worker", str(every), json.dumps(jobs)]
-        with output.open("ab") as file:
-            made.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-    return made
+    same = {"OMP_NUM_THREADS": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    return [{k: str(v) for k, v in {**same, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(count)]
 
 
 def run(count: int, jobs: list[list[str]], output: Path, every: int = 10) -> None:
-    for process in begin(count, jobs, output, every):
-        if process.wait():
-            sys.exit(output.read_text()[-3000:])
+    """Do jobs one after another, in processes of their own; the loop reads its numbers after so many steps."""
+    command = [sys.executable, __file__, "worker", str(every), json.dumps(jobs)]
+    with output.open("ab") as file:
+        places: list[dict[str, str]] = together(count) if count > 1 else [{"OMP_NUM_THREADS": "1"}]
+        made = [subprocess.Popen(command, env={**os.environ, **own}, stdout=file, stderr=file) for own in places]
+    if any([process.wait() for process in made]):
+        sys.exit(output.read_text()[-3000:])
 
 
 def worker(every: int, jobs: list[list[str]]) -> None:
@@ -125,26 +124,52 @@ def same(work: Path, steps: int = 50) -> None:
 def kills(work: Path, count: int = 10) -> None:
     """Kill both processes at random moments, go on, and compare with a run that was left alone."""
     config = {**ADVERSARIAL, "training": STAGE_1["training"] | {"ema": 0.9, "checkpoint_every": 5, "keep_last": 2}}
-    whole, cut = (job(name, config, work, "steps=120") for name in ("whole", "cut"))
-    run(2, [whole], work / "output")
+    whole, cut = ([*job(name, config, work, "steps=160"), "--resume"] for name in ("whole", "cut"))
+
+    def ended(arguments: list[str]) -> None:
+        for process in forked(arguments, work / "output"):
+            process.join()
+            if process.exitcode:
+                sys.exit((work / "output").read_text()[-2000:])
+
+    ended(whole)
     rng, log = random.Random(1), work / "cut" / "log.jsonl"
     for n in range(count):
-        before = len(rows(log))
-        together = begin(2, [[*cut, "--resume"]], work / "output")
+        before, began = len(rows(log)), time.monotonic()
+        together = forked(cut, work / "output")
         while len(rows(log)) <= before:
-            if any(process.poll() is not None for process in together):
+            if not all(process.is_alive() for process in together):
                 sys.exit((work / "output").read_text()[-2000:])
             time.sleep(0.2)
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, time.monotonic() - began))
         for process in rng.sample(together, 2):
             process.kill()
-            process.wait()
-        print(f"kill {n + 1}: after row {len(rows(log))} of the log", flush=True)
-    run(2, [[*cut, "--resume"]], work / "output")
+            time.sleep(rng.uniform(0, 0.5))
+        for process in together:
+            process.join()
+        step = load_training_state(work / "cut" / "checkpoint", tensors=False).step
+        print(f"kill {n + 1}: with {len(rows(log))} rows in the log, the checkpoint of step {step}", flush=True)
+    ended(cut)
     for name in ("model.safetensors", "training.safetensors"):
         one, two = (load_file(work / run / "checkpoint" / name) for run in ("whole", "cut"))
         print(name, "equal to the bit:", set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one))
     print("losses equal:", losses(work / "whole") == losses(work / "cut"))
+
+
+def forked(arguments: list[str], output: Path) -> list[Any]:
+    """Two processes that do one job together; as copies of this one, which spares them the imports."""
+    places = together(2)
+
+    def work(rank: int) -> None:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        os.environ |= places[rank]
+        worker(10, [arguments])
+
+    made = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in made:
+        process.start()
+    return made
 
 
 def rows(log: Path) -> list[str]:
