@@ -65,15 +65,15 @@ def report(plan: Footprint, batch: int, units: float, unit: str, steps: int, pro
     Args:
         batch: images of a process's step; units: mean number of images or tokens in it, ``unit`` says of which.
     """
-    memory = [
-        ["parameters and buffers", plan.weights],
-        ["networks that only judge", plan.frozen],
-        ["optimizer", plan.optimizer],
-        ["gradient exchange", plan.buckets],
-        [f"a step of {batch} images: activations, gradients, temporaries", plan.step],
-        ["**together**", plan.total],
-    ]
-    lines = [[name, f"{value / GIB:.3g}"] for name, value in memory if value]
+    memory = {
+        "parameters and buffers": plan.weights,
+        "networks that only judge": plan.frozen,
+        "optimizer": plan.optimizer,
+        "gradient exchange": plan.buckets,
+        f"a step of {batch} images: activations, gradients, temporaries": plan.step,
+        "**together**": plan.total,
+    }
+    lines = [[name, f"{value / GIB:.3g}"] for name, value in memory.items() if value]
     speed = units * processes * steps / (days * DAY)
     flops = plan.flops * processes * steps
     rest = [
