@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, [])
     training = TrainConfig(steps=1, batch_size=args.batch, shift=0)
     torch.manual_seed(training.seed)

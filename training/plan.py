@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.tokenizer:
             raise ConfigError(f"{args.config} is one of stage 2; give the tokenizer's configuration with --tokenizer")
         vae, _ = read_tokenizer(args.tokenizer, [])
-        sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+        sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
         config = read_config(args.config, sections, args.set)
         stage: StageTwoConfig = config["stage"]
         plain = stage.labels == {"": ["*"]}
