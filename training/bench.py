@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import Pixels, to_float
 from training.data.stream import batches
-from training.data.tokens import Tokenized, code_counts, collate, tokenize
+from training.data.tokens import code_counts, collate
 from training.judging.report import save_json, table
 from training.loop import TrainConfig, make_optimizer
 from training.losses import PICTURE_LOSSES
@@ -42,6 +42,13 @@ from training.train_transformer import BUCKET, StageTwoConfig, batch_losses
 
 Loop = Callable[[int], int]
 """Takes the step of a number and returns how many images or tokens it learned from."""
+
+
+class Coded(NamedTuple):
+    """``codes`` int32 [N, h, w] and ``grain`` int8 [N, hc, wc] of images."""
+
+    codes: NDArray[np.int32]
+    grain: NDArray[np.int8]
 
 
 def descend(module: nn.Module, training: TrainConfig) -> Callable[[Tensor], None]:
@@ -84,7 +91,8 @@ def stage_two(
     """Ours and the plain loop over the same transformer and images, as many as ``BUCKET`` batches have. Of both are
     counted the tokens that are learned, without padding."""
     down, size, layout = descend(net, training), training.batch_size, net.layout
-    data = tokenize(vae, chunks(images, labels, size), len(images), "tokenizing")
+    parts = [coded(vae, images[start : start + size]) for start in range(0, len(images), size)]
+    data = Coded(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     lengths = code_counts(layout, data.grain)
     by_length = lengths.argsort(kind="stable").reshape(BUCKET, size)
     by_length = by_length[np.random.default_rng(training.seed).permutation(BUCKET)]
@@ -99,17 +107,17 @@ def stage_two(
 
     def plain(step: int) -> int:
         rows = np.arange(size) + step % BUCKET * size
-        with torch.no_grad():
-            codes, grain = vae.encode_maps(to_float(images[rows]))
-        again = Tokenized(codes.numpy().astype(np.int32), grain.numpy().astype(np.int8), labels[rows])
+        again = coded(vae, images[rows])
         return learn(padded_to(collate(layout, again, np.arange(size), labels[rows]), layout.max_length - 1))
 
     return ours, plain
 
 
-def chunks(images: Pixels, labels: NDArray[np.int64], size: int) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size], labels[start : start + size]
+@torch.no_grad()
+def coded(vae: Tokenizer, images: Pixels) -> Coded:
+    """The codes of images uint8 [N, S, S, 3]."""
+    codes, grain = vae.encode_maps(to_float(images))
+    return Coded(codes.numpy().astype(np.int32), grain.numpy().astype(np.int8))
 
 
 def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
