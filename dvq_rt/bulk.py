@@ -278,7 +278,9 @@ def _in_ray(job: Callable[[int], int], shards: list[int], workers: int, threads:
     if not shards:
         return
     address, workers = os.environ.get("RAY_ADDRESS", "local"), min(workers, len(shards))
-    here = {"num_cpus": workers * threads, "object_store_memory": RAY_STORE} if address == "local" else {}
+    here: dict[str, Any] = (
+        {"num_cpus": workers * threads, "object_store_memory": RAY_STORE} if address == "local" else {}
+    )
     ours = not ray.is_initialized()
     with guard(BackendError, "drawing with Ray stopped; what is drawn is kept"):
         if ours:
