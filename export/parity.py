@@ -20,7 +20,7 @@ from export.quantization.weights import QuantLinear
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
-from training.models.transformer import StackedTransformer
+from training.frozen_text import frozen_of
 from training.sampling import embed_prompts, sample_tokens
 from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
@@ -70,8 +70,9 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
     labels = [i % layout.starts for i in range(count)]
-    prompts = random_prompts(net, count)
-    embedded = embed_prompts(net, prompts) if net.text is not None else []
+    prompts, frozen = random_prompts(model, count), frozen_of(model)
+    texts: list[NDArray[Any]] = [*prompts] if frozen is None else [frozen.of(ids) for ids in prompts]
+    embedded = embed_prompts(net, texts) if texts else []
 
     # encoder and decoder
     images = smooth_images(vae.config.image_size, count)
@@ -92,7 +93,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     logits = {head: np.zeros((len(rows), len(steps), widths[head]), np.float32) for head in HEADS}
     for i, row in enumerate(rows):
         reached = steps[steps < len(row.content) - 1]
-        for head, values in teacher_forced(net, row, prompts[i] if prompts else None).items():
+        for head, values in teacher_forced(net, row, texts[i] if texts else None).items():
             logits[head][i, : len(reached)] = values[reached].numpy()
 
     # free runs
@@ -119,13 +120,13 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     }
 
 
-def random_prompts(net: StackedTransformer, count: int) -> list[NDArray[np.int64]]:
+def random_prompts(model: Model, count: int) -> list[NDArray[np.int64]]:
     """Token ids of prompts of 12, 1, the most and 0 tokens, in turn; none for a model that reads none."""
-    if net.text is None:
+    if (config := model.text) is None:
         return []
-    config, rng = net.text.config, np.random.default_rng(0)
+    vocabulary, rng = config.vocabulary or model.prompts().vocabulary, np.random.default_rng(0)
     lengths = [min(12, config.length), 1, config.length, 0]
-    return [rng.integers(config.vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
+    return [rng.integers(vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
 
 
 def prompt_table(prompts: list[NDArray[np.float32]]) -> NDArray[np.float32]:

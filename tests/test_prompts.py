@@ -183,7 +183,7 @@ def test_engine_equals_oracle(net: StackedTransformer, loop: DecodeLoop, others:
     expected = sample_tokens(net, labels, params, seed=5, limit=limit, prompts=prompts, negatives=negatives)
     for event, (content, position) in zip(events, expected, strict=True):
         tokens = drawn_tokens(net.layout, event)
-        assert len(tokens.content) > 8  # the engine ends with the last code, the oracle with the tokens after it
+        assert len(tokens.content) > 4  # the engine ends with the last code, the oracle with the tokens after it
         for got, want in ((tokens.content, content), (tokens.position, position)):
             assert got.tolist()[: len(want)] == want[: len(got)]
     unprompted = sample_tokens(net, labels, params, seed=5, limit=limit)
