@@ -70,6 +70,7 @@ class Model(nn.Module):
         transformer: StackedTransformer, or None after stage 1.
         class_names: one name per label, without the null label; empty if unconditional.
         defaults: recommended sampling parameters, copied to the engine's manifest.
+        text_encoder: ``folder`` and ``sha256`` of a frozen text encoder (``training.frozen_text``); empty for none.
         text_tokenizer: content of the ``tokenizer.json`` of a model that reads prompts, or ``bytes``.
     """
 
@@ -85,6 +86,7 @@ class Model(nn.Module):
         self.tokenizer, self.transformer = tokenizer, transformer
         self.class_names, self.defaults = tuple(class_names), dict(defaults or {})
         self.text_tokenizer = text_tokenizer
+        self.text_encoder: dict[str, str] = {}
 
     @property
     def family(self) -> str:
@@ -141,6 +143,8 @@ class Model(nn.Module):
             out["transformer"] = out["layout"] = None
         if self.text is not None:
             out["text"] = asdict(self.text)
+        if self.text_encoder:
+            out["text_encoder"] = self.text_encoder
         return {**out, "class_names": list(self.class_names), "defaults": self.defaults}
 
 
@@ -307,7 +311,7 @@ def build_model(config: Mapping[str, Any]) -> Model:
         ConfigError: a key is unknown or missing, or a value is out of range.
     """
     keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
-    given = set(config) - {"sha256", "text"}
+    given = set(config) - {"sha256", "text", "text_encoder"}
     if given != keys:
         raise ConfigError(f"unknown keys {short(sorted(given - keys))}, missing keys {sorted(keys - given)}")
     names, defaults = config["class_names"], config["defaults"]
@@ -326,7 +330,12 @@ def build_model(config: Mapping[str, Any]) -> Model:
         sizes = read_dataclass(TransformerConfig, config["transformer"], "transformer")
         text = read_dataclass(TextConfig, config["text"], "text") if "text" in config else None
         transformer = StackedTransformer(sizes, layout, text)
-    return Model(tokenizer, transformer, tuple(names), defaults)
+    model = Model(tokenizer, transformer, tuple(names), defaults)
+    if encoder := config.get("text_encoder", {}):
+        if not isinstance(encoder, dict) or set(encoder) != {"folder", "sha256"}:
+            raise ConfigError(f"text_encoder is {short(encoder)}; it must be an object with folder and sha256")
+        model.text_encoder = {name: str(value) for name, value in encoder.items()}
+    return model
 
 
 def _check_parts(model: Model) -> None:

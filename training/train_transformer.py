@@ -29,12 +29,13 @@ from training import processes
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
-from training.data.codes import Codes, Tokenization, begin, check
+from training.data.codes import Tokenization, begin, open_codes
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
 from training.data.stream import Augment
 from training.data.tokens import collate
+from training.frozen_text import describe_frozen, load_frozen
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses, target_counts
@@ -168,8 +169,10 @@ def train_transformer(
             model = load_checkpoint(path / "checkpoint")
         else:
             names = () if unconditional else tuple(folder.classes)
-            source, reads = (BYTES, None) if text is None else read_captions(folder, text)
+            frozen = load_frozen(text.encoder) if text and text.encoder else None
+            source, reads = (BYTES, None) if text is None else read_captions(folder, text, frozen)
             model = Model(vae, StackedTransformer(config, layout, reads), names, stage.defaults, source)
+            model.text_encoder = {} if frozen is None else describe_frozen(frozen)
         if before is not None and not resumed:
             begin_from(model, before, str(init))
         model.both()[0].requires_grad_(False)
@@ -189,7 +192,7 @@ def tokenization(
     hold_out(folder, stage.hold_out)
     folder.check_held_out()
     directed = directed_images(folder, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop, directed)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
     return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
 
 
@@ -245,9 +248,8 @@ def learning(
     """
     net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
-    check(codes, work)
-    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
-    prompts = None if text is None else Prompts(model, folder, text)
+    train, val = open_codes(codes, work)
+    prompts = None if text is None else Prompts(model, folder, text, codes.with_name("features"))
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
@@ -311,7 +313,7 @@ def learning(
             images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
             return {"samples": np.asarray(grid(images, columns=count))}
         held = folder.val[np.linspace(0, len(folder.val) - 1, min(SHOWN_PROMPTS, len(folder.val))).astype(int)]
-        given = embed_prompts(net, [prompts.ids(prompts.caption(i)) for i in held])
+        given = embed_prompts(net, [prompts.read(prompts.caption(i)) for i in held])
         labels = folder.labels[held].tolist()
         images = decode_cells(model, [event.cells for event in sample_events(net, labels, params, prompts=given)])
         pairs = np.concatenate([folder.load(held)[0], images])  # held-out images above what their captions give
