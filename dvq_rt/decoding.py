@@ -135,6 +135,7 @@ class Request:
         key: anything that tells the caller which image this is.
         prompt, negative: rows float32 [l, C] in front of the image and, with guidance, in front of its partner; None
             for the empty prompt.
+        text: what the prompt says.
     """
 
     label: int
@@ -148,6 +149,7 @@ class Request:
     key: Any = None
     prompt: NDArray[np.float32] | None = None
     negative: NDArray[np.float32] | None = None
+    text: str | None = None
 
     @classmethod
     def along(cls, layout: TokenLayout, tokens: Tokens, **values: Any) -> Request:

@@ -22,6 +22,7 @@ from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import CACHE, CONTROL, REPORT, STATE
 from runtimes.errors import BackendError
 from runtimes.protocol import Array, Buffer
+from training.data.tokens import collate_prompts
 from training.models.transformer import StackedTransformer
 from training.sampling import check_guidance
 from training.step import Step, step_table
@@ -217,8 +218,13 @@ def stacked(layout: TokenLayout, rows: Sequence[Tokens]) -> tuple[tuple[Tensor, 
 
 
 @torch.no_grad()
-def teacher_forced(model: StackedTransformer, tokens: Tokens) -> dict[str, Tensor]:
-    """Both heads' logits [T, V] by name, of one sequence, without caches: all tokens at once."""
+def teacher_forced(model: StackedTransformer, tokens: Tokens, prompt: Array | None = None) -> dict[str, Tensor]:
+    """Both heads' logits [T, V] by name, of one sequence, without caches: all tokens at once.
+
+    Args:
+        prompt: token ids or features in front of it.
+    """
     inputs, _ = stacked(model.layout, [tokens])
-    position, content = model(*inputs)
+    text = {} if prompt is None else collate_prompts([prompt])
+    position, content = model(*inputs, **text)
     return {"position": position[0], "content": content[0]}
