@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Generator as Events
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -33,6 +35,7 @@ from runtimes.onnxruntime import Providers
 from runtimes.protocol import Backend, Program, TensorSpec
 from runtimes.registry import open_backend
 
+LOG = logging.getLogger(__name__)
 MOST_SLOTS = 4096
 """Rows that exported graphs take at most."""
 LOGITS = ("position_logits", "content_logits")
@@ -72,7 +75,7 @@ class Engine:
             assert loop is not None, "who draws holds the engine"
             return loop(count)
 
-        self._batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
+        self.batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
 
     @classmethod
     def open(
@@ -105,19 +108,23 @@ class Engine:
             providers=providers,
             session_options=session_options,
         )
-        return cls(folder, manifest, backend, slots)
+        engine = cls(folder, manifest, backend, slots)
+        kind = f"{manifest.family}, weights {manifest.weights}, on {manifest.backend}"
+        LOG.info("engine %s: %s, at most %d slots", folder, kind, engine.slots)
+        return engine
 
     # --- graphs ------------------------------------------------------------------------------------------------
     def program(self, name: str) -> Program:
         """The encoder, decoder, step or text encoder, loaded when it is first asked for."""
         with self._lock:
             if name not in self._programs:
-                path = self.path / f"{name}{self.backend.suffix}"
+                path, began = self.path / f"{name}{self.backend.suffix}", time.perf_counter()
                 # an engine whose files were replaced since it was opened is refused; before the manifest is written
                 # there is nothing to compare with
                 program = self.backend.load(path, self.manifest.files or None, main=name == "step")
                 check_interface(path, program, *self._interface(name, program))
                 self._programs[name] = program
+                LOG.info("loaded %s in %.2f s", path.name, time.perf_counter() - began)
             return self._programs[name]
 
     def _interface(self, name: str, program: Program) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -225,7 +232,7 @@ class Engine:
 
     def draw(self, requests: Iterable[Request], watch: Watch | None = None) -> Events[Event, None, None]:
         """Events of requests that are drawn in the batch that all threads share; see ``SharedBatch.draw``."""
-        yield from self._batch.draw(requests, watch)  # a generator of the engine's, which so stays open
+        yield from self.batch.draw(requests, watch)  # a generator of the engine's, which so stays open
 
     def force(
         self,
@@ -263,7 +270,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is being drawn, and free graphs and buffers."""
-        self._batch.end()
+        self.batch.end()
         with self._lock:
             self._programs.clear()
 

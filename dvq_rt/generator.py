@@ -17,7 +17,7 @@ from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
 from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.manifest import Manifest
 from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.prompts import Prompt, choose_prompts
@@ -126,6 +126,11 @@ class Generator:
             raise InputError("a generator made with Generator.over cannot be pickled; open the folder by its name")
         return _reopen, (self._arguments,)
 
+    @property
+    def edits(self) -> bool:
+        """Whether a part of an image can be drawn anew."""
+        return False
+
     # --- drawing -----------------------------------------------------------------------------------------------
     def sample(
         self,
@@ -206,12 +211,37 @@ class Generator:
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
                 for event in events:
-                    image = Image.fromarray(engine.decode(preview_map(self.layout, event.cells)[None])[0])
-                    codes = self._codes(event) if event.finished else None
-                    progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
-                    yield Preview(event.request.key, image, progress, codes)
+                    yield self.preview(event)
 
         return previews()
+
+    def requests(
+        self,
+        n: int | None = None,
+        labels: Label | Iterable[Label] = None,
+        seed: int = 0,
+        params: SamplingParams | None = None,
+        *,
+        prompts: Prompts = None,
+        negative_prompts: Prompts = None,
+        truncate: bool = False,
+        first: int = 0,
+        every: int = 0,
+    ) -> list[Request]:
+        """The images of a call of ``sample`` (``every`` 0) or ``stream``, checked, for those who draw them otherwise;
+        see ``dvq_rt.asynchronous``. ``preview`` turns their events into images.
+
+        Raises:
+            InputError: an argument is out of range or unknown.
+        """
+        texts = (prompts, negative_prompts, truncate)
+        return self._requests(n, labels, seed, params, first, every, texts)[2]
+
+    def preview(self, event: Event) -> Preview:
+        """An event of such a request as ``stream`` gives it; the decoder runs in the caller's thread."""
+        image = Image.fromarray(self.engine.decode(preview_map(self.layout, event.cells)[None])[0])
+        progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
+        return Preview(event.request.key, image, progress, self._codes(event) if event.finished else None)
 
     # --- images and codes --------------------------------------------------------------------------------------
     def encode(self, images: ImageLike | Iterable[ImageLike], **rate: Any) -> list[Codes]:
@@ -266,22 +296,34 @@ class Generator:
         Raises:
             InputError: the codes are of another layout, or a label or prompt is unknown or missing.
         """
+        rows, before = self.rows(codes, labels, prompts=prompts, truncate=truncate)
+        records = self.engine.force(rows, LOGPROBS, prompts=before)
+        tables = [np.stack([record[name] for name in LOGPROBS]) for record in records]
+        return [Score(*table.astype(np.float64)) for table in tables]
+
+    def rows(
+        self,
+        codes: CodesLike,
+        labels: Label | Iterable[Label] = None,
+        *,
+        prompts: Prompts = None,
+        truncate: bool = False,
+    ) -> tuple[list[Tokens], list[NDArray[np.float32] | None]]:
+        """Codes as sequences in this model's own ids, and the rows of their prompts, as ``Engine.force`` takes both;
+        arguments and errors as for ``score``."""
         several = codes_of(self.layout, codes)
         given: list[int | None] = [None] * len(several)
         if labels is not None:
             given = choose_labels(self.layout, self.class_names, labels, len(several))
         # in this model's own ids, which another order or other labels would change
-        rows = [
+        sequences = [
             Codes(c.codes, c.grain, self.layout, c.label if label is None else label).tokens()
             for c, label in zip(several, given, strict=True)
         ]
         texts: list[Prompt] = [c.prompt if self.takes_prompts else None for c in several]
         if prompts is not None:
             texts = choose_prompts("prompts", prompts, len(several))
-        before = [self._rows(text, truncate) for text in texts]
-        records = self.engine.force(rows, LOGPROBS, prompts=before)
-        tables = [np.stack([record[name] for name in LOGPROBS]) for record in records]
-        return [Score(*table.astype(np.float64)) for table in tables]
+        return sequences, [self._rows(text, truncate) for text in texts]
 
     def verify(self) -> list[Any]:
         """Check the engine on this machine against the golden values in its folder; see ``dvq_rt.verify``."""

@@ -31,6 +31,7 @@ from dvq_rt.files import (
     restore_folder,
     write_file,
 )
+from dvq_rt.hub import PREFIX, fetch
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import ConfigError, EngineError, guard, short
@@ -204,15 +205,18 @@ class Manifest:
 
 
 def engine_folder(name: FileName | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo; None is ``demo:dq``.
+    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo, or ``hf:owner/name@revision``,
+    see ``dvq_rt.hub``; None is ``demo:dq``.
 
     Raises:
-        EngineError: the name is empty, as an unset shell variable makes it, or no path.
+        EngineError: the name is empty, as an unset shell variable makes it, or no path; or the hub does not give it.
     """
     if name is None:
         name = "demo:dq"
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise EngineError(f"the engine is {short(name)}; give the path of a folder, or {' or '.join(DEMOS)}")
+    if str(name).startswith(PREFIX):
+        return fetch(str(name))
     return DEMOS.get(str(name)) or Path(name)
 
 

@@ -26,7 +26,7 @@ from runtimes.errors import CheckpointError, ConfigError, DataError, short
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
-from training.data.codes import Codes, Tokenization, begin, check
+from training.data.codes import Tokenization, begin, open_codes
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
@@ -181,7 +181,7 @@ def tokenization(
     hold_out(folder, stage.hold_out)
     folder.check_held_out()
     directed = directed_images(folder, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop, directed)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
     return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
 
 
@@ -229,8 +229,7 @@ def learning(
     """
     net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
-    check(codes, work)
-    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
+    train, val = open_codes(codes, work)
     prompts = None if text is None else Prompts(model, folder, text, codes.with_name("features"))
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
