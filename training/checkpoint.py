@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -174,6 +175,23 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
         (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def keep_copies(run: Path, step: int, most: int) -> None:
+    """Keep ``run/checkpoint``, which is of that step, as ``run/step-N`` too, and of such copies the latest ``most``.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    with new_folder(run / f"step-{step}", overwrite=True, error=CheckpointError) as fresh:
+        for path in (run / "checkpoint").iterdir():
+            try:
+                os.link(path, fresh / path.name)  # no file of a checkpoint is ever changed
+            except OSError:  # a disk without links
+                shutil.copyfile(path, fresh / path.name)
+    steps = sorted(int(path.name[5:]) for path in run.glob("step-*") if path.name[5:].isdigit())
+    for old in steps[:-most]:
+        shutil.rmtree(run / f"step-{old}")
+
+
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -229,7 +247,7 @@ def digest(module: nn.Module) -> str:
     """SHA-256 of a module's weights."""
     total = hashlib.sha256()
     for tensor in module.state_dict().values():
-        total.update(tensor.numpy().tobytes())
+        total.update(tensor.cpu().numpy().tobytes())
     return total.hexdigest()
 
 
