@@ -36,6 +36,7 @@ class Port:
         shape: sizes; ``B`` is the number of slots, and in ``PORTS`` other names are sizes of the layout.
         idle: value of a slot that draws nothing, or ``OWN``.
         setting: of a control that sampling parameters decide, its value for a slot.
+        optional: whether engines may lack it, as those do that were exported before it was there.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Port:
     shape: tuple[int | str, ...] = (SLOTS,)
     idle: float | bool | str = 0
     setting: Setting | None = None
+    optional: bool = False
 
     @property
     def output(self) -> str:
@@ -81,10 +83,13 @@ PORTS: tuple[Port, ...] = (
     Port("partner_weight", CONTROL, "float32", idle=1, setting=lambda p, _: p.guidance),
     Port("forced_position", CONTROL, "int64", idle=-1),
     Port("forced_content", CONTROL, "int64", idle=-1),
+    Port("pinned", CONTROL, "int32", (SLOTS, "cells"), idle=-1, optional=True),
     Port("position_logits", REPORT, "float32", (SLOTS, "position")),
     Port("content_logits", REPORT, "float32", (SLOTS, "content")),
     Port("position_logprob", REPORT, "float32"),
     Port("content_logprob", REPORT, "float32"),
+    Port("position_logmass", REPORT, "float32", optional=True),
+    Port("content_logmass", REPORT, "float32", optional=True),
 )
 """All but the caches, in the order of the graph's inputs and outputs."""
 
@@ -112,6 +117,10 @@ class StepTable:
     def role(self, *roles: str) -> tuple[Port, ...]:
         """The tensors of some roles, in order."""
         return tuple(port for port in self.ports if port.role in roles)
+
+    def has(self, name: str) -> bool:
+        """Whether the step has a tensor; engines may lack the optional ones."""
+        return any(port.name == name for port in self.ports)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -147,6 +156,7 @@ class StepTable:
             ConfigError: a tensor is missing, unknown, or of another kind than a step of this layout has.
         """
         names = {name for name, _ in interface["caches"]}
+        there = {spec["name"] for side in ("inputs", "outputs") for spec in interface[side]}
         specs = {spec["name"]: spec for spec in interface["inputs"]}
         first = specs.get("content", {"shape": [SLOTS]})["shape"][0]
         caches = tuple(
@@ -154,7 +164,8 @@ class StepTable:
             for name, spec in specs.items()
             if name in names
         )
-        table = cls(layout, (*_sized(layout), *caches))
+        own = (port for port in _sized(layout) if not port.optional or {port.name, port.output} & there)
+        table = cls(layout, (*own, *caches))
         wanted = table.to_dict(None if first == SLOTS else first)
         for side in ("inputs", "outputs"):
             have, want = (
