@@ -124,6 +124,9 @@ class Request:
         params: sampling parameters.
         seed, image: key of its random numbers.
         forced: tokens 1, 2, ... that are taken instead of drawn: joint positions and contents, int64, -1 draws.
+        pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
+            leaves them free. The step must have the control.
+        uniforms: float32 [longest sequence, 2], random numbers in place of those of the seed.
         every: tokens between two events of the unfinished image; 0 for the finished one only.
         record: reports and state tensors whose values after each token the last event has.
         limit: tokens after which the image ends, finished or not; None for no limit.
@@ -135,6 +138,8 @@ class Request:
     seed: int = 0
     image: int = 0
     forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    pinned: NDArray[np.int32] | None = None
+    uniforms: NDArray[np.float32] | None = None
     every: int = 0
     record: tuple[str, ...] = ()
     limit: int | None = None
@@ -313,7 +318,10 @@ class Scheduler:
         request, loop = handle.request, self.loop
         values: dict[str, Any] = dict(loop.table.settings(request.params))
         values |= {"reset": True, "forced_position": -1, "forced_content": -1}
-        values["uniforms"] = uniforms(request.seed, request.image, loop.layout.max_length)
+        own = request.uniforms
+        values["uniforms"] = uniforms(request.seed, request.image, loop.layout.max_length) if own is None else own
+        if loop.table.has("pinned"):
+            values["pinned"] = -1 if request.pinned is None else pins_at(request.pinned, 0)
         for slot, partner in zip(handle.slots, handle.slots[::-1], strict=True):
             label = request.label if slot == handle.slots[0] else loop.layout.classes
             for name, value in {**values, "label": label, "partner": partner}.items():
@@ -326,10 +334,19 @@ class Scheduler:
                 value = forced[handle.steps] if handle.steps < len(forced) else -1
                 for slot in handle.slots:
                     self.loop.control(name, slot, value)
+            pinned = handle.request.pinned
+            if pinned is not None and pinned.ndim == 2:
+                for slot in handle.slots:
+                    self.loop.control("pinned", slot, pins_at(pinned, handle.steps))
 
     def _leave(self, handle: Handle) -> None:
         self._active.remove(handle)
         self._free += handle.slots
+
+
+def pins_at(pinned: NDArray[np.int32], step: int) -> NDArray[np.int32]:
+    """A request's pins [cells] for the token after so many."""
+    return pinned if pinned.ndim == 1 else pinned[min(step, len(pinned) - 1)]
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

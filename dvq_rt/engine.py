@@ -37,6 +37,7 @@ MOST_SLOTS = 4096
 GRAPHS = ("encoder", "decoder", "step")
 LOGITS = ("position_logits", "content_logits")
 LOGPROBS = ("position_logprob", "content_logprob")
+LOGMASSES = ("position_logmass", "content_logmass")
 
 
 class Engine:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from dvq_rt.codes import Codes, codes_of
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
+from dvq_rt.editing import Edit
+from dvq_rt.edits import Edits
 from dvq_rt.engine import LOGPROBS, Engine
 from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
@@ -30,7 +32,7 @@ OnToken = Callable[[int, int], None]
 CodesLike = Codes | Samples | Iterable[Codes]
 
 
-class Generator:
+class Generator(Edits):
     """A loaded engine. Safe to use from several threads, whose images share one batch; every call is independent of
     those before it. A context manager: ``close`` frees the engine. Pickling keeps the arguments and opens the folder
     anew.
@@ -171,6 +173,7 @@ class Generator:
         every: int = 16,
         *,
         first: int = 0,
+        edit: Edit | None = None,
     ) -> Iterator[Preview]:
         """Draw images as ``sample`` does, with a preview of each every so many tokens, coarse to fine.
 
@@ -178,16 +181,25 @@ class Generator:
         decoded and looked at: one that is overtaken by a newer one of its image is left out. The last preview of an
         image has its codes and is never left out.
 
+        Args:
+            edit: of ``edit_of``; draws what ``edit`` draws, and labels are as there.
+
         Raises:
             InputError: an argument is out of range or unknown.
         """
         every = whole("every", every, 1, 2**31 - 1)
+        if edit is not None and labels is None:
+            labels = edit.codes.label
         requests, engine = self._requests(n, labels, seed, params, first, every)[2], self.engine
+        if edit is not None:
+            requests = self._constrained(requests, edit)
 
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
                 for event in events:
-                    image = Image.fromarray(engine.decode(preview_map(self.layout, event.cells)[None])[0])
+                    cells = event.cells if edit is None else np.maximum(event.cells, edit.pinned)  # those to come too
+                    pixels = engine.decode(preview_map(self.layout, cells)[None])[0]
+                    image = Image.fromarray(pixels if edit is None else edit.shown(pixels))
                     codes = self._codes(event) if event.finished else None
                     progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
                     yield Preview(event.request.key, image, progress, codes)

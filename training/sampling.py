@@ -8,13 +8,14 @@ released code's rules; ``sample`` chooses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.models.transformer import StackedTransformer
@@ -54,17 +55,54 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None,
 
 
 class Grammar:
-    """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time."""
+    """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time.
 
-    def __init__(self, layout: TokenLayout, ordered: bool) -> None:
-        self.layout, self.ordered = layout, ordered
+    ``pinned``, int [cells], says how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token.
+    """
+
+    def __init__(self, layout: TokenLayout, ordered: bool, pinned: NDArray[Any] | None = None) -> None:
+        self.layout, self.ordered, self.pinned, self.step = layout, ordered, pinned, 0
         self.segment, self.done, self.starting = 0, False, False
         self.free = np.ones(layout.cells, dtype=bool)
         self.last = -1  # rank of the segment's last position in its order
         self.filled = np.zeros(layout.sides[0] ** 2, dtype=np.int64)  # positions of each coarsest cell it has taken
 
+    def pins(self) -> list[int]:
+        """How the cells must end that the current segment's positions cover, by position."""
+        assert self.pinned is not None
+        now = self.pinned if self.pinned.ndim == 1 else self.pinned[min(self.step, len(self.pinned) - 1)]
+        return now[self.layout.covered_cells(self.segment)[:, 0]].tolist()
+
+    def pinned_content(self, position: int) -> int | None:
+        """The one code that a position of the current segment may have, if it is pinned to one."""
+        if self.pinned is None or self.layout.first == "content" or self.starting:
+            return None
+        pins = self.pins()
+        pin = pins[position] if position < len(pins) else -1
+        return pin % self.layout.codebook_size if pin >= 0 else None
+
     def allowed(self) -> list[int]:
         """Local position ids of the next token; one of them is forced."""
+        wide = self.grammatical()
+        if self.pinned is None or self.starting or self.done:
+            return wide
+        layout, s, pins = self.layout, self.segment, self.pins()
+        rank = {int(position): i for i, position in enumerate(layout.ordered_positions(s))}
+        owner = [pin // layout.codebook_size if pin >= 0 else -2 - pin for pin in pins]  # -1: nobody
+        mine = [q for q in wide if q in rank and owner[q] == s]
+        due = min((rank[q] for q in mine), default=len(rank))
+        fits = [q for q in wide if q in rank and owner[q] in (s, -1) and rank[q] <= due]
+        if layout.first == "position" and not layout.covering:
+            usable = [q for q in rank if self.free[q] and owner[q] in (s, -1)]
+            pinned = [q for q in usable if owner[q] == s]
+            to_come = int(self.free.sum()) - (layout.cells - layout.filled_cells)
+            fits = [q for q in fits if q in mine or to_come > len(pinned)]
+            if self.ordered:
+                fits = [q for q in fits if sum(rank[other] > rank[q] for other in usable) >= to_come - 1]
+        return [*fits, *([layout.position_eos(s)] if layout.position_eos(s) in wide and not mine else [])]
+
+    def grammatical(self) -> list[int]:
+        """``allowed`` without pins."""
         layout, s = self.layout, self.segment
         if self.starting:
             return []
@@ -83,7 +121,7 @@ class Grammar:
         return later[: len(later) - to_come + 1].tolist()  # leaving room for those after it
 
     def whole_cells(self, order: NDArray[np.int64], fits: NDArray[np.int64]) -> list[int]:
-        """``allowed`` of a segment between the first and the last: it must not leave a coarsest cell half coded."""
+        """``grammatical`` of a segment between the first and the last: it must not leave a coarsest cell half coded."""
         layout, s = self.layout, self.segment
         cell = self.cell_of(order)  # of the places in order
         opened = (self.filled > 0) & (self.filled < layout.codes_per_cell[s])
@@ -105,6 +143,7 @@ class Grammar:
     def advance(self, position: int) -> None:
         """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
         layout, s = self.layout, self.segment
+        self.step += 1
         if self.starting:
             self.starting = False
         elif position == layout.position_eos(s):
@@ -131,6 +170,8 @@ def sample_tokens(
     seed: int = 0,
     first_image: int = 0,
     limit: int | None = None,
+    pinned: NDArray[Any] | None = None,
+    forced: tuple[NDArray[Any], NDArray[Any]] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Draw token sequences with the whole sequence recomputed at every step.
 
@@ -140,6 +181,7 @@ def sample_tokens(
         params: sampling parameters.
         seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
         limit: stop after so many tokens.
+        pinned, forced: of all images, as ``dvq_rt.decoding.Request`` has them.
 
     Returns:
         per image (content ids, joint position ids), start tokens included, the last EOS excluded.
@@ -154,7 +196,7 @@ def sample_tokens(
     count = len(labels)
     starts = [*labels, *[layout.classes] * count] if guided else list(labels)
     random = torch.from_numpy(np.stack([uniforms(seed, first_image + i, layout.max_length) for i in range(count)]))
-    grammars = [Grammar(layout, params.positions == "ordered") for _ in range(count)]
+    grammars = [Grammar(layout, params.positions == "ordered", pinned) for _ in range(count)]
     start = torch.tensor([layout.start(0, label) for label in starts])
     content, position = start[:, :1], start[:, 1:] + layout.position_offset(0)
     segment = torch.zeros_like(content)
@@ -187,9 +229,16 @@ def sample_tokens(
                 ids = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
             else:
                 logits[:, layout.codebook_size :] = -torch.inf
+                for i, g in enumerate(grammars):
+                    if (code := g.pinned_content(int(places[i]))) is not None and head != layout.first:
+                        others = torch.arange(logits.shape[1]) != code
+                        logits[i, others] = -torch.inf
                 ids = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
             for row, label in enumerate(starts):
                 g, value = grammars[row % count], int(ids[row % count])
+                given = -1 if forced is None or t >= len(forced[0]) else int(forced[HEADS.index(head)][t])
+                if given >= 0:
+                    value = given - (layout.position_offset(g.segment) if head == "position" else 0)
                 start_content, start_position = layout.start(g.segment, label)
                 if head == "position":
                     places[row] = start_position if g.starting else value

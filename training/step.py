@@ -132,7 +132,9 @@ class Step(nn.Module):
 
         # Where the next token belongs: to the segment of the last one or, after its end, to the following one.
         here = (position[:, None] >= self.offset[1:]).sum(1)  # segment of the last token
-        starting = position == (self.offset + self.eos).index_select(0, here)  # it ended its segment: the start of the next follows
+        starting = position == (self.offset + self.eos).index_select(
+            0, here
+        )  # it ended its segment: the start of the next follows
         segment = here + starting.long()
         eos, offset, sos = (table.index_select(0, segment) for table in (self.eos, self.offset, self.sos))
         start = sos + start_local
@@ -182,7 +184,9 @@ class Step(nn.Module):
 
         # A code fills the cells that its position covers; an image is done when no code is to come.
         local = token["position"] - offset
-        covered = (self.place.index_select(0, segment) == local[:, None]) & (~starting & (local != eos) & ~done)[:, None]
+        covered = (self.place.index_select(0, segment) == local[:, None]) & (~starting & (local != eos) & ~done)[
+            :, None
+        ]
         new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
 
@@ -250,8 +254,8 @@ class Step(nn.Module):
         return choose(starting[:, None], self.position_ids == start[:, None], result)
 
     def pins_at(self, pinned: Tensor, segment: Tensor, done: Tensor) -> Tensor:
-        """The pin of each local position of a segment, int32 [B, position head]; -1 for special ids, and where a slot is
-        done."""
+        """The pin of each local position of a segment, int32 [B, position head]; -1 for special ids and where a slot
+        is done."""
         index, real = self.corner.index_select(0, segment), self.real.index_select(0, segment)
         return torch.where(real & ~done[:, None], pinned.gather(1, index), -1)
 
