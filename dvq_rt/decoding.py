@@ -126,6 +126,8 @@ class Request:
         forced: tokens 1, 2, ... that are taken instead of drawn: joint positions and contents, int64, -1 draws.
         pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
             leaves them free. The step must have the control.
+        given: int64, the kinds of tokens 1, 2, ..., which ``forced`` has (``dvq_rt.editing.given_first``); None or 0
+            for tokens of the image's own sequence. The step must have the control.
         uniforms: float32 [longest sequence, 2], random numbers in place of those of the seed.
         every: tokens between two events of the unfinished image; 0 for the finished one only.
         record: reports and state tensors whose values after each token the last event has.
@@ -139,6 +141,7 @@ class Request:
     image: int = 0
     forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     pinned: NDArray[np.int32] | None = None
+    given: NDArray[np.int64] | None = None
     uniforms: NDArray[np.float32] | None = None
     every: int = 0
     record: tuple[str, ...] = ()
@@ -146,11 +149,15 @@ class Request:
     key: Any = None
 
     @classmethod
-    def along(cls, layout: TokenLayout, tokens: Tokens, **values: Any) -> Request:
-        """A request that is forced along a whole sequence, whose first token gives the label."""
+    def along(
+        cls, layout: TokenLayout, tokens: Tokens, kind: NDArray[np.int64] | None = None, **values: Any
+    ) -> Request:
+        """A request that is forced along a whole sequence, whose first token gives the label; ``kind`` as
+        ``dvq_rt.editing.given_first`` gives it."""
         forced = (tokens.position[1:], tokens.content[1:])
         label = int(tokens.content[0]) - layout.content_sos
-        return cls(label, SamplingParams(positions="drawn"), forced=forced, **values)
+        given = None if kind is None else kind[1:]
+        return cls(label, SamplingParams(positions="drawn"), forced=forced, given=given, **values)
 
     @property
     def width(self) -> int:
@@ -334,7 +341,11 @@ class Scheduler:
                 value = forced[handle.steps] if handle.steps < len(forced) else -1
                 for slot in handle.slots:
                     self.loop.control(name, slot, value)
-            pinned = handle.request.pinned
+            pinned, given = handle.request.pinned, handle.request.given
+            if self.loop.table.has("given"):
+                kind = 0 if given is None or handle.steps >= len(given) else given[handle.steps]
+                for slot in handle.slots:
+                    self.loop.control("given", slot, kind)
             if pinned is not None and pinned.ndim == 2:
                 for slot in handle.slots:
                     self.loop.control("pinned", slot, pins_at(pinned, handle.steps))

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from dvq_rt.codes import Codes
 from dvq_rt.labels import whole
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import TokenLayout, Tokens
 from runtimes.errors import InputError, guard, short
 
 FREE = -1
@@ -100,6 +100,8 @@ class Edit:
             they have none.
         grain: of what is redrawn: ``free`` lets the model choose it, ``keep`` keeps it (and, where some cells have no
             code, which), ``finest`` prescribes the finest one.
+        hints: int [sides[0], sides[0]], codes in the coarsest grain of redrawn cells that get finer ones, -1 for none;
+            only models that were trained with what is kept first are told.
         original: uint8 [size, size, 3], whose pixels are shown outside; None shows what the codes decode to.
 
     Raises:
@@ -110,6 +112,7 @@ class Edit:
     redraw: Mask
     grain: str = "free"
     original: NDArray[np.uint8] | None = None
+    hints: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.grain not in GRAINS:
@@ -139,12 +142,25 @@ class Edit:
             first = np.flatnonzero((tokens.segment > 0) | (tokens.position >= places[0]) & code)
         return not first.size or not (kept & code)[first[0] :].any()
 
-    def constraint(self) -> dict[str, Any]:
-        """Fields of a ``Request``."""
+    def constraint(self, given: bool = False) -> dict[str, Any]:
+        """Fields of a ``Request``. With ``given`` what is kept comes first, for models that were trained with it.
+
+        Raises:
+            InputError: with the hints the sequence is longer than any of the model's.
+        """
         layout = self.codes.layout
-        if layout.first == "content":
-            return scheduled(self)
-        return {"pinned": self.pinned}
+        if not given:
+            return scheduled(self, False) if layout.first == "content" else {"pinned": self.pinned}
+        tokens, kind = given_first(layout, self.codes.tokens(0), ~self.redraw, self.hints)
+        first = np.flatnonzero(kind)
+        most = len(first) + int(self.redraw.sum()) * layout.codes_per_cell[-1] + 2 * layout.segments - 1
+        if self.hints is not None and most > layout.max_length:
+            raise InputError(
+                f"with hints the image has up to {most} tokens, and {layout.max_length} fit; refine fewer cells"
+            )
+        forced = (tokens.position[first], tokens.content[first])
+        fields = scheduled(self, True) if layout.first == "content" else {"pinned": self.pinned, "forced": forced}
+        return {**fields, "given": kind[first]}
 
     def shown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A decoded image [size, size, 3] as it is shown: with the original's pixels outside."""
@@ -182,6 +198,33 @@ def redrawn_tokens(layout: TokenLayout, tokens: Any, redraw: Mask) -> Mask:
     return out
 
 
+def given_first(
+    layout: TokenLayout, tokens: Tokens, keep: Mask, hints: NDArray[Any] | None = None
+) -> tuple[Tokens, NDArray[np.int64]]:
+    """A sequence with the kept tokens in front, so that all that is drawn after them sees them: the start, the codes of
+    kept cells, hints, then what is left of the sequence in its order.
+
+    Args:
+        tokens: as of ``TokenLayout.to_tokens``.
+        keep: bool [sides[0], sides[0]], coarsest cells that are kept.
+        hints: int [sides[0], sides[0]], for cells that are drawn in a finer grain their code in the coarsest one, which
+            fills no cell; -1 for none.
+
+    Returns:
+        the sequence, and the kind of each token, int64: 0 for the sequence's own, 1 for kept ones, 2 for hints.
+    """
+    kept = (tokens.content < layout.codebook_size) & ~redrawn_tokens(layout, tokens, ~keep)
+    own = ~kept
+    own[0] = False
+    told = np.zeros(0, np.int64) if hints is None else np.flatnonzero(np.asarray(hints).reshape(-1) >= 0)
+    code = told if hints is None else np.asarray(hints, np.int64).reshape(-1)[told]
+    between = (code, told, np.zeros_like(told))
+    parts = [
+        np.concatenate([part[:1], part[kept], hint, part[own]]) for part, hint in zip(tokens, between, strict=True)
+    ]
+    return Tokens(*parts), np.repeat([0, 1, 2, 0], [1, kept.sum(), len(told), own.sum()])
+
+
 def forced_beginning(codes: Codes, label: int, count: int) -> Forced:
     """The first ``count`` tokens of an image after its start, as ``Request.forced``. Start tokens are left to the
     grammar, since those of a guided pair differ."""
@@ -190,31 +233,30 @@ def forced_beginning(codes: Codes, label: int, count: int) -> Forced:
     return tuple(np.where(start, -1, part[1 : count + 1]) for part in (tokens.position, tokens.content))  # type: ignore[return-value]
 
 
-def scheduled(edit: Edit) -> dict[str, Any]:
+def scheduled(edit: Edit, given: bool) -> dict[str, Any]:
     """``Edit.constraint`` for a model that draws content before the position, so that it cannot be left to the position
     which code comes next: each gap between two kept codes gets as many codes as it had, and each step is either a kept
-    pair, which is forced, or a new one, whose position is drawn among the gap's cells that leave room for the rest."""
-    layout = edit.codes.layout
-    wide, coded = spread(layout, edit.redraw), edit.codes.codes.reshape(-1) >= 0
-    code, forced = edit.codes.codes.reshape(-1), np.full((2, layout.filled_cells), -1, dtype=np.int64)
+    pair, which is forced, or a new one, whose position is drawn among the gap's cells that leave room for the rest.
+    Where what is kept is ``given`` first, all that is redrawn is one gap."""
+    layout, flat = edit.codes.layout, edit.codes.codes.reshape(-1)
+    redraw, coded = spread(layout, edit.redraw), flat >= 0
+    forced = np.full((2, layout.filled_cells), -1, dtype=np.int64)
     pinned = np.full((layout.filled_cells, layout.cells), -2 - layout.segments, dtype=np.int32)
-    step, gap = 0, []
-    for cell in [*range(layout.cells), None]:
-        if cell is not None and wide[cell]:
-            gap.append(cell)
+    order = np.flatnonzero(coded | redraw)
+    order = order[np.argsort(redraw[order], kind="stable")] if given else order
+    step, gap = 0, np.zeros(0, dtype=np.int64)
+    for cell in [*order.tolist(), None]:  # None flushes the last gap
+        if cell is not None and redraw[cell]:
+            gap = np.append(gap, cell)
             continue
-        if cell is not None and not coded[cell]:
-            continue
-        count = int(coded[gap].sum())
-        for i in range(count):
-            if edit.grain == "keep":
-                forced[0, step] = np.array(gap)[coded[gap]][i]
-            pinned[step, gap[: len(gap) - count + i + 1]] = FREE
+        places = gap[coded[gap]]  # where codes were, and so how many
+        for i in range(len(places)):
+            pinned[step, gap[: len(gap) - len(places) + i + 1]] = FREE
+            forced[0, step] = places[i] if edit.grain == "keep" else -1
             step += 1
-        gap = []
+        gap = gap[:0]
         if cell is not None:
-            forced[:, step] = cell, code[cell]
-            pinned[step] = FREE
+            forced[:, step], pinned[step] = (cell, flat[cell]), FREE
             step += 1
     return {"forced": (forced[0], forced[1]), "pinned": pinned}
 

@@ -144,18 +144,20 @@ class Edits:
         *,
         cells: Any = None,
         ratio: float | None = None,
-        candidates: int = 8,
-        select: str = "consistent",
+        candidates: int | None = None,
+        select: str | None = None,
         **options: Any,
     ) -> Samples:
-        """Give coarse cells the codes of the finest grain. Their own coarse code is not part of the new sequence, so of
-        several candidates the one is taken that looks most like the image; this is no law of the model's.
+        """Give coarse cells the codes of the finest grain. A model that was trained with what is kept first is told the
+        coarse codes, and draws from its law given these too. To others a cell's coarse code is lost, so of several
+        candidates the one is taken that looks most like the image, which is no law of the model's.
 
         Args:
             cells: bool [sides[0], sides[0]], which cells; those of the finest grain already are left as they are.
             ratio: in place of ``cells`` the share of all cells that are of the finest grain afterwards; the encoder
                 chooses them by the decoded image.
-            candidates, select, options: as for ``edit``.
+            candidates, select, options: as for ``edit``; None takes 1 and ``weight`` if the model is told, else 8 and
+                ``consistent``.
 
         Raises:
             InputError: also if the model has one grain, or no cell is to be refined.
@@ -177,10 +179,15 @@ class Edits:
         cells = cell_mask(np.asarray(cells), layout, engine.manifest.image_size) & (codes.grain != finest)
         if not cells.any():
             raise InputError("no cell is to be refined: all of them are of the finest grain")
-        edit = Edit(codes, cells, "finest")
+        told = self.engine.table.has("given") and options.get("exact") is not False
+        coarsest = codes.codes[:: len(codes.codes) // len(cells), :: len(codes.codes) // len(cells)]
+        hints = np.where(cells & (codes.grain == 0), coarsest, -1) if told else None
+        edit = Edit(codes, cells, "finest", hints=hints)
         values = {"labels": None, "n": None, "exact": None, "seed": 0, "first": 0, "params": None, "progress": None}
         if unknown := sorted(set(options) - set(values)):
             raise InputError(f"unknown arguments {unknown}; there are {sorted(values)}")
+        candidates = (1 if told else 8) if candidates is None else candidates
+        select = ("weight" if told else "consistent") if select is None else select
         return self._edited(edit, candidates=candidates, select=select, **{**values, **options})
 
     # --- beginnings --------------------------------------------------------------------------------------------
@@ -284,14 +291,22 @@ class Edits:
         maps, grains = engine.encode(to_array(picture, size)[None])
         return Codes(maps[0], grains[0], engine.layout), np.asarray(picture)
 
-    def _constrained(self, requests: list[Request], edit: Edit) -> list[Request]:
+    def _constrained(self, requests: list[Request], edit: Edit, exact: bool | None = None) -> tuple[list[Request], str]:
+        """Requests that keep what an edit keeps, and the law that they draw from (``Samples.law``)."""
         if not self.engine.table.has("pinned"):
             raise InputError(
                 f"engine {self.engine.path} was exported before there was editing; export it again "
                 "(python -m export.to_onnx)"
             )
-        fields = edit.constraint()
-        return [replace(request, **fields) for request in requests]
+        given = self.engine.table.has("given") and exact is not False
+        law = "given" if given else "prefix" if edit.beginning else "pins"
+        if exact and law == "pins":
+            raise InputError(
+                "this edit is not exact: tokens that are kept come after some that are drawn; use exact=None, or a "
+                "model trained with stage.given"
+            )
+        fields = edit.constraint(given)
+        return [replace(request, **fields) for request in requests], law
 
     def _edited(
         self,
@@ -314,16 +329,11 @@ class Edits:
         check_progress(progress)
         labels = edit.codes.label if labels is None else labels
         indices, params, requests = self._requests(n, labels, seed, params, first)
-        law = "prefix" if edit.beginning else "pins"
-        if exact and law == "pins":
-            raise InputError(
-                "this edit is not exact: tokens that are kept come after some that are drawn; use exact=None, or a "
-                "model trained with stage.given"
-            )
+        constrained, law = self._constrained(requests, edit, exact)
         record = (*LOGMASSES, *(LOGPROBS if select == "likelihood" else ()))
         several = [
             replace(r, image=r.image * CANDIDATES + m if candidates > 1 else r.image, record=record, key=(i, m))
-            for i, r in enumerate(self._constrained(requests, edit))
+            for i, r in enumerate(constrained)
             for m in range(candidates)
         ]
         groups = self._drawn(several, len(requests), candidates, progress)

@@ -206,6 +206,7 @@ class Engine:
         *,
         slots: int | None = None,
         limit: int | None = None,
+        kinds: Sequence[NDArray[np.int64] | None] = (),
     ) -> list[dict[str, NDArray[Any]]]:
         """Run along given sequences, each in its order.
 
@@ -215,12 +216,14 @@ class Engine:
             slots: draw in a loop of one's own with so many slots, row i in slot i as far as there are; None takes the
                 shared batch.
             limit: stop each sequence after so many tokens.
+            kinds: of each row's tokens, see ``dvq_rt.editing.given_first``; none for rows without given tokens.
 
         Returns:
             for each row {name: [steps, ...]}; ``steps`` ends with the token that completes the image.
         """
         requests = [
-            Request.along(self.layout, row, record=tuple(record), limit=limit, key=i) for i, row in enumerate(rows)
+            Request.along(self.layout, row, kind, record=tuple(record), limit=limit, key=i)
+            for i, (row, kind) in enumerate(zip(rows, kinds or [None] * len(rows), strict=True))
         ]
         events = self.draw(requests) if slots is None else run_alone(self.loop(slots), requests)
         records: dict[int, dict[str, NDArray[Any]]] = {}

@@ -27,7 +27,8 @@ class Samples:
     Of edits ``law`` says what was drawn from: ``prefix``, the model's own law given a beginning of the sequence;
     ``given``, the law of a model that was trained to see what is kept first; ``pins``, step by step among what the kept
     cells allow, which is not the model's law given them. ``log_weights`` float64 [N] are the logarithms of what
-    corrects the last (``dvq_rt.editing``), and ``effective`` float64 [N] says of how many candidates each was really chosen.
+    corrects the last (``dvq_rt.editing``), and ``effective`` float64 [N] says of how many candidates
+    each was really chosen.
     """
 
     images: list[Image.Image]

@@ -68,6 +68,8 @@ PORTS: tuple[Port, ...] = (
     Port("length", STATE, "int32"),
     Port("done", STATE, "bool", idle=True),
     Port("cells", STATE, "int32", (SLOTS, "cells"), idle=-1),
+    Port("phase", STATE, "int64", optional=True),
+    Port("kind", STATE, "int64", optional=True),
     Port("reset", CONTROL, "bool", idle=False),
     Port("label", CONTROL, "int64"),
     Port("uniforms", CONTROL, "float32", (SLOTS, "length", 2)),
@@ -84,6 +86,7 @@ PORTS: tuple[Port, ...] = (
     Port("forced_position", CONTROL, "int64", idle=-1),
     Port("forced_content", CONTROL, "int64", idle=-1),
     Port("pinned", CONTROL, "int32", (SLOTS, "cells"), idle=-1, optional=True),
+    Port("given", CONTROL, "int64", optional=True),
     Port("position_logits", REPORT, "float32", (SLOTS, "position")),
     Port("content_logits", REPORT, "float32", (SLOTS, "content")),
     Port("position_logprob", REPORT, "float32"),
@@ -92,6 +95,8 @@ PORTS: tuple[Port, ...] = (
     Port("content_logmass", REPORT, "float32", optional=True),
 )
 """All but the caches, in the order of the graph's inputs and outputs."""
+GIVEN_PORTS = ("phase", "kind", "given")
+"""Those of models alone that were trained with what is kept first (``dvq_rt.editing.given_first``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,9 @@ class StepTable:
     ports: tuple[Port, ...]
 
     @classmethod
-    def of(cls, layout: TokenLayout, caches: int, heads: int, width: int, dtype: str = "float32") -> StepTable:
+    def of(
+        cls, layout: TokenLayout, caches: int, heads: int, width: int, dtype: str = "float32", given: bool = False
+    ) -> StepTable:
         """The table of a model.
 
         Args:
@@ -110,9 +117,11 @@ class StepTable:
             caches: number of caches, two per transformer block.
             heads, width: attention heads, and numbers per head and token.
             dtype: of the caches.
+            given: whether it has ``GIVEN_PORTS``.
         """
         shape = (SLOTS, heads, layout.max_length, width)
-        return cls(layout, (*_sized(layout), *(Port(f"cache_{i}", CACHE, dtype, shape) for i in range(caches))))
+        own = (port for port in _sized(layout) if given or port.name not in GIVEN_PORTS)
+        return cls(layout, (*own, *(Port(f"cache_{i}", CACHE, dtype, shape) for i in range(caches))))
 
     def role(self, *roles: str) -> tuple[Port, ...]:
         """The tensors of some roles, in order."""

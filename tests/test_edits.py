@@ -207,8 +207,8 @@ LAWS = {
 @pytest.mark.parametrize("name", LAWS)
 def test_weighted_candidates_follow_the_models_law(name: str) -> None:
     """All results of an edit whose hole comes first and all else is kept are listed, with their true probabilities
-    given what is kept. Choosing among 256 candidates by weight comes within 0.02 of these (total variation; the choice is
-    averaged, not drawn); a single candidate, the negative control, is off by more than 0.1. And each image is drawn as
+    given what is kept. Choosing among 256 candidates by weight comes within 0.02 of these (total variation; the
+    choice is averaged, not drawn); a single candidate, the negative control, is off by more than 0.1. And each image is drawn as
     often as its probability over its weight says."""
     layout, redraw, count = LAWS[name]
     net = small_transformer(layout, seed=4)
@@ -220,7 +220,8 @@ def test_weighted_candidates_follow_the_models_law(name: str) -> None:
     edit = Edit(codes, np.array(redraw, dtype=bool))
     assert not edit.beginning
     images = images_with(edit)
-    forced = drawn(net, [Request.along(layout, c.tokens(0), record=LOGPROBS) for c in images])
+    along = (Request.along(layout, c.tokens(0), record=LOGPROBS) for c in images)
+    forced = drawn(net, [replace(request, params=SamplingParams()) for request in along])
     steps = [layout.steps_of(c.tokens(0)) for c in images]
     logs = np.array([sum(e.records[r][:n].sum() for r in LOGPROBS) for e, n in zip(forced, steps, strict=True)])
     truth = weights(logs.astype(np.float64))

@@ -140,6 +140,14 @@ class Grammar:
         row, column = np.divmod(position, side)
         return row * coarsest // side * coarsest + column * coarsest // side
 
+    def give(self, positions: NDArray[Any], kinds: NDArray[Any]) -> None:
+        """Note joint positions that are given beforehand; hints (kind 2) fill nothing."""
+        for position, kind in zip(positions, kinds, strict=False):
+            self.step += 1
+            if kind == 1:
+                s = int(self.layout.segment_of(np.array(position)))
+                self.free[self.layout.covered_cells(s)[position - self.layout.position_offset(s)]] = False
+
     def advance(self, position: int) -> None:
         """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
         layout, s = self.layout, self.segment
@@ -172,6 +180,7 @@ def sample_tokens(
     limit: int | None = None,
     pinned: NDArray[Any] | None = None,
     forced: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    given: NDArray[Any] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Draw token sequences with the whole sequence recomputed at every step.
 
@@ -181,7 +190,7 @@ def sample_tokens(
         params: sampling parameters.
         seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
         limit: stop after so many tokens.
-        pinned, forced: of all images, as ``dvq_rt.decoding.Request`` has them.
+        pinned, forced, given: of all images, as ``dvq_rt.decoding.Request`` has them.
 
     Returns:
         per image (content ids, joint position ids), start tokens included, the last EOS excluded.
@@ -200,6 +209,16 @@ def sample_tokens(
     start = torch.tensor([layout.start(0, label) for label in starts])
     content, position = start[:, :1], start[:, 1:] + layout.position_offset(0)
     segment = torch.zeros_like(content)
+    kind = torch.zeros_like(content)
+    before = 0 if given is None else int((given > 0).sum())
+    if given is not None and forced is not None and before:
+        ids = [torch.from_numpy(np.asarray(part[:before], dtype=np.int64)) for part in (forced[1], forced[0], given)]
+        content, position, kind = (
+            torch.cat([a, b.expand(len(starts), -1)], 1) for a, b in zip((content, position, kind), ids, strict=True)
+        )
+        segment = torch.from_numpy(layout.segment_of(position.numpy()))
+        for g in grammars:
+            g.give(forced[0][:before], given)
     lengths = [0] * count
 
     def mixed(logits: Tensor) -> Tensor:
@@ -208,11 +227,11 @@ def sample_tokens(
         return logits[count:] + params.guidance * (logits[:count] - logits[count:])
 
     offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-    for t in range(min(layout.max_length, limit or layout.max_length)):
+    for t in range(before, min(layout.max_length, limit or layout.max_length)):
         live = [i for i, g in enumerate(grammars) if not g.done]
         if not live:
             break
-        hidden = model.hidden(content, position, segment)
+        hidden = model.hidden(content, position, segment, kind)
         logits = model.first_logits(hidden[:, -1])
         following = torch.tensor([grammars[row % count].segment for row in range(len(starts))])
         places, values = torch.zeros(2, len(starts), dtype=torch.long)  # of the next token; positions are local ids
@@ -250,6 +269,7 @@ def sample_tokens(
         content = torch.cat([content, values[:, None]], 1)
         position = torch.cat([position, (places + offsets[following])[:, None]], 1)
         segment = torch.cat([segment, following[:, None]], 1)
+        kind = torch.cat([kind, torch.zeros_like(following)[:, None]], 1)
         for i in live:
             grammars[i].advance(int(places[i]))
             if not grammars[i].done or not layout.covering:  # the last EOS of a covering layout is left out

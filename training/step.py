@@ -65,6 +65,10 @@ class Step(nn.Module):
     the cell free. Cells of one coarsest cell are pinned to one segment or all free, and pins that keep cells fit their
     number (``dvq_rt.editing``).
 
+    Models that were trained with what is kept first have three more: ``given`` says that the token which is forced
+    is one of what is kept (1) or a hint (2), which fills no cell; ``kind`` is that of the last token; ``phase`` counts
+    the segments that the image's own sequence has closed.
+
     Reports (out): logits of both heads before the grammar's mask and after mixing; the log-probability of each token
     under the grammar at temperature 1; and the logarithm of the share of the grammar's probability that was left to
     draw from: of what the pins leave (0 where they leave all), and of a forced token its own.
@@ -128,16 +132,23 @@ class Step(nn.Module):
         position = torch.where(reset, self.sos[0] + start_local, ports["position"])
         length = torch.where(reset, torch.zeros_like(ports["length"]), ports["length"])
         done = ports["done"] & ~reset
+        given = ports["given"] > 0 if model.given_emb is not None else None  # the next token is given, not drawn
         cells = torch.where(reset[:, None], torch.full_like(ports["cells"], -1), ports["cells"])
 
         # Where the next token belongs: to the segment of the last one or, after its end, to the following one.
         here = (position[:, None] >= self.offset[1:]).sum(1)  # segment of the last token
-        starting = position == (self.offset + self.eos).index_select(
-            0, here
-        )  # it ended its segment: the start of the next follows
-        segment = here + starting.long()
+        ends = (self.offset + self.eos).index_select(0, here)
+        starting = position == ends  # it ended its segment: the start of the next follows
+        kind = last = phase = None
+        if given is None:
+            segment = here + starting.long()
+        else:  # given tokens may be of any segment: the image's own sequence has closed so many segments
+            kind, phase = (torch.where(reset, torch.zeros_like(ports[name]), ports[name]) for name in ("kind", "phase"))
+            theirs = (ports["forced_position"][:, None] >= self.offset[1:]).sum(1)
+            segment = torch.where(given, theirs, phase)
         eos, offset, sos = (table.index_select(0, segment) for table in (self.eos, self.offset, self.sos))
         start = sos + start_local
+        last = position if kind is None else torch.where(kind > 0, offset + start, position)  # of its own sequence
 
         # This step's random number of each head, and how each head draws.
         random = ports["uniforms"].gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
@@ -148,13 +159,13 @@ class Step(nn.Module):
         forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
 
         # Embed the last token; each stack reads its caches and draws one half of the next token.
-        x = model.embed(content, position, here, length.long())[:, None]
+        x = model.embed(content, position, here, length.long(), kind)[:, None]
         unused, new_caches = list(caches), []
         logits: dict[str, Tensor] = {}
         token: dict[str, Tensor] = {}
         logprob: dict[str, Tensor] = {}
         logmass: dict[str, Tensor] = {}
-        pins = self.pins_at(ports["pinned"], segment, done)
+        pins = self.pins_at(ports["pinned"], segment, done if given is None else done | given)
         for head in layout.heads:
             blocks, project, embedding = model.parts(head)
             for block in blocks:
@@ -163,7 +174,7 @@ class Step(nn.Module):
                 new_caches += new
             logits[head] = apply_guidance(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
-                grammar = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], position)
+                grammar = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], last)
                 allowed = self.pinned_positions(grammar, pins, cells, segment, ports["ordered"])
             else:
                 grammar = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
@@ -178,15 +189,19 @@ class Step(nn.Module):
                 forced[head] - offset if head == "position" else forced[head],
                 (forced[head] >= 0) & ~done,
             )
+            if given is not None:
+                logprob[head], logmass[head] = (
+                    values.masked_fill(given, 0.0) for values in (logprob[head], logmass[head])
+                )
             if head == "position":  # drawn as a local id
                 token[head] = token[head] + offset
             x = x + embedding(token[head])[:, None]  # what the second stack reads
 
         # A code fills the cells that its position covers; an image is done when no code is to come.
         local = token["position"] - offset
-        covered = (self.place.index_select(0, segment) == local[:, None]) & (~starting & (local != eos) & ~done)[
-            :, None
-        ]
+        fills = ~starting & (local != eos) & ~done
+        fills = fills if given is None else fills & (ports["given"] != 2)
+        covered = (self.place.index_select(0, segment) == local[:, None]) & fills[:, None]
         new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
 
@@ -197,9 +212,18 @@ class Step(nn.Module):
             length + (~new_done).int(),  # stays below Tmax
             new_done,
             new_cells,
+            *self.own_sequence(ports, phase, kind, done, ~starting & (local == eos)),
             *(part[head] for part in (logits, logprob, logmass) for head in HEADS),
             *new_caches,
         )
+
+    def own_sequence(
+        self, ports: Mapping[str, Tensor], phase: Tensor | None, kind: Tensor | None, done: Tensor, ended: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``phase`` and ``kind`` after the token, of models that have them."""
+        if phase is None or kind is None:
+            return ()
+        return phase + (ended & ~done).long(), torch.where(done, kind, ports["given"])
 
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""
@@ -409,7 +433,7 @@ def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> S
     cache = cache or model.content_emb.weight.dtype
     name = NARROW.get(cache) or str(cache).removeprefix("torch.")
     blocks = config.position_blocks + config.content_blocks
-    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name)
+    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, config.given)
 
 
 def example_inputs(table: StepTable, slots: int) -> dict[str, dict[str, Tensor] | list[Tensor]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from dvq_rt.decoding import DecodeLoop, Event, Request
@@ -210,8 +210,12 @@ def stacked(layout: TokenLayout, rows: Sequence[Tokens]) -> tuple[tuple[Tensor, 
 
 
 @torch.no_grad()
-def teacher_forced(model: StackedTransformer, tokens: Tokens) -> dict[str, Tensor]:
-    """Both heads' logits [T, V] by name, of one sequence, without caches: all tokens at once."""
+def teacher_forced(
+    model: StackedTransformer, tokens: Tokens, kind: NDArray[np.int64] | None = None
+) -> dict[str, Tensor]:
+    """Both heads' logits [T, V] by name, of one sequence, without caches: all tokens at once; ``kind`` as
+    ``dvq_rt.editing.given_first`` gives it."""
     inputs, _ = stacked(model.layout, [tokens])
-    position, content = model(*inputs)
+    kinds = None if kind is None else torch.from_numpy(kind[None, :-1])
+    position, content = model(*inputs, kinds)
     return {"position": position[0], "content": content[0]}

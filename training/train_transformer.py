@@ -52,6 +52,8 @@ class StageTwoConfig:
         copies: augmented copies of the training set that are tokenized before training starts.
         balance: 0 draws images alike, 1 draws labels alike.
         label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
+        given: share of the sequences that begin with what a random edit keeps, so that the model draws the rest given
+            all of it (``training.data.holes``); 0 makes a model that cannot.
         val_fraction: share of the images held out; give the value of stage 1.
         min_psnr: stop if the tokenizer's mean PSNR on the held-out images is lower, dB.
         defaults: recommended sampling parameters, kept in the checkpoint.
@@ -64,6 +66,7 @@ class StageTwoConfig:
     copies: int = 1
     balance: float = 0.0
     label_dropout: float = 0.1
+    given: float = 0.0
     val_fraction: float = 0.05
     min_psnr: float = 15.0
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +78,8 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        if not 0 <= self.given < 1:
+            raise ConfigError(f"stage.given is {short(self.given)}; it must be in [0, 1)")
         if not abs(self.min_psnr) <= 1e9:
             raise ConfigError(f"stage.min_psnr is {short(self.min_psnr)}; it must be a number of decibels")
         for label, names in self.labels.items():
@@ -85,7 +90,9 @@ class StageTwoConfig:
 
 def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch."""
-    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"])
+    position, content = model(
+        batch["content"], batch["position"], batch["segment"], batch["following"], batch.get("kind")
+    )
     return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
 
 
@@ -129,7 +136,7 @@ def train_transformer(
     if guidance != 1 and not layout.null_label:
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
-    sizes = {**transformer, "block_size": layout.max_length}
+    sizes = {**transformer, "block_size": layout.max_length, "given": stage.given > 0}
     config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
     settings = {"transformer": config, "training": training, "stage": stage}
     before = None if init is None else load_checkpoint(init)
@@ -177,7 +184,7 @@ def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: St
     augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
     source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
     held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
-    train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
+    train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing", stage.given > 0)
     val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
@@ -197,8 +204,16 @@ def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: St
             for row in range(place, BUCKET):
                 given = train.labels[drawn[row]]
                 given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                yield collate(layout, train, drawn[row], given)
+                yield collate(layout, train, drawn[row], given, holes(step, size) if stage.given else None)
                 step += 1
+
+    def holes(step: int, size: int) -> list[tuple[int, int] | None]:
+        """Of each image of a step the key of its edit, or None."""
+        rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, step], dtype=np.uint64)).jumped())
+        return [
+            (training.seed, step * size + i) if share < stage.given else None
+            for i, share in enumerate(rng.random(size))
+        ]
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
