@@ -300,13 +300,11 @@ def composite(original: NDArray[np.uint8], image: NDArray[np.uint8], redraw: Mas
     half a cell, on the outer side, so that no pixel of the original is left within.
 
     Args:
-        original, image: uint8 [size, size, 3].
-        redraw: bool [sides[0], sides[0]].
+        original, image: uint8 [H, W, 3].
+        redraw: bool [rows, columns] of coarsest cells.
     """
-    cell = len(original) // len(redraw)
-    mask = Image.fromarray(np.where(redraw, 255, 0).astype(np.uint8)).resize(
-        (len(original),) * 2, Image.Resampling.NEAREST
-    )
+    cell, (height, width) = len(original) // len(redraw), original.shape[:2]
+    mask = Image.fromarray(np.where(redraw, 255, 0).astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
     half = max(1, cell // 4)
     soft = mask.filter(ImageFilter.MaxFilter(2 * half + 1)).filter(ImageFilter.BoxBlur(half))
     share = np.asarray(soft, dtype=np.float32)[..., None] / 255

@@ -28,6 +28,7 @@ from dvq_rt.editing import (
 from dvq_rt.engine import LOGMASSES, LOGPROBS, Engine
 from dvq_rt.images import ImageLike, open_rgb, to_array
 from dvq_rt.labels import Label, whole
+from dvq_rt.outpainting import Canvas
 from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.rates import by_shares
 from dvq_rt.results import Samples
@@ -137,6 +138,64 @@ class Edits:
         mask = np.zeros((side, side), dtype=bool)
         mask[count:] = True
         return self.edit(image, mask, **options)
+
+    def outpaint(
+        self,
+        image: ImageLike | Codes,
+        *,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        labels: Label = None,
+        exact: bool | None = None,
+        candidates: int = 1,
+        seed: int = 0,
+        params: SamplingParams | None = None,
+        progress: Progress = None,
+    ) -> tuple[Image.Image, list[Codes]]:
+        """Draw what lies around an image. Windows of the model's size, half a window apart, go row by row away from the
+        image; each keeps the codes that earlier ones drew and draws the rest.
+
+        Args:
+            image: of the model's size, or codes.
+            left, top, right, bottom: pixels to add, multiples of a coarsest cell, 16 windows at most in a row.
+            labels: one for all windows.
+            exact, candidates, seed, params, progress: as for ``edit``; each window is an image of the seed.
+
+        Returns:
+            the whole picture, and the codes of every window in the order of drawing, the image's own first.
+
+        Raises:
+            InputError: as for ``edit``, or a border is no such multiple.
+        """
+        layout, size = self.engine.layout, self.engine.manifest.image_size
+        cell = size // layout.sides[0]
+        border = []
+        for name, value in {"left": left, "top": top, "right": right, "bottom": bottom}.items():
+            pixels = whole(name, value, 0, 16 * size)
+            if pixels % cell:
+                raise InputError(f"{name} is {pixels}; it must be a multiple of {cell} pixels, a coarsest cell")
+            border.append(pixels // cell)
+        if not any(border):
+            raise InputError("nothing is to be added; give left, top, right or bottom")
+        check_progress(progress)
+        codes, original = self._opened(image)
+        labels = codes.label if labels is None else labels
+        canvas = Canvas.around(codes, size, (border[0], border[1], border[2], border[3]))
+        places = list(dict.fromkeys(canvas.windows(border[1], border[0])))
+        drawn = [codes]
+        canvas.paint(self.engine.decode(codes.codes[None])[0], border[1], border[0])
+        with told(progress, len(places)) as tell:
+            for i, (y, x) in enumerate(places):
+                edit = canvas.edit(y, x, seed)
+                if edit is not None:
+                    made = self._edited(edit, labels, 1, exact, candidates, "weight", seed, i, params, None)
+                    canvas.put(made.codes[0], y, x)
+                    canvas.paint(np.asarray(made[0]), y, x)
+                    drawn += made.codes
+                tell(i + 1)
+        return Image.fromarray(canvas.picture(original, border[1], border[0])), drawn
 
     def refine(
         self,

@@ -208,8 +208,8 @@ LAWS = {
 def test_weighted_candidates_follow_the_models_law(name: str) -> None:
     """All results of an edit whose hole comes first and all else is kept are listed, with their true probabilities
     given what is kept. Choosing among 256 candidates by weight comes within 0.02 of these (total variation; the
-    choice is averaged, not drawn); a single candidate, the negative control, is off by more than 0.1. And each image is drawn as
-    often as its probability over its weight says."""
+    choice is averaged, not drawn); a single candidate, the negative control, is off by more than 0.1. And each image is
+    drawn as often as its probability over its weight says."""
     layout, redraw, count = LAWS[name]
     net = small_transformer(layout, seed=4)
     rng = np.random.default_rng(2)

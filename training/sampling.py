@@ -92,6 +92,8 @@ class Grammar:
         mine = [q for q in wide if q in rank and owner[q] == s]
         due = min((rank[q] for q in mine), default=len(rank))
         fits = [q for q in wide if q in rank and owner[q] in (s, -1) and rank[q] <= due]
+        if s == 0 and layout.segments > 1 and self.ordered and any(pin != -1 for pin in pins):
+            fits = [q for q in fits if rank[q] > self.last]
         if layout.first == "position" and not layout.covering:
             usable = [q for q in rank if self.free[q] and owner[q] in (s, -1)]
             pinned = [q for q in usable if owner[q] == s]

@@ -175,7 +175,7 @@ class Step(nn.Module):
             logits[head] = apply_guidance(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
                 grammar = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], last)
-                allowed = self.pinned_positions(grammar, pins, cells, segment, ports["ordered"])
+                allowed = self.pinned_positions(grammar, pins, cells, segment, ports["ordered"], last)
             else:
                 grammar = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
                 allowed = self.pinned_contents(grammar, pins, token.get("position"), offset, segment)
@@ -284,18 +284,23 @@ class Step(nn.Module):
         return torch.where(real & ~done[:, None], pinned.gather(1, index), -1)
 
     def pinned_positions(
-        self, grammar: Tensor, pins: Tensor, cells: Tensor, segment: Tensor, ordered: Tensor
+        self, grammar: Tensor, pins: Tensor, cells: Tensor, segment: Tensor, ordered: Tensor, last: Tensor
     ) -> Tensor:
         """What the pins leave of the ``grammar``'s positions, bool [B, position head]: none that must have another
         segment or no code, and none behind, in the order of training, of one that this segment must code yet; so the
-        segment does not end before. Where cells are kept, enough room for the codes to come."""
+        segment does not end before. The first of several segments keeps that order too, from the last token on, which
+        without pins it need not. Where cells are kept, enough room for the codes to come."""
         layout, k = self.layout, self.layout.codebook_size
         low, rank = (segment * k).int()[:, None], self.rank.index_select(0, segment)
         mine = ((pins >= low) & (pins < low + k)) | (pins == -2 - segment.int()[:, None])
         due = torch.where(mine & grammar, rank, layout.position_head).amin(1, keepdim=True)
-        fits = (mine | (pins == -1)) & (rank <= due)
+        free = pins == -1
+        fits = (mine | free) & (rank <= due)
         if not layout.covering and layout.first == "position":
-            fits = fits & (self.room(mine, pins, cells, ordered) | (pins == -1).all(1, keepdim=True))
+            fits = fits & (self.room(mine, pins, cells, ordered) | free.all(1, keepdim=True))
+        elif layout.segments > 1:  # positions of the first segment, their ranks, and their joint ids are the same
+            begun = (segment == 0) & (last < layout.sides[0] ** 2) & ordered
+            fits = fits & ((self.position_ids > last[:, None]) | ~begun[:, None] | free.all(1, keepdim=True))
         return grammar & fits
 
     def room(self, mine: Tensor, pins: Tensor, cells: Tensor, ordered: Tensor) -> Tensor:
