@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from dvq_rt.step import GIVEN_PORTS
 from export.to_onnx import export_onnx
 from runtimes.errors import InputError
 from training.data.holes import GRAIN_SHAPES, SHAPES, arranged, random_hole
-from training.data.tokens import Tokenized, collate
+from training.data.tokens import collate
 from training.losses import stacked_losses
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.sampling import sample_tokens
@@ -28,6 +29,13 @@ from training.step import step_table
 from training.torch_program import TOKENS, teacher_forced
 
 NAMES = ("content", "position", "segment")
+
+
+class Rows(NamedTuple):
+    """Images' codes and grains by number."""
+
+    codes: Any
+    grain: Any
 
 
 def random_hints(edit: Edit, rng: np.random.Generator) -> np.ndarray | None:
@@ -122,7 +130,7 @@ def test_models_without_it_stay_as_they_are() -> None:
     assert not any(step_table(plain).has(name) for name in GIVEN_PORTS)
     assert all(step_table(more).has(name) for name in GIVEN_PORTS)
     several = [random_codes(layout, rng) for _ in range(4)]
-    data = Tokenized(np.stack([c.codes for c in several]), np.stack([c.grain for c in several]), np.zeros(4, np.int64))
+    data = Rows([c.codes for c in several], [c.grain for c in several])
     before = collate(layout, data, np.arange(4), np.zeros(4, np.int64))
     after = collate(layout, data, np.arange(4), np.zeros(4, np.int64), [None] * 4)
     assert "kind" not in before and not after.pop("kind").any()
@@ -135,10 +143,10 @@ def test_training_batches() -> None:
     several = [random_codes(layout, rng) for _ in range(6)]
     grain = np.stack([c.grain for c in several])
     coarse = rng.integers(0, 32, grain.shape).astype(np.int32)
-    data = Tokenized(np.stack([c.codes for c in several]), grain, np.zeros(6, np.int64), coarse)
+    data = Rows([c.codes for c in several], grain)
     keys = [(1, 0), None, (1, 2), (1, 3), (1, 4), (1, 5)]
-    batch = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys)
-    again = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys)
+    batch = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys, coarse)
+    again = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys, coarse)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     for i, key in enumerate(keys):
         tokens, kind = several[i].tokens(0), np.zeros(200, np.int64)
@@ -195,7 +203,7 @@ def test_it_learns_from_what_comes_later() -> None:
     def loss(given: bool, size: int = 32) -> torch.Tensor:
         columns, kind = batch(size, given)
         content, position, segment = (columns[name] for name in NAMES)
-        logits = net(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:], kind[:, :-1])
+        logits = net(content[:, :-1], position[:, :-1], segment[:, :-1], position[:, 1:], kind=kind[:, :-1])
         wanted = torch.where(kind[:, 1:] > 0, -1, content[:, 1:])
         if not given:
             wanted[:, 1:] = -1  # the first cell alone

@@ -15,7 +15,7 @@ from runtimes.errors import ConfigError
 from training.checkpoint import Model, load_checkpoint, save_checkpoint
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
-from training.models.dqvae import DQVAE
+from training.models.dqvae import DQVAE, spread
 from training.models.router import budget_loss, draw_gate, fit_biases, gumbel_noise
 from training.objective import Objective, StageOneConfig, starts
 from training.thresholds import fit_router, main
@@ -91,6 +91,29 @@ def test_training_moves_the_router_to_its_budget(name: str) -> None:
         first, second = vae(images), vae(images)
     assert first.budget is None and "budget" not in objective.losses(vae, images, 0)
     assert torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("name", ["dual feature", "triple feature"])
+def test_what_the_gate_learns_from(name: str) -> None:
+    """Both gradients leave the merged map as it is. That of the chosen grain reaches its gate alone; that of every
+    grain tells each gate how the loss changes with more of its grain's features."""
+    torch.manual_seed(0)
+    vaes = [DQVAE(replace(VARIANTS[name], router_gradient=kind)) for kind in ("chosen", "every")]
+    n = vaes[0].config.grains
+    maps = [torch.randn(2, 5, 4 * 2**s, 4 * 2**s) for s in range(n)]
+    grain = torch.randint(n, (2, 4, 4))
+    slope = torch.randn(2, 5, *maps[-1].shape[2:])  # of some loss, at the merged map
+    moved = torch.stack([(spread(h, n - 1 - s) * slope).sum(1) for s, h in enumerate(maps)], -1)
+    moved = moved.unflatten(1, (4, -1)).unflatten(3, (4, -1)).sum((2, 4))
+    gradients = []
+    for vae in vaes:
+        gate = torch.nn.functional.one_hot(grain, n).float().requires_grad_()
+        merged = vae.merge(maps, grain, gate)
+        assert torch.equal(merged, vae.merge(maps, grain))
+        gradients.append(torch.autograd.grad((merged * slope).sum(), gate)[0])
+    chosen = torch.nn.functional.one_hot(grain, n).bool()
+    torch.testing.assert_close(gradients[1], moved, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[0], torch.where(chosen, moved, 0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -180,6 +203,7 @@ def test_fitting_needs_no_table_for_a_feature_router(tmp_path: Path) -> None:
         ({"fine_percent": 40.5}, "tokenizer.fine_percent is 40.5; it must be a whole number"),
         ({"fine_percent": 100, "router": "feature"}, "fine_percent is 100; it must be a number above 0 and below 100"),
         ({"median_percent": 30}, "tokenizer.median_percent is 30, but there are two grains; set it to 0, or"),
+        ({"router": "feature", "router_gradient": "all"}, "tokenizer.router_gradient is 'all'; it must be one of"),
         ({"router": "feature", "router_gate": "tanh"}, "tokenizer.router_gate is 'tanh'; it must be one of"),
         ({"router": "feature", "router_norm_groups": 7}, "router_norm_groups is 7; it must be 0, for none, or divide"),
         ({"router": "feature", "router_norm_groups": 8, "budget": -1}, "tokenizer.budget is -1; it must be a number"),

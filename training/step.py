@@ -65,6 +65,9 @@ class Step(nn.Module):
     the cell free. Cells of one coarsest cell are pinned to one segment or all free, and pins that keep cells fit their
     number (``dvq_rt.editing``).
 
+    Of a model with text, a slot whose ``length`` is below ``prefix_length`` reads row ``length`` of ``prefix`` and
+    draws nothing; then its image begins.
+
     Models that were trained with what is kept first have three more: ``given`` says that the token which is forced
     is one of what is kept (1) or a hint (2), which fills no cell; ``kind`` is that of the last token; ``phase`` counts
     the segments that the image's own sequence has closed.
@@ -150,8 +153,14 @@ class Step(nn.Module):
         start = sos + start_local
         last = position if kind is None else torch.where(kind > 0, offset + start, position)  # of its own sequence
 
+        # A prompt is read before the image begins, whose tokens count from 0.
+        reading, time = None, length.long()
+        if model.text is not None:
+            time = time - ports["prefix_length"].long()
+            reading, time = time < 0, time.clamp_min(0)
+
         # This step's random number of each head, and how each head draws.
-        random = ports["uniforms"].gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        random = ports["uniforms"].gather(1, time[:, None, None].expand(-1, 1, 2)).squeeze(1)
         filters = {
             "position": (ports["top_k_position"], ports["top_p_position"]),
             "content": (ports["top_k"], ports["top_p"]),
@@ -159,7 +168,11 @@ class Step(nn.Module):
         forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
 
         # Embed the last token; each stack reads its caches and draws one half of the next token.
-        x = model.embed(content, position, here, length.long(), kind)[:, None]
+        x = model.embed(content, position, here, time, kind)[:, None]
+        if reading is not None:
+            row = length.long().clamp_max(ports["prefix"].shape[1] - 1)
+            prompt = ports["prefix"].gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
+            x = torch.where(reading[:, None, None], prompt.to(x.dtype), x)
         unused, new_caches = list(caches), []
         logits: dict[str, Tensor] = {}
         token: dict[str, Tensor] = {}
@@ -195,35 +208,39 @@ class Step(nn.Module):
                 )
             if head == "position":  # drawn as a local id
                 token[head] = token[head] + offset
-            x = x + embedding(token[head])[:, None]  # what the second stack reads
+            told = embedding(token[head])[:, None]
+            if reading is not None:
+                told = torch.where(reading[:, None, None], torch.zeros_like(told), told)
+            x = x + told  # what the second stack reads
 
         # A code fills the cells that its position covers; an image is done when no code is to come.
         local = token["position"] - offset
-        fills = ~starting & (local != eos) & ~done
+        still = done if reading is None else done | reading  # draws nothing
+        fills = ~starting & (local != eos) & ~still
         fills = fills if given is None else fills & (ports["given"] != 2)
         covered = (self.place.index_select(0, segment) == local[:, None]) & fills[:, None]
         new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
 
-        # A slot that was done stays as it is.
+        # A slot that was done stays as it is, and one that reads its prompt stays at the start.
         return (
-            torch.where(done, content, token["content"]),
-            torch.where(done, position, token["position"]),
+            torch.where(still, content, token["content"]),
+            torch.where(still, position, token["position"]),
             length + (~new_done).int(),  # stays below Tmax
             new_done,
             new_cells,
-            *self.own_sequence(ports, phase, kind, done, ~starting & (local == eos)),
+            *self.own_sequence(ports, phase, kind, still, ~starting & (local == eos)),
             *(part[head] for part in (logits, logprob, logmass) for head in HEADS),
             *new_caches,
         )
 
     def own_sequence(
-        self, ports: Mapping[str, Tensor], phase: Tensor | None, kind: Tensor | None, done: Tensor, ended: Tensor
+        self, ports: Mapping[str, Tensor], phase: Tensor | None, kind: Tensor | None, still: Tensor, ended: Tensor
     ) -> tuple[Tensor, ...]:
         """``phase`` and ``kind`` after the token, of models that have them."""
         if phase is None or kind is None:
             return ()
-        return phase + (ended & ~done).long(), torch.where(done, kind, ports["given"])
+        return phase + (ended & ~still).long(), torch.where(still, kind, ports["given"])
 
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""
@@ -438,7 +455,8 @@ def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> S
     cache = cache or model.content_emb.weight.dtype
     name = NARROW.get(cache) or str(cache).removeprefix("torch.")
     blocks = config.position_blocks + config.content_blocks
-    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, config.given)
+    prompt = 0 if model.text is None else model.text.config.length
+    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, prompt, config.given)
 
 
 def example_inputs(table: StepTable, slots: int) -> dict[str, dict[str, Tensor] | list[Tensor]]:

@@ -1,9 +1,9 @@
-"""Images as token sequences: tokenized once, collated into padded batches."""
+"""Codes as token sequences, collated into padded batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,50 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from dvq_rt.progress import progress_bar
 from training.data.holes import arranged
-from training.data.pixels import to_float
-from training.models.tokenizer import Tokenizer
 
 
-class Tokenized(NamedTuple):
-    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]; where it is asked for,
-    ``coarse`` int32 [N, hc, wc], the codes that the cells would have in the coarsest grain."""
+class CodeRows(Protocol):
+    """Codes int32 [h, w] and grains int8 [hc, wc] of images, by number."""
 
-    codes: NDArray[np.int32]
-    grain: NDArray[np.int8]
-    labels: NDArray[np.int64]
-    coarse: NDArray[np.int32] | None = None
-
-
-@torch.no_grad()
-def tokenize(
-    vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str, coarse: bool = False
-) -> Tokenized:
-    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches; ``coarse``: those of every
-    cell too."""
-    codes: list[np.ndarray] = []
-    grains: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    coarsest: list[np.ndarray] = []
-    done = 0
-    with progress_bar(total=count, desc=title, unit="image") as bar:
-        for pixels, label in images:
-            if coarse:
-                code, grain, _, every = vae.encode_grains(to_float(pixels))
-                block = code.shape[1] // grain.shape[1]
-                coarsest.append(every[:, 0, ::block, ::block].numpy().astype(np.int32))
-            else:
-                code, grain = vae.encode_maps(to_float(pixels))
-            codes.append(code.numpy().astype(np.int32))
-            grains.append(grain.numpy().astype(np.int8))
-            labels.append(label)
-            done += len(pixels)
-            bar.update(len(pixels))
-            if done >= count:
-                break
-    parts = [codes, grains, labels, *([coarsest] if coarse else [])]
-    return Tokenized(*(np.concatenate(part)[:count] for part in parts))
+    @property
+    def codes(self) -> Any: ...
+    @property
+    def grain(self) -> Any: ...
 
 
 def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
@@ -65,16 +31,18 @@ def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int6
 
 def collate(
     layout: TokenLayout,
-    data: Tokenized,
+    data: CodeRows,
     images: NDArray[np.int64],
     labels: NDArray[np.int64],
     holes: Sequence[tuple[int, int] | None] | None = None,
+    coarse: Any = None,
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
     Args:
         holes: of each image the key of the random numbers by which a part of it is given first
             (``training.data.holes.arranged``), or None; None at all for models that are not trained for it.
+        coarse: for hints, the codes int [hc, wc] that the cells of an image have in the coarsest grain, by its number.
 
     Returns:
         int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``following`` (see StackedTransformer);
@@ -86,8 +54,8 @@ def collate(
     for place, key in enumerate(holes or ()):
         if key is not None:
             i = images[place]
-            coarse = None if data.coarse is None else data.coarse[i].astype(np.int64)
-            rows[place], kinds[place] = arranged(layout, rows[place], data.grain[i].astype(np.int64), coarse, key)
+            told = None if coarse is None else coarse[i].astype(np.int64)
+            rows[place], kinds[place] = arranged(layout, rows[place], data.grain[i].astype(np.int64), told, key)
     length = max(len(r.content) for r in rows) - 1
     offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
     names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
@@ -107,3 +75,13 @@ def collate(
             for name in ("target_content", "target_position"):
                 out[name][i, :t][kinds[i][1:] > 0] = -1
     return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def collate_prompts(prompts: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
+    """Prompts padded on the right: ``prompt``, token ids int64 [B, P] or features float [B, P, d], P at least 1, and
+    ``prompt_length`` int64 [B]."""
+    lengths = torch.tensor([len(row) for row in prompts])
+    table = np.zeros((len(prompts), max(1, int(lengths.max())), *prompts[0].shape[1:]), prompts[0].dtype)
+    for line, row in zip(table, prompts, strict=True):
+        line[: len(row)] = row
+    return {"prompt": torch.from_numpy(table), "prompt_length": lengths}
