@@ -23,6 +23,7 @@ from dvq_rt.editing import (
     forced_beginning,
     region_mask,
     stack_weights,
+    thinned,
     weights,
 )
 from dvq_rt.engine import LOGMASSES, LOGPROBS, Engine
@@ -72,6 +73,7 @@ class Edits:
         candidates: int = 1,
         select: str = "weight",
         dilate: int = 0,
+        density: float | None = None,
         blend: bool = True,
         seed: int = 0,
         first: int = 0,
@@ -86,6 +88,8 @@ class Edits:
             image: of the model's size, or codes. Give the original, also where it is to be redrawn.
             mask, region, dilate: what is redrawn, one of the first two; see ``dvq_rt.editing.cell_mask`` and
                 ``region_mask``. A coarsest cell is redrawn if any pixel of it is.
+            density: of models that keep some cells, how many of an image's codes what is kept may have, in proportion
+                to its share of the cells; the most important stay. None keeps all, so the hole gets as many as it had.
             labels: as for ``sample``; None takes the codes' own, or none.
             n: number of results; None takes one per label, or one.
             grain: ``free`` or ``keep``, see ``dvq_rt.editing.Edit``.
@@ -102,7 +106,7 @@ class Edits:
             InputError: an argument is out of range or unknown, the image or mask has another size, nothing or
                 everything is redrawn, or the engine was exported before there was editing.
         """
-        edit = self.edit_of(image, mask, region=region, grain=grain, dilate=dilate, blend=blend)
+        edit = self.edit_of(image, mask, region=region, grain=grain, dilate=dilate, density=density, blend=blend)
         return self._edited(edit, labels, n, exact, candidates, select, seed, first, params, progress)
 
     def edit_of(
@@ -113,6 +117,7 @@ class Edits:
         region: Any = None,
         grain: str = "free",
         dilate: int = 0,
+        density: float | None = None,
         blend: bool = True,
     ) -> Edit:
         """What ``edit`` keeps and redraws, for ``stream(edit=...)``; arguments and errors as there."""
@@ -121,6 +126,8 @@ class Edits:
         codes, pixels = self._opened(image)
         size = self.engine.manifest.image_size
         cells = cell_mask(region_mask(region, size) if mask is None else mask, self.engine.layout, size, dilate)
+        if density is not None:
+            codes = self._thinned(pixels, cells, density)
         return Edit(codes, cells, grain, pixels if blend else None)
 
     def complete(
@@ -349,6 +356,16 @@ class Edits:
             )
         maps, grains = engine.encode(to_array(picture, size)[None])
         return Codes(maps[0], grains[0], engine.layout), np.asarray(picture)
+
+    def _thinned(self, pixels: NDArray[np.uint8] | None, redraw: NDArray[np.bool_], density: Any) -> Codes:
+        """Codes of an image, of which what is kept has a share by ``density``."""
+        engine = self.engine
+        if engine.layout.kept is None or pixels is None:
+            raise InputError("density is for models that keep some cells, and for images; leave it out")
+        outputs = engine.by_row("encoder", "images", to_array(pixels, engine.manifest.image_size)[None])
+        if "scores" not in outputs:
+            raise InputError(f"engine {engine.path} was exported before rates could be chosen; export it again")
+        return thinned(engine.layout, redraw, outputs["scores"][0, ..., 0], outputs["grain_codes"][0, 0], density)
 
     def _constrained(self, requests: list[Request], edit: Edit, exact: bool | None = None) -> tuple[list[Request], str]:
         """Requests that keep what an edit keeps, and the law that they draw from (``Samples.law``)."""

@@ -326,6 +326,19 @@ def test_interpolation(generator: Generator) -> None:
         assert [frames.codes[0], frames.codes[-1]] == ends and len(frames) == 4
 
 
+def test_density(mq_generator: Generator) -> None:
+    """A plain background has few codes; by density a hole in it gets its share, and what is kept has the rest."""
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    half = np.zeros((8, 8), dtype=bool)
+    half[:, :4] = True
+    for density, outside in ((1.0, 12), (0.5, 6)):
+        edit = mq_generator.edit_of(pixels, half, density=density)
+        (made,) = mq_generator.edit(pixels, half, labels="ant", density=density).codes
+        assert (made.grain[~half] >= 0).sum() == outside and made.length == 25 and not changed(edit, made)
+    with pytest.raises(InputError, match="density is 9"):
+        mq_generator.edit(pixels, half, labels="ant", density=9)
+
+
 def test_refinement(generator: Generator) -> None:
     """Chosen coarse cells get fine codes, nothing else changes."""
     codes = next(c for c in generator.sample(8, seed=1).codes if (c.grain == 0).sum() > 3)
@@ -402,6 +415,7 @@ def test_bad_input(generator: Generator, mq_generator: Generator, tmp_path: Path
         (lambda: generator.edit(codes, half, labels="emu"), "unknown label 'emu'"),
         (lambda: generator.edit(codes, half, grain="coarse"), "grain is 'coarse'"),
         (lambda: generator.edit(codes, half, exact=True), r"not exact: .*stage\.given"),
+        (lambda: generator.edit(codes, half, density=1.0), "density is for models that keep some cells"),
         (lambda: generator.edit(codes, half, candidates=0), "candidates is 0"),
         (lambda: generator.edit(codes, half, select="best"), "select is 'best'"),
         (lambda: generator.complete(codes, keep=1.5), "keep is 1.5"),
