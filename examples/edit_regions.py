@@ -14,13 +14,12 @@ REGIONS = {"lower half": (0, 32, 64, 64), "right half": (32, 0, 64, 64), "centre
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--engine", default="demo:dq")
 parser.add_argument("--label", default="faces")
-parser.add_argument("--seed", type=int, default=1, help="of the original")
 parser.add_argument("--n", type=int, default=4)
 parser.add_argument("--out", default="edits.png")
 args = parser.parse_args()
 
 generator, rows = dvq_rt.Generator(args.engine), []
-original = generator.sample(1, args.label, seed=args.seed)[0]
+original = generator.sample(1, args.label, seed=1)[0]
 for name, (left, top, right, bottom) in REGIONS.items():
     edited = generator.edit(original, region=(left, top, right, bottom), labels=args.label, n=args.n)
     masked = np.array(original)
