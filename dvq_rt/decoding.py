@@ -129,17 +129,17 @@ class Request:
         params: sampling parameters.
         seed, image: key of its random numbers.
         forced: tokens 1, 2, ... that are taken instead of drawn: joint positions and contents, int64, -1 draws.
-        pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
-            leaves them free. The step must have the control.
-        given: int64, the kinds of tokens 1, 2, ..., which ``forced`` has (``dvq_rt.editing.given_first``); None or 0
-            for tokens of the image's own sequence. The step must have the control.
-        uniforms: float32 [longest sequence, 2], random numbers in place of those of the seed.
         every: tokens between two events of the unfinished image; 0 for the finished one only.
         record: reports and state tensors whose values after each token the last event has.
         limit: tokens after which the image ends, finished or not; None for no limit.
         key: anything that tells the caller which image this is.
         prompt, negative: rows float32 [l, C] in front of the image and, with guidance, in front of its partner; None
             for the empty prompt.
+        pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
+            leaves them free. The step must have the control.
+        given: int64, the kinds of tokens 1, 2, ..., which ``forced`` has (``dvq_rt.editing.given_first``); None or 0
+            for tokens of the image's own sequence. The step must have the control.
+        uniforms: float32 [longest sequence, 2], random numbers in place of those of the seed.
     """
 
     label: int
@@ -147,15 +147,15 @@ class Request:
     seed: int = 0
     image: int = 0
     forced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-    pinned: NDArray[np.int32] | None = None
-    given: NDArray[np.int64] | None = None
-    uniforms: NDArray[np.float32] | None = None
     every: int = 0
     record: tuple[str, ...] = ()
     limit: int | None = None
     key: Any = None
     prompt: NDArray[np.float32] | None = None
     negative: NDArray[np.float32] | None = None
+    pinned: NDArray[np.int32] | None = None
+    given: NDArray[np.int64] | None = None
+    uniforms: NDArray[np.float32] | None = None
 
     @classmethod
     def along(
