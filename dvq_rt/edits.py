@@ -367,7 +367,7 @@ class Edits:
             raise InputError(f"engine {engine.path} was exported before rates could be chosen; export it again")
         return thinned(engine.layout, redraw, outputs["scores"][0, ..., 0], outputs["grain_codes"][0, 0], density)
 
-    def _constrained(self, requests: list[Request], edit: Edit, exact: bool | None = None) -> tuple[list[Request], str]:
+    def constrained(self, requests: list[Request], edit: Edit, exact: bool | None = None) -> tuple[list[Request], str]:
         """Requests that keep what an edit keeps, and the law that they draw from (``Samples.law``)."""
         if not self.engine.table.has("pinned"):
             raise InputError(
@@ -405,7 +405,7 @@ class Edits:
         check_progress(progress)
         labels = edit.codes.label if labels is None else labels
         indices, params, requests = self._requests(n, labels, seed, params, first)
-        constrained, law = self._constrained(requests, edit, exact)
+        constrained, law = self.constrained(requests, edit, exact)
         record = (*LOGMASSES, *(LOGPROBS if select == "likelihood" else ()))
         several = [
             replace(r, image=r.image * CANDIDATES + m if candidates > 1 else r.image, record=record, key=(i, m))

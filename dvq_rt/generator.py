@@ -192,7 +192,7 @@ class Generator(Edits):
             labels = edit.codes.label
         requests, engine = self._requests(n, labels, seed, params, first, every)[2], self.engine
         if edit is not None:
-            requests, _ = self._constrained(requests, edit)
+            requests, _ = self.constrained(requests, edit)
 
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
