@@ -291,6 +291,21 @@ def test_edits_beside_samples(kind: str, request: pytest.FixtureRequest) -> None
     assert alone.law == "pins" and alone.log_weights is not None and alone.log_weights.shape == (3,)
 
 
+@pytest.mark.parametrize("kind", ["class", "plain", "mq"])
+def test_engines_draw_what_pytorch_draws(kind: str, request: pytest.FixtureRequest) -> None:
+    """The exported step, fused or of standard operators, edits as PyTorch does, code for code."""
+    name = {"class": "generator", "plain": "plain_generator", "mq": "mq_generator"}[kind]
+    generator, model = request.getfixturevalue(name), request.getfixturevalue(f"{kind}_model")
+    layout, rng = generator.layout, np.random.default_rng(5)
+    label = None if kind == "plain" else 1
+    for i in range(4):
+        codes, mask = random_codes(layout, rng), random_mask(layout.sides[0], rng)
+        edit = Edit(codes, mask)
+        made = generator.edit(codes, mask, labels=label, seed=3, first=i, params=SamplingParams()).codes[0]
+        (event,) = drawn(model.transformer, [Request(label or 0, SamplingParams(), 3, i, **edit.constraint())], 1)
+        assert (as_codes(layout, event).codes == made.codes).all()
+
+
 def test_variation(generator: Generator, mq_generator: Generator) -> None:
     """Coarse codes or a share of the tokens stay; with the original's seed and number all of it comes back."""
     params = SamplingParams(guidance=1.5, temperature=0.8)

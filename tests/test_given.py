@@ -221,13 +221,19 @@ def test_it_learns_from_what_comes_later() -> None:
 
 def test_an_exported_model(tmp_path: Path) -> None:
     """An engine of such a model is compared with PyTorch, given tokens included, edits exactly, and takes hints."""
-    export_onnx(small_model(("ant", "bee"), given=True), tmp_path / "engine", slots=4)
+    model = small_model(("ant", "bee"), given=True)
+    export_onnx(model, tmp_path / "engine", slots=4)
     generator = Generator(tmp_path / "engine", slots=4, threads=1)
     (codes,) = generator.sample(1, "ant", seed=1).codes
     mask = np.zeros((4, 4), dtype=bool)
     mask[:, :2] = True
     made = generator.edit(codes, mask, n=3, exact=True, seed=4)
     assert made.law == "given" and all(not changed(Edit(codes, mask), c) for c in made.codes)
+    fields = Edit(codes, mask).constraint(given=True)
+    requests = [Request(0, made.params, 4, i, **fields) for i in range(3)]
+    assert model.transformer is not None
+    for event, mine in zip(drawn(model.transformer, requests, 6), made.codes, strict=True):
+        assert (as_codes(codes.layout, event).codes == mine.codes).all()
     by_pins = generator.edit(codes, mask, n=3, exact=False, seed=4)
     assert by_pins.law == "pins" and by_pins.codes != made.codes
     assert generator.sample(1, "ant", seed=1).codes == [codes]
