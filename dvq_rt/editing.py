@@ -250,7 +250,7 @@ def thinned(
     for cells, count in ((~redraw, outside), (redraw, layout.kept - outside)):
         ranked = np.argsort(np.where(cells, -scores, np.inf).reshape(-1), kind="stable")
         chosen.reshape(-1)[ranked[:count]] = True
-    return Codes(np.where(chosen, codes, -1), np.where(chosen, 0, -1), layout)
+    return Codes(np.where(chosen, codes, -1), np.where(chosen, 0, -1).astype(np.int8), layout)
 
 
 def forced_beginning(codes: Codes, label: int, count: int) -> Forced:

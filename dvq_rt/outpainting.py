@@ -89,7 +89,7 @@ class Canvas:
             chosen = rng.permutation(free)[:missing]
             codes[~wide], grain[~known] = -1, -1
             codes.reshape(-1)[chosen], grain.reshape(-1)[chosen] = 0, 0
-        return Edit(Codes(codes, grain, layout), ~known)
+        return Edit(Codes(codes, grain.astype(np.int8), layout), ~known)
 
     def put(self, codes: Codes, y: int, x: int) -> None:
         """Note the codes of a window."""

@@ -243,9 +243,9 @@ def sample_tokens(
     kind = torch.zeros_like(content)
     before = 0 if given is None else int((given > 0).sum())
     if given is not None and forced is not None and before:
-        ids = [torch.from_numpy(np.asarray(part[:before], dtype=np.int64)) for part in (forced[1], forced[0], given)]
+        first = [torch.from_numpy(np.asarray(part[:before], dtype=np.int64)) for part in (forced[1], forced[0], given)]
         content, position, kind = (
-            torch.cat([a, b.expand(len(starts), -1)], 1) for a, b in zip((content, position, kind), ids, strict=True)
+            torch.cat([a, b.expand(len(starts), -1)], 1) for a, b in zip((content, position, kind), first, strict=True)
         )
         segment = torch.from_numpy(layout.segment_of(position.numpy()))
         for g in grammars:
@@ -286,9 +286,9 @@ def sample_tokens(
                 ids = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
             for row, label in enumerate(starts):
                 g, value = grammars[row % count], int(ids[row % count])
-                given = -1 if forced is None or t >= len(forced[0]) else int(forced[HEADS.index(head)][t])
-                if given >= 0:
-                    value = given - (layout.position_offset(g.segment) if head == "position" else 0)
+                wanted = -1 if forced is None or t >= len(forced[0]) else int(forced[HEADS.index(head)][t])
+                if wanted >= 0:
+                    value = wanted - (layout.position_offset(g.segment) if head == "position" else 0)
                 start_content, start_position = layout.start(g.segment, label)
                 if head == "position":
                     places[row] = start_position if g.starting else value

@@ -16,7 +16,7 @@ def half_plane(side: int, grain: NDArray[np.int64], rng: np.random.Generator) ->
     """From one of the four sides on."""
     redraw = np.zeros((side, side), dtype=bool)
     redraw[: rng.integers(1, side)] = True
-    return np.rot90(redraw, rng.integers(4))
+    return np.rot90(redraw, int(rng.integers(4)))
 
 
 def rectangle(side: int, grain: NDArray[np.int64], rng: np.random.Generator) -> Mask:

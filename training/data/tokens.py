@@ -58,8 +58,8 @@ def collate(
             rows[place], kinds[place] = arranged(layout, rows[place], data.grain[i].astype(np.int64), told, key)
     length = max(len(r.content) for r in rows) - 1
     offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
-    names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
-    names = names if holes is None else (*names, "kind")
+    names = ["content", "position", "segment", "following", "target_content", "target_position", "target_segment"]
+    names += [] if holes is None else ["kind"]
     out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
     out["target_content"] -= 1
     out["target_position"] -= 1
