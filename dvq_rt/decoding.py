@@ -135,6 +135,7 @@ class Request:
         key: anything that tells the caller which image this is.
         prompt, negative: rows float32 [l, C] in front of the image and, with guidance, in front of its partner; None
             for the empty prompt.
+        text: what the prompt says.
         pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
             leaves them free. The step must have the control.
         given: int64, the kinds of tokens 1, 2, ..., which ``forced`` has (``dvq_rt.editing.given_first``); None or 0
@@ -153,6 +154,7 @@ class Request:
     key: Any = None
     prompt: NDArray[np.float32] | None = None
     negative: NDArray[np.float32] | None = None
+    text: str | None = None
     pinned: NDArray[np.int32] | None = None
     given: NDArray[np.int64] | None = None
     uniforms: NDArray[np.float32] | None = None

@@ -54,7 +54,14 @@ class Edits:
         def sample(self, n: Any, labels: Any, seed: Any, params: Any) -> Samples: ...
 
         def _requests(
-            self, n: Any, labels: Any, seed: Any, params: SamplingParams | None, first: Any, every: int = 0
+            self,
+            n: Any,
+            labels: Any,
+            seed: Any,
+            params: SamplingParams | None,
+            first: Any,
+            every: int = 0,
+            texts: Any = (None, None, False),
         ) -> tuple[list[int | None], SamplingParams, list[Request]]: ...
 
         def _codes(self, event: Event) -> Codes: ...
@@ -67,6 +74,7 @@ class Edits:
         *,
         region: Any = None,
         labels: Labels = None,
+        prompts: Any = None,
         n: int | None = None,
         grain: str = "free",
         exact: bool | None = None,
@@ -91,6 +99,7 @@ class Edits:
             density: of models that keep some cells, how many of an image's codes what is kept may have, in proportion
                 to its share of the cells; the most important stay. None keeps all, so the hole gets as many as it had.
             labels: as for ``sample``; None takes the codes' own, or none.
+            prompts: as for ``sample``; None takes the codes' own, if the model reads any.
             n: number of results; None takes one per label, or one.
             grain: ``free`` or ``keep``, see ``dvq_rt.editing.Edit``.
             exact: None draws as well as the model can, True refuses what is not drawn from the model's law given what
@@ -107,7 +116,7 @@ class Edits:
                 everything is redrawn, or the engine was exported before there was editing.
         """
         edit = self.edit_of(image, mask, region=region, grain=grain, dilate=dilate, density=density, blend=blend)
-        return self._edited(edit, labels, n, exact, candidates, select, seed, first, params, progress)
+        return self._edited(edit, labels, n, exact, candidates, select, seed, first, params, progress, prompts)
 
     def edit_of(
         self,
@@ -264,6 +273,7 @@ class Edits:
         n: int | None = 4,
         *,
         labels: Labels = None,
+        prompts: Any = None,
         seed: int = 0,
         first: int = 0,
         params: SamplingParams | None = None,
@@ -276,7 +286,8 @@ class Edits:
             image: of any size, or codes.
             keep: ``coarse`` keeps which cells are of the coarsest grain, and their codes; a number in [0, 1] that share
                 of the tokens.
-            labels, n, seed, first, params, progress: as for ``sample``; labels None takes the codes' own.
+            labels, prompts, n, seed, first, params, progress: as for ``sample``; labels and prompts None take the codes'
+                own.
 
         Raises:
             InputError: as for ``sample``; or the model has one grain, and ``keep`` is ``coarse``.
@@ -293,8 +304,8 @@ class Edits:
         else:
             count = round(_share("keep", keep) * layout.steps_of(tokens))
         check_progress(progress)
-        labels = codes.label if labels is None else labels
-        indices, params, requests = self._requests(n, labels, seed, params, first)
+        labels, texts = self._own(codes, labels, prompts)
+        indices, params, requests = self._requests(n, labels, seed, params, first, texts=texts)
         requests = [replace(r, forced=forced_beginning(codes, r.label, count)) for r in requests]
         return self._finished(indices, params, requests, progress, law="prefix")
 
@@ -342,12 +353,17 @@ class Edits:
         return self._finished(indices, params, requests, progress)
 
     # --- inside ------------------------------------------------------------------------------------------------
+    def _own(self, codes: Codes, labels: Any, prompts: Any) -> tuple[Any, tuple[Any, None, bool]]:
+        """Labels and prompts as ``_requests`` takes them; those of the codes where none are given."""
+        own = codes.prompt if self.engine.manifest.conditioning else None
+        return codes.label if labels is None else labels, (own if prompts is None else prompts, None, False)
+
     def _opened(self, image: Any, sized: bool = True) -> tuple[Codes, NDArray[np.uint8] | None]:
         """Codes in this model's own ids, and the pixels if an image is given."""
         engine, size = self.engine, self.engine.manifest.image_size
         if isinstance(image, Codes):
             (codes,) = codes_of(engine.layout, image)
-            return Codes(codes.codes, codes.grain, engine.layout, codes.label), None
+            return Codes(codes.codes, codes.grain, engine.layout, codes.label, codes.prompt), None
         picture = open_rgb(image)
         if sized and picture.size != (size, size):
             raise InputError(
@@ -396,6 +412,7 @@ class Edits:
         first: Any,
         params: SamplingParams | None,
         progress: Progress,
+        prompts: Any = None,
     ) -> Samples:
         candidates = whole("candidates", candidates, 1, CANDIDATES)
         if select not in SELECTIONS:
@@ -403,8 +420,8 @@ class Edits:
         if exact not in (None, True, False):
             raise InputError(f"exact is {short(exact)}; it must be True, False or None")
         check_progress(progress)
-        labels = edit.codes.label if labels is None else labels
-        indices, params, requests = self._requests(n, labels, seed, params, first)
+        labels, texts = self._own(edit.codes, labels, prompts)
+        indices, params, requests = self._requests(n, labels, seed, params, first, texts=texts)
         constrained, law = self.constrained(requests, edit, exact)
         record = (*LOGMASSES, *(LOGPROBS if select == "likelihood" else ()))
         several = [
@@ -477,7 +494,8 @@ class Edits:
         codes = [self._codes(event) for event in events]
         pixels = self.engine.decode(np.stack([c.codes for c in codes]))
         images = [Image.fromarray(image if edit is None else edit.shown(image)) for image in pixels]
-        return Samples(images, codes, indices, requests[0].seed, params, requests[0].image, law)
+        prompts = [request.text for request in requests]
+        return Samples(images, codes, indices, requests[0].seed, params, requests[0].image, prompts, law)
 
 
 def _share(name: str, value: Any) -> float:

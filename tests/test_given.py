@@ -83,7 +83,7 @@ def test_cached_step_equals_the_full_forward(name: str) -> None:
         kinds.append(kind)
     requests = [Request.along(layout, row, kind, record=LOGITS) for row, kind in zip(rows, kinds, strict=True)]
     for event, row, kind in zip(drawn(net, requests, 5), rows, kinds, strict=True):
-        full, steps = teacher_forced(net, row, kind), layout.steps_of(row)
+        full, steps = teacher_forced(net, row, kind=kind), layout.steps_of(row)
         for head, record in zip(HEADS, LOGITS, strict=True):
             assert relative_error(event.records[record][:steps], full[head][:steps].numpy()) < BOUND
 

@@ -62,7 +62,7 @@ def likelihood(net: StackedTransformer, edit: Edit, label: int, given: bool = Fa
         before = int((kind > 0).sum())
         for grammar in (wide, narrow):
             grammar.give(fields["forced"][0][:before], kind[1:])
-    logits = teacher_forced(net, tokens, kind)
+    logits = teacher_forced(net, tokens, kind=kind)
     forced = fields["forced"][1] if "forced" in fields else np.zeros(0)
     drawn = weight = 0.0
     for t in range(before, layout.steps_of(tokens)):

@@ -153,14 +153,11 @@ class Step(nn.Module):
         start = sos + start_local
         last = position if kind is None else torch.where(kind > 0, offset + start, position)  # of its own sequence
 
-        # A prompt is read before the image begins, whose tokens count from 0.
-        reading, time = None, length.long()
-        if model.text is not None:
-            time = time - ports["prefix_length"].long()
-            reading, time = time < 0, time.clamp_min(0)
+        # A prompt is read before the image begins.
+        reading = None if model.text is None else length < ports["prefix_length"]
 
         # This step's random number of each head, and how each head draws.
-        random = ports["uniforms"].gather(1, time[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        random = ports["uniforms"].gather(1, self.time(length, ports)[:, None, None].expand(-1, 1, 2)).squeeze(1)
         filters = {
             "position": (ports["top_k_position"], ports["top_p_position"]),
             "content": (ports["top_k"], ports["top_p"]),
@@ -168,7 +165,7 @@ class Step(nn.Module):
         forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
 
         # Embed the last token; each stack reads its caches and draws one half of the next token.
-        x = model.embed(content, position, here, time, kind)[:, None]
+        x = model.embed(content, position, here, self.time(length, ports), kind)[:, None]
         if reading is not None:
             row = length.long().clamp_max(ports["prefix"].shape[1] - 1)
             prompt = ports["prefix"].gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
@@ -241,6 +238,11 @@ class Step(nn.Module):
         if phase is None or kind is None:
             return ()
         return phase + (ended & ~still).long(), torch.where(still, kind, ports["given"])
+
+    def time(self, length: Tensor, ports: Mapping[str, Tensor]) -> Tensor:
+        """Tokens of each slot's image so far, int64 [B], from those cached, which its prompt's are among."""
+        time = length.long()
+        return time if self.model.text is None else (time - ports["prefix_length"]).clamp_min(0)
 
     def block(self, block: Block, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         """A transformer block over a cache: [B, 1, C] and the two new caches."""

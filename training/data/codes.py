@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,19 @@ def check(out: Path, work: Tokenization) -> None:
 
 def _brief(value: Any) -> str:
     return value[:12] if isinstance(value, str) else short(value)
+
+
+def open_codes(out: Path, work: Tokenization) -> tuple[Codes, Codes]:
+    """The training and the held-out side of a folder of codes, whose parts may have another size than ``work`` has.
+
+    Raises:
+        DataError: see ``check`` and ``Codes``.
+    """
+    told = read_json(out / MANIFEST, error=DataError, what=f"{out} holds no codes", mend=AGAIN)
+    size = told.get("shard_size") if isinstance(told, dict) else None
+    work = replace(work, shard_size=size if type(size) is int else work.shard_size)
+    check(out, work)
+    return Codes(out, work, "train"), Codes(out, work, "val")
 
 
 class Codes:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import ConfigError, short
 from training.models.text import Prefix, TextConfig, TextEncoder, align_right
+from training.models.whole_batch import Dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class TransformerConfig:
         heads: attention heads per block.
         position_blocks, content_blocks: depth of the two stacks.
         block_size: longest sequence T of the position table.
-        dropout: of embeddings and residual branches; attention_dropout: of attention weights (slow on CPUs).
+        dropout: of embeddings and residual branches; attention_dropout: of attention weights (slow on CPUs;
+            several processes draw the same numbers each, so they do not train as one does).
         segment_embedding: whether tokens carry an embedding of their segment.
         index_embedding: whether they carry one of their place in the sequence (``add_absolute_position``).
         given: whether tokens may stand first that are given and not drawn; their two kinds carry an embedding each.
@@ -88,7 +90,7 @@ class Block(nn.Module):
         self.ln1, self.ln2 = nn.LayerNorm(c), nn.LayerNorm(c)
         self.attn = Attention(config)
         self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.ln1(x), mask))
@@ -122,7 +124,7 @@ class StackedTransformer(nn.Module):
         self.position_emb = nn.Embedding(layout.position_table, c)
         self.segment_emb = nn.Embedding(layout.segments, c) if config.segment_embedding else None
         self.index_emb = nn.Parameter(torch.zeros(config.block_size, c)) if config.index_embedding else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.position_blocks = nn.ModuleList(Block(config) for _ in range(config.position_blocks))
         self.content_blocks = nn.ModuleList(Block(config) for _ in range(config.content_blocks))
         self.position_head = Head(c, layout.position_head)
