@@ -286,8 +286,8 @@ class Edits:
             image: of any size, or codes.
             keep: ``coarse`` keeps which cells are of the coarsest grain, and their codes; a number in [0, 1] that share
                 of the tokens.
-            labels, prompts, n, seed, first, params, progress: as for ``sample``; labels and prompts None take the codes'
-                own.
+            labels, prompts, n, seed, first, params, progress: as for ``sample``; labels and prompts None take the
+                codes' own.
 
         Raises:
             InputError: as for ``sample``; or the model has one grain, and ``keep`` is ``coarse``.

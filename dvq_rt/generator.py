@@ -130,8 +130,8 @@ class Generator(Edits):
 
     @property
     def edits(self) -> bool:
-        """Whether a part of an image can be drawn anew."""
-        return False
+        """Whether a part of an image can be drawn anew; engines that were exported before there was editing cannot."""
+        return self.engine.table.has("pinned")
 
     # --- drawing -----------------------------------------------------------------------------------------------
     def sample(
