@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_models import small_transformer
 
+from dvq_rt.__main__ import main
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Request, cells_to_maps
 from dvq_rt.editing import Edit, between, cell_mask, composite, effective, forced_beginning, pins, spread, weights
@@ -464,3 +465,50 @@ def test_engines_of_before(generator: Generator, monkeypatch: pytest.MonkeyPatch
         generator.edit(codes, region=(0, 0, 4, 4))
     with pytest.raises(InputError, match="exported before there was editing"):
         generator.stream(1, edit=Edit(codes, cell_mask(np.eye(16), table.layout, 16)))
+
+
+def test_commands(class_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Edit, vary and outpaint from the command line: pictures of the right size, and errors that say what to give."""
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    mask = np.zeros((20, 24), np.uint8)
+    mask[4:9, 6:12] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    shared = [
+        str(tmp_path / "a.png"),
+        "--engine",
+        str(class_engine),
+        "--label",
+        "ant",
+        "--out",
+        str(tmp_path / "o.png"),
+    ]
+    for words, size in (
+        (["edit", *shared, "--n", "1", "--region", "8,8,16,16"], (3, 1)),
+        (["edit", *shared, "--n", "1", "--mask", str(tmp_path / "mask.png"), "--dilate", "1"], (3, 1)),
+        (["vary", *shared, "--n", "2", "--keep", "0.5"], (3, 1)),
+    ):
+        assert main(words) == 0
+        assert Image.open(tmp_path / "o.png").width in ((size[0] * 18 + 2), 2 * 18 + 2)
+    assert main(["outpaint", *shared, "--right", "8", "--top", "4"]) == 0
+    assert Image.open(tmp_path / "o.png").size == (24, 20)
+    for words, told in (
+        (["edit", *shared], "give --mask or --region"),
+        (["edit", *shared, "--region", "1,2,3"], "it must be 4 numbers, separated by commas"),
+        (["outpaint", *shared, "--right", "3"], "right is 3; it must be a multiple of 4"),
+        (["outpaint", *shared], "nothing is to be added"),
+    ):
+        assert main(words) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_outpainting(generator: Generator, mq_generator: Generator) -> None:
+    """Windows keep what earlier ones drew, the image's own codes and pixels stay, and all of the canvas is drawn."""
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    picture, windows = generator.outpaint(pixels, left=8, bottom=12, labels="ant", seed=3)
+    assert picture.size == (24, 28) and windows[0] == generator.encode(pixels)[0] and len(windows) == 6
+    assert (np.asarray(picture)[:12, 12:] == pixels[:12, 4:]).all()
+    (below, left) = windows[1], windows[2]
+    assert any((w.codes[:4] == windows[0].codes[4:]).all() for w in (below, left))
+    tall, two = mq_generator.outpaint(pixels, bottom=8, labels="ant")
+    assert tall.size == (16, 24) and (two[1].codes[:4] == two[0].codes[4:]).all()
