@@ -35,6 +35,8 @@ LOG = logging.getLogger(__name__)
 PLAN = "plan.json"
 SHARD = 256
 MOST = 10**9
+RAY_STORE = 100 << 20
+"""Bytes of Ray's object store on this machine; what goes through it are numbers of shards."""
 FRUITLESS = 3
 """Times in a row that workers may die before one of them finishes a shard."""
 
@@ -261,8 +263,10 @@ def in_processes(job: Callable[[int], int], shards: Iterable[int], workers: int)
 
 
 def _in_ray(job: Callable[[int], int], shards: list[int], workers: int, threads: int, gpus: int) -> Iterator[int]:
-    """As ``in_processes``, in actors of Ray Data, which starts those that die anew."""
+    """As ``in_processes``, in actors of Ray Data, which starts those that die anew. Ray itself is started, and ended,
+    where the caller has not done so."""
     try:
+        import ray
         import ray.data
     except ModuleNotFoundError as error:
         raise BackendError("drawing with Ray needs the package ray; pip install 'dvq-rt[cpu,ray]'") from error
@@ -271,10 +275,22 @@ def _in_ray(job: Callable[[int], int], shards: list[int], workers: int, threads:
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             return {"shard": [job(int(shard)) for shard in batch["shard"]]}
 
-    if shards:
-        rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-        pool = ray.data.ActorPoolStrategy(size=min(workers, len(shards)))
-        done = rows.map_batches(Worker, batch_size=1, compute=pool, num_cpus=threads, num_gpus=gpus)
-        with guard(BackendError, "drawing with Ray stopped; what is drawn is kept"):
+    if not shards:
+        return
+    address, workers = os.environ.get("RAY_ADDRESS", "local"), min(workers, len(shards))
+    here: dict[str, Any] = (
+        {"num_cpus": workers * threads, "object_store_memory": RAY_STORE} if address == "local" else {}
+    )
+    ours = not ray.is_initialized()
+    with guard(BackendError, "drawing with Ray stopped; what is drawn is kept"):
+        if ours:
+            ray.init(address=address, log_to_driver=False, **here)
+        try:
+            rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+            pool = ray.data.ActorPoolStrategy(size=workers)
+            done = rows.map_batches(Worker, batch_size=1, compute=pool, num_cpus=threads, num_gpus=gpus)
             for row in done.iter_rows():
                 yield row["shard"]
+        finally:
+            if ours:
+                ray.shutdown()

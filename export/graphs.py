@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from training.frozen_text import FrozenText
 from training.models.text import TextEncoder
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import Block
@@ -47,15 +48,21 @@ class PixelDecoder(nn.Module):
 
 
 class TextGraph(nn.Module):
-    """ids int64 [1, L], length int64 [1] -> prefix float32 [1, L, C], rows beyond the length being of no use."""
+    """ids int64 [1, L], length int64 [1] -> prefix float32 [1, L, C], rows beyond the length being of no use.
 
-    def __init__(self, text: TextEncoder) -> None:
+    Args:
+        text: the model's.
+        frozen: encoder before it, if there is one.
+    """
+
+    def __init__(self, text: TextEncoder, frozen: FrozenText | None = None) -> None:
         super().__init__()
-        self.text = text
+        self.text, self.frozen = text, frozen
 
     def forward(self, ids: Tensor, length: Tensor) -> Tensor:
         text = self.text
-        x, mask = text.embed(ids), text.mask(ids, length)
+        prompt = ids if self.frozen is None else self.frozen(ids, length).to(text.segment_emb.dtype)
+        x, mask = text.embed(prompt), text.mask(ids, length)
         for block in text.blocks:
             assert isinstance(block, Block)
             x = x + block.attn.proj(attend(block.attn.qkv(block.ln1(x)), mask, block.attn.heads))

@@ -16,6 +16,7 @@ from export.lowering import OPSET
 from export.tracing import trace
 from runtimes.errors import ExportError
 from training.checkpoint import TEXT_TOKENIZER, Model
+from training.frozen_text import frozen_of
 from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
@@ -78,7 +79,13 @@ def write_graphs(
     )
     if net.text is not None:
         prompt = {"ids": torch.zeros(1, table.prompt, dtype=torch.long), "length": torch.ones(1, dtype=torch.long)}
-        trace(TextGraph(net.text).eval(), prompt, ["prefix"], folder / "text.onnx", **{**options, "fixed": True})
+        trace(
+            TextGraph(net.text, frozen_of(model)).eval(),
+            prompt,
+            ["prefix"],
+            folder / "text.onnx",
+            **{**options, "fixed": True},
+        )
 
 
 def write_tokenizer(model: Model, folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvq_rt.editing import given_first
 from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
@@ -20,7 +21,7 @@ from export.quantization.weights import QuantLinear
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
-from training.models.transformer import StackedTransformer
+from training.frozen_text import frozen_of
 from training.sampling import embed_prompts, sample_tokens
 from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
@@ -70,8 +71,9 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
     labels = [i % layout.starts for i in range(count)]
-    prompts = random_prompts(net, count)
-    embedded = embed_prompts(net, prompts) if net.text is not None else []
+    prompts, frozen = random_prompts(model, count), frozen_of(model)
+    texts: list[NDArray[Any]] = [*prompts] if frozen is None else [frozen.of(ids) for ids in prompts]
+    embedded = embed_prompts(net, texts) if texts else []
 
     # encoder and decoder
     images = smooth_images(vae.config.image_size, count)
@@ -84,6 +86,11 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     else:
         drawn = SamplingParams(positions="drawn")
         rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1, prompts=embedded)]
+    kinds: list[NDArray[np.int64] | None] = [None] * len(rows)
+    if net.config.given:  # of every second sequence the left half comes first
+        keep = np.arange(layout.sides[0] ** 2).reshape(layout.sides[0], -1) % layout.sides[0] < layout.sides[0] // 2
+        for i in range(0, len(rows), 2):
+            rows[i], kinds[i] = given_first(layout, rows[i], keep)
     longest = max(len(row.content) for row in rows)
     steps = np.unique(np.linspace(0, longest - 2, STEPS).astype(np.int64))
     if limit is not None and short:
@@ -92,7 +99,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     logits = {head: np.zeros((len(rows), len(steps), widths[head]), np.float32) for head in HEADS}
     for i, row in enumerate(rows):
         reached = steps[steps < len(row.content) - 1]
-        for head, values in teacher_forced(net, row, prompts[i] if prompts else None).items():
+        for head, values in teacher_forced(net, row, texts[i] if texts else None, kinds[i]).items():
             logits[head][i, : len(reached)] = values[reached].numpy()
 
     # free runs
@@ -111,6 +118,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         "grain_codes": grain_codes.numpy(),
         "decoded": decoded.numpy(),
         **{head: padded([getattr(row, head) for row in rows]) for head in HEADS},
+        **({"kind": padded([np.zeros(1, np.int64) if k is None else k for k in kinds], 0)} if net.config.given else {}),
         "steps": steps,
         **{f"{head}_logits": values for head, values in logits.items()},
         "free_labels": np.array(free_labels, dtype=np.int64),
@@ -119,13 +127,13 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     }
 
 
-def random_prompts(net: StackedTransformer, count: int) -> list[NDArray[np.int64]]:
+def random_prompts(model: Model, count: int) -> list[NDArray[np.int64]]:
     """Token ids of prompts of 12, 1, the most and 0 tokens, in turn; none for a model that reads none."""
-    if net.text is None:
+    if (config := model.text) is None:
         return []
-    config, rng = net.text.config, np.random.default_rng(0)
+    vocabulary, rng = config.vocabulary or model.prompts().vocabulary, np.random.default_rng(0)
     lengths = [min(12, config.length), 1, config.length, 0]
-    return [rng.integers(config.vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
+    return [rng.integers(vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
 
 
 def prompt_table(prompts: list[NDArray[np.float32]]) -> NDArray[np.float32]:

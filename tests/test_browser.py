@@ -15,7 +15,7 @@ import pytest
 
 from dvq_rt import Generator, SamplingParams
 from dvq_rt.sampling import uniforms
-from dvq_rt.step import PORTS
+from dvq_rt.step import PORTS, PROMPT_PORTS
 
 FOLDER = Path(__file__).parents[1] / "examples" / "browser"
 node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
@@ -45,7 +45,7 @@ def test_idle_values() -> None:
     """Protects engines with controls that this page does not offer: each has the idle value of the step's table."""
     (table,) = re.findall(r"const IDLE = \{\n(.*?)\};", (FOLDER / "engine.js").read_text(encoding="utf-8"), re.S)
     idle = {name: value.strip('"').lower() for name, value in re.findall(r"(\w+): ([\w-]+),", table)}
-    for port in PORTS:
+    for port in (*PORTS, *PROMPT_PORTS):
         if port.role in ("state", "control"):
             want = "own" if port.idle == "own" else str(int(port.idle))
             assert idle[port.name] == want, port.name

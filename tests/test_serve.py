@@ -22,60 +22,18 @@ from PIL import Image
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
-import uvicorn  # noqa: E402
+from serving import SETTINGS, Running  # noqa: E402
 
 from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
 from dvq_rt.serve import bodies, protocol  # noqa: E402
-from dvq_rt.serve.command import configuration, listen  # noqa: E402
+from dvq_rt.serve.command import listen  # noqa: E402
+from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
-from dvq_rt.serve.server import Server  # noqa: E402
 from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
 from runtimes.errors import InputError  # noqa: E402
 
 DRAW = "/v1/images/generations"
-SETTINGS = Settings(
-    engines=(("dq", "demo:dq"), ("mq", "demo:mq")),
-    port=0,
-    slots=4,
-    threads=1,
-    queue=4,
-    images=8,
-    megabytes=1,
-    megapixels=1,
-)
-
-
-class Running:
-    """A server in a thread.
-
-    Attributes:
-        url, port: where it listens.
-        server: what its routes share.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        listener = listen(settings)
-        self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        config = configuration(settings)
-        self.uvicorn = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.uvicorn.run, args=([listener],), daemon=True)
-        self.thread.start()
-        while not self.uvicorn.started:
-            assert self.thread.is_alive()
-            time.sleep(0.01)
-        self.server: Server = config.loaded_app.app.state.server
-
-    def post(self, path: str, **options: Any) -> Any:
-        return httpx.post(self.url + path, timeout=60, **options)
-
-    def load(self, name: str = "dq") -> Any:
-        return self.server.engines.served[name].generator.engine.batch.load
-
-    def end(self) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +195,19 @@ def test_a_full_queue_refuses(running: Running, steps: list[float]) -> None:
     assert running.post("/encode", params={"model": "mq"}, content=BIG_ENOUGH).status_code == 200
     thread.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 8
+
+
+def test_what_cannot_be_in_time_is_refused_at_once(running: Running) -> None:
+    """Where the images before would take longer than a request may, a new one is refused and not drawn in vain; alone
+    it is tried."""
+    served = running.server.engines.served["dq"]
+    before, served.pace = served.pace, 50.0
+    try:
+        served.check_room(2)
+        with served.admit(1, drawing=False), pytest.raises(ApiError, match="for 60 s of work; try again in 25 s"):
+            served.check_room(1)
+    finally:
+        served.pace = before
 
 
 SMALL = io.BytesIO()

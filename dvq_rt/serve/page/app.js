@@ -57,7 +57,7 @@ function fit() {
   by('prompt-field').hidden = by('negative-field').hidden = !prompts;
   by('guidance-field').hidden = !guidance;
   for (const [name, value] of Object.entries(defaults)) by(name).value = value ?? '';
-  Object.assign(by('rate'), { min: least.toFixed(3), max: most.toFixed(3), value: ((least + most) / 2).toFixed(3) });
+  Object.assign(by('rate'), { step: 0.001, min: Math.ceil(1000 * least) / 1000, max: Math.ceil(1000 * most) / 1000, value: ((least + most) / 2).toFixed(3) });
   by('tab-edit').hidden = !edits;
   if (!edits && by('tab-edit').getAttribute('aria-selected') === 'true') choose(tabs[0]);
   showValues();
