@@ -100,10 +100,10 @@ class Allocations(TorchDispatchMode):
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 storage = tensor.untyped_storage()
-                self._seen[storage._cdata] = weakref.ref(storage)
+                self._seen[id(storage)] = weakref.ref(storage)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()  # storages keep their Python object as long as they live
         if key in self._seen:
             return
         self.now += size
