@@ -24,6 +24,8 @@ from runtimes.errors import InputError
 LOG = logging.getLogger("dvq_rt.serve")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 256
+WORKER_SECONDS = 60
+"""In which a worker must have started to answer its parent; loading the packages takes long on a busy machine."""
 
 
 def serve(settings: Settings) -> int:
@@ -68,6 +70,7 @@ def configuration(settings: Settings) -> uvicorn.Config:
         proxy_headers=False,
         backlog=BACKLOG,
         workers=settings.workers,
+        timeout_worker_healthcheck=WORKER_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.timeout),
     )
 
