@@ -35,6 +35,7 @@ from training.data.captions import choose_caption, holds, train_bpe
 from training.data.folder import ImageFolder
 from training.evaluate_prompts import main as judge_prompts
 from training.frozen_text import describe_frozen, frozen_of, load_frozen
+from training.import_published import import_published
 from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
@@ -510,3 +511,16 @@ def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
     model.text_encoder["sha256"] = "0" * 64
     with pytest.raises(CheckpointError, match="another text encoder"):
         frozen_of(model)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "models.stage2_dynamic.dqtransformer_t2i.Dualformer",
+        "models.stage2.text2image_transformer.Text2ImageTransformer",
+    ],
+)
+def test_released_text_classes(target: str, tmp_path: Path) -> None:
+    """The released text-to-image classes are refused with the reason, before any file is read."""
+    with pytest.raises(ConfigError, match="released code lacks its transformer, and no checkpoint of one was released"):
+        import_published({"target": target, "params": {}}, tmp_path / "none.ckpt")
