@@ -1,4 +1,4 @@
-"""Command line: ``dvq-rt sample | reconstruct | inspect | verify | bench`` (or ``python -m dvq_rt``).
+"""Command line: ``dvq-rt sample | reconstruct | inspect | verify | bench | serve`` (or ``python -m dvq_rt``).
 
 The commands that train and export are entry points of the group ``dvq_rt.commands`` in the package's metadata, so that
 they can be called as ``dvq-rt train-tokenizer`` and so on, and the runtime still knows nothing of them.
@@ -230,6 +230,19 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def serve(options: argparse.Namespace) -> int:
+    """Answer requests over HTTP, with a page to try it; needs the extra [serve]."""
+    from dvq_rt.serve.settings import Settings, named_engines
+
+    fields = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    settings = Settings(**{**fields, "engines": named_engines(options.engines)})
+    try:
+        from dvq_rt.serve.command import serve as run
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve needs the package {error.name}; pip install 'dvq-rt[cpu,serve]'") from error
+    return run(settings)
+
+
 def push(options: argparse.Namespace) -> int:
     """Upload an engine and its model card to the Hugging Face Hub; print the name that opens it."""
     from dvq_rt.publish import model_card
@@ -349,6 +362,16 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--images", type=int, nargs="*", default=[1, 10], help="numbers of images to draw (1 10)")
     timing.add_argument("--mixed", action="store_true", help="also 64 images of mixed lengths, refilled and static")
     timing.add_argument("--out", help="write all numbers to this JSON file")
+
+    serving = add(serve, True, name="engines", nargs="*")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine alone)")
+    serving.add_argument("--port", type=int, default=8000, help="8000; 0 takes a free one")
+    serving.add_argument("--queue", type=int, default=64, help="images of an engine that may wait for a slot (64)")
+    serving.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take (60)")
+    serving.add_argument("--workers", type=int, default=1, help="processes, each with its own engines (1)")
+    serving.add_argument("--images", type=int, default=16, help="most images of a request (16)")
+    serving.add_argument("--megabytes", type=int, default=8, help="largest body of a request in MiB (8)")
+    serving.add_argument("--megapixels", type=int, default=32, help="largest picture in a request (32)")
 
     publishing = add(push, False)
     publishing.add_argument("repository", metavar="OWNER/NAME")

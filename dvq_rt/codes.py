@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -213,15 +213,15 @@ def save_codes(path: FileName, codes: Codes | Iterable[Codes]) -> None:
     _check_count(layout, len(several))
     if any(c.layout != layout for c in several):
         raise InputError("the codes have different layouts; save those of each model in a file of their own")
-    header = {"format": FORMAT, "schema": SCHEMA, "layout": layout.to_dict(), "labels": [c.label for c in several]}
-    maps, grains = np.stack([c.codes for c in several]), np.stack([c.grain for c in several])
     if suffix == ".json":
-        data = json.dumps({**header, "codes": maps.tolist(), "grain": grains.tolist()}).encode()
+        data = json.dumps(codes_to_dict(several)).encode()
         if len(data) > MAX_JSON_BYTES:
             raise InputError(f"{len(several)} images make a JSON file of {len(data)} bytes; save them as .npz")
     else:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, header=np.array(json.dumps(header)), codes=maps.astype(np.int32), grain=grains)
+        maps, grains = np.stack([c.codes for c in several]), np.stack([c.grain for c in several])
+        header = np.array(json.dumps(_header(several)))
+        np.savez_compressed(buffer, header=header, codes=maps.astype(np.int32), grain=grains)
         data = buffer.getvalue()
     write_file(path, data)
 
@@ -244,6 +244,29 @@ def load_codes(path: FileName) -> list[Codes]:
             return [Codes(m, g, layout, label) for m, g, label in zip(maps, grains, labels, strict=True)]
         except DvqError as cause:  # which does not name the file
             raise ValueError(str(cause)) from cause
+
+
+def codes_to_dict(codes: Sequence[Codes]) -> dict[str, Any]:
+    """The content of a ``.json`` file of the codes of one or more images of one layout."""
+    maps, grains = [c.codes.tolist() for c in codes], [c.grain.tolist() for c in codes]
+    return {**_header(codes), "codes": maps, "grain": grains}
+
+
+def codes_from_dict(content: Any) -> list[Codes]:
+    """Inverse of ``codes_to_dict``.
+
+    Raises:
+        InputError: the content is no such thing; says what is wrong.
+    """
+    with guard(InputError, "the codes cannot be read"):
+        layout, labels = _parse_header(content)
+        rows = zip(content["codes"], content["grain"], labels, strict=True)
+        return [Codes(maps, grain, layout, label) for maps, grain, label in rows]
+
+
+def _header(codes: Sequence[Codes]) -> dict[str, Any]:
+    labels = [c.label for c in codes]
+    return {"format": FORMAT, "schema": SCHEMA, "layout": codes[0].layout.to_dict(), "labels": labels}
 
 
 def _checked(

@@ -74,7 +74,7 @@ class Engine:
             assert loop is not None, "who draws holds the engine"
             return loop(count)
 
-        self._batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
+        self.batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
 
     @classmethod
     def open(
@@ -203,7 +203,7 @@ class Engine:
 
     def draw(self, requests: Iterable[Request], watch: Watch | None = None) -> Events[Event, None, None]:
         """Events of requests that are drawn in the batch that all threads share; see ``SharedBatch.draw``."""
-        yield from self._batch.draw(requests, watch)  # a generator of the engine's, which so stays open
+        yield from self.batch.draw(requests, watch)  # a generator of the engine's, which so stays open
 
     def force(
         self,
@@ -238,7 +238,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is being drawn, and free graphs and buffers."""
-        self._batch.end()
+        self.batch.end()
         with self._lock:
             self._programs.clear()
 

@@ -17,7 +17,7 @@ from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
 from dvq_rt.engine import LOGPROBS, Engine
 from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import TokenLayout, Tokens
 from dvq_rt.manifest import Manifest
 from dvq_rt.progress import Progress, check_progress, told
 from dvq_rt.rates import rate_of
@@ -119,6 +119,16 @@ class Generator:
             raise InputError("a generator made with Generator.over cannot be pickled; open the folder by its name")
         return _reopen, (self._arguments,)
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether images can be drawn from a text."""
+        return False
+
+    @property
+    def edits(self) -> bool:
+        """Whether a part of an image can be drawn anew."""
+        return False
+
     # --- drawing -----------------------------------------------------------------------------------------------
     def sample(
         self,
@@ -187,12 +197,33 @@ class Generator:
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
                 for event in events:
-                    image = Image.fromarray(engine.decode(preview_map(self.layout, event.cells)[None])[0])
-                    codes = self._codes(event) if event.finished else None
-                    progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
-                    yield Preview(event.request.key, image, progress, codes)
+                    yield self.preview(event)
 
         return previews()
+
+    def requests(
+        self,
+        n: int | None = None,
+        labels: Label | Iterable[Label] = None,
+        seed: int = 0,
+        params: SamplingParams | None = None,
+        *,
+        first: int = 0,
+        every: int = 0,
+    ) -> list[Request]:
+        """The images of a call of ``sample`` (``every`` 0) or ``stream``, checked, for those who draw them otherwise;
+        see ``dvq_rt.asynchronous``. ``preview`` turns their events into images.
+
+        Raises:
+            InputError: an argument is out of range or unknown.
+        """
+        return self._requests(n, labels, seed, params, first, every)[2]
+
+    def preview(self, event: Event) -> Preview:
+        """An event of such a request as ``stream`` gives it; the decoder runs in the caller's thread."""
+        image = Image.fromarray(self.engine.decode(preview_map(self.layout, event.cells)[None])[0])
+        progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
+        return Preview(event.request.key, image, progress, self._codes(event) if event.finished else None)
 
     # --- images and codes --------------------------------------------------------------------------------------
     def encode(self, images: ImageLike | Iterable[ImageLike], **rate: Any) -> list[Codes]:
@@ -239,17 +270,21 @@ class Generator:
         Raises:
             InputError: the codes are of another layout, or a label is unknown or missing.
         """
+        rows = self.rows(codes, labels)
+        tables = [np.stack([record[name] for name in LOGPROBS]) for record in self.engine.force(rows, LOGPROBS)]
+        return [Score(*table.astype(np.float64)) for table in tables]
+
+    def rows(self, codes: CodesLike, labels: Label | Iterable[Label] = None) -> list[Tokens]:
+        """Codes as sequences in this model's own ids; arguments and errors as for ``score``."""
         several = codes_of(self.layout, codes)
         given: list[int | None] = [None] * len(several)
         if labels is not None:
             given = choose_labels(self.layout, self.class_names, labels, len(several))
         # in this model's own ids, which another order or other labels would change
-        rows = [
+        return [
             Codes(c.codes, c.grain, self.layout, c.label if label is None else label).tokens()
             for c, label in zip(several, given, strict=True)
         ]
-        tables = [np.stack([record[name] for name in LOGPROBS]) for record in self.engine.force(rows, LOGPROBS)]
-        return [Score(*table.astype(np.float64)) for table in tables]
 
     def verify(self) -> list[Any]:
         """Check the engine on this machine against the golden values in its folder; see ``dvq_rt.verify``."""

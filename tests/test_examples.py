@@ -72,6 +72,12 @@ def test_threads(example) -> None:  # type: ignore[no-untyped-def]
     assert example("threads", "--n", 3, "--out", "threads.png") == "threads.png\n"
 
 
+def test_async_calls(example) -> None:  # type: ignore[no-untyped-def]
+    """Protects asynchronous use: the stream ends with all codes, and three calls make a picture."""
+    assert "100% of the codes" in example("async_calls", "--n", 3, "--out", "async.png")
+    assert Image.open("async.png").size == (2 * 66 + 2, 2 * 66 + 2)
+
+
 def test_every_example_is_tested_and_short() -> None:
     """Protects the promise of the folder: nothing there goes untested, and each script is read at a glance."""
     scripts = sorted(EXAMPLES.glob("*.py"))
