@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -33,8 +34,13 @@ REPLICA = "ServeReplica"
 
 
 def replicas() -> list[int]:
-    """Process ids of the replicas."""
-    return [p.pid for p in psutil.process_iter() if REPLICA in " ".join(p.cmdline())]
+    """Process ids of the replicas, which descend from this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if REPLICA in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def draw(seed: int) -> np.ndarray:

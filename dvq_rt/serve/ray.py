@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 from ray import serve
@@ -17,6 +16,7 @@ from ray.serve import Application
 from dvq_rt.files import read_dataclass
 from dvq_rt.labels import whole
 from dvq_rt.serve.app import create_app
+from dvq_rt.serve.gate import Gate
 from dvq_rt.serve.settings import Settings, named_engines
 from runtimes.errors import InputError
 
@@ -77,8 +77,12 @@ def app(arguments: Mapping[str, Any]) -> Application:
     device = "cuda" if cluster.num_gpus else None
     own_settings = {"engines": named_engines(words), "threads": cluster.num_cpus, "device": device, **rest}
     settings: Settings = read_dataclass(Settings, own_settings, "arguments", defaults=True, error=InputError)
+
+    def build() -> Gate:  # in each replica
+        return create_app(settings)
+
     deployment = serve.deployment(
-        serve.ingress(partial(create_app, settings))(),
+        serve.ingress(build)(),
         name="dvq_rt",
         ray_actor_options={"num_cpus": cluster.num_cpus, "num_gpus": cluster.num_gpus},
         max_ongoing_requests=settings.queue + 16,  # what is too much is refused by the application, with its status 429
