@@ -20,6 +20,8 @@ from dvq_rt.serve.gate import Gate
 from dvq_rt.serve.settings import Settings, named_engines
 from runtimes.errors import InputError
 
+SETTINGS = ("slots", "queue", "timeout", "images", "megabytes", "megapixels")
+"""Settings of the server that replicas take; the others belong to Ray Serve or follow from ``Cluster``."""
 ASKED = 2
 """Requests of a replica, waiting ones included, above which there should be more replicas."""
 
@@ -57,26 +59,12 @@ class Cluster:
         return self.replicas if self.most_replicas is None else self.most_replicas
 
 
+CLUSTER = tuple(field.name for field in fields(Cluster))
+
+
 def app(arguments: Mapping[str, Any]) -> Application:
-    """The application of Ray Serve.
-
-    Args:
-        arguments: by name, as texts or numbers: ``engines``, as words of ``dvq-rt serve`` separated by commas, and the
-            fields of ``Cluster``; ``slots``, ``queue``, ``timeout``, ``images``, ``megabytes`` and ``megapixels`` are
-            those of ``dvq-rt serve``. Every machine opens the engines by these words.
-
-    Raises:
-        InputError: an argument is unknown or out of range.
-    """
-    given = {name: _number(value) for name, value in arguments.items() if name != "engines"}
-    own = {field.name for field in fields(Cluster)}
-    cluster_values = {name: value for name, value in given.items() if name in own}
-    rest = {name: value for name, value in given.items() if name not in own}
-    cluster: Cluster = read_dataclass(Cluster, cluster_values, "arguments", defaults=True, error=InputError)
-    words = [word.strip() for word in str(arguments.get("engines", "")).split(",") if word.strip()]
-    device = "cuda" if cluster.num_gpus else None
-    own_settings = {"engines": named_engines(words), "threads": cluster.num_cpus, "device": device, **rest}
-    settings: Settings = read_dataclass(Settings, own_settings, "arguments", defaults=True, error=InputError)
+    """The application of Ray Serve; for the arguments see ``read_arguments``."""
+    cluster, settings = read_arguments(arguments)
 
     def build() -> Gate:  # in each replica
         return create_app(settings)
@@ -93,6 +81,28 @@ def app(arguments: Mapping[str, Any]) -> Application:
         },
     )
     return deployment.bind()  # type: ignore[attr-defined]
+
+
+def read_arguments(arguments: Mapping[str, Any]) -> tuple[Cluster, Settings]:
+    """What ``serve run`` was given.
+
+    Args:
+        arguments: by name, as texts or numbers: ``engines``, as words of ``dvq-rt serve`` separated by commas, and the
+            fields of ``Cluster``; ``slots``, ``queue``, ``timeout``, ``images``, ``megabytes`` and ``megapixels`` are
+            those of ``dvq-rt serve``. Every machine opens the engines by these words.
+
+    Raises:
+        InputError: an argument is unknown or out of range.
+    """
+    given = {name: _number(value) for name, value in arguments.items()}
+    words = [word.strip() for word in str(given.pop("engines", "")).split(",") if word.strip()]
+    own = {name: given.pop(name) for name in CLUSTER if name in given}
+    cluster: Cluster = read_dataclass(Cluster, own, "arguments", defaults=True, error=InputError)
+    if foreign := sorted(set(given) - set(SETTINGS)):
+        raise InputError(f"arguments: {foreign} are unknown; there are engines, {', '.join([*CLUSTER, *SETTINGS])}")
+    device = "cuda" if cluster.num_gpus else None
+    values = {"engines": named_engines(words), "threads": cluster.num_cpus, "device": device, **given}
+    return cluster, read_dataclass(Settings, values, "arguments", defaults=True, error=InputError)
 
 
 def _number(value: Any) -> Any:
