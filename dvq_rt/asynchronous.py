@@ -73,7 +73,8 @@ class AsyncGenerator:
             images.append(drawn[index].image)
             codes.append(drawn[index].codes)
         of, known = requests[0], [c for c in codes if c is not None]
-        return Samples(images, known, [c.label for c in known], of.seed, of.params, of.image)
+        prompts = [c.prompt for c in known]
+        return Samples(images, known, [c.label for c in known], of.seed, of.params, of.image, prompts)
 
     async def previews(self, requests: list[Request]) -> Stream[Preview, None]:
         """``stream`` of requests that ``Generator.requests`` has made."""
@@ -93,11 +94,14 @@ class AsyncGenerator:
         """As ``Generator.reconstruct``."""
         return await self.run(partial(self.generator.reconstruct, images, **rate))
 
-    async def score(self, codes: CodesLike, labels: Label | Iterable[Label] = None) -> list[Score]:
+    async def score(self, codes: CodesLike, labels: Label | Iterable[Label] = None, **prompts: Any) -> list[Score]:
         """As ``Generator.score``."""
-        rows = await self.run(partial(self.generator.rows, codes, labels))
+        rows, before = await self.run(partial(self.generator.rows, codes, labels, **prompts))
         layout, scores = self.generator.layout, {}
-        requests = [Request.along(layout, row, record=LOGPROBS, key=i) for i, row in enumerate(rows)]
+        requests = [
+            Request.along(layout, row, record=LOGPROBS, key=i, prompt=prompt)
+            for i, (row, prompt) in enumerate(zip(rows, before, strict=True))
+        ]
         async with aclosing(self._events(requests)) as events:
             async for event in events:
                 steps = layout.steps_of(rows[event.request.key])

@@ -31,6 +31,10 @@ def describe(manifest: Manifest, folder: Path) -> str:
     labels = f"{layout.classes}" if layout.classes else "none"
     if layout.classes:
         labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
+    prompts = "none"
+    if manifest.prompt:
+        empty = "the empty one stands for anything (guidance works)" if manifest.empty_prompt else "never empty"
+        prompts = f"at most {manifest.prompt} tokens of {manifest.conditioning['tokenizer']}; {empty}"
     most = "at most " if layout.covering else ""
     kind = f"{manifest.precision}, weights {manifest.weights}"
     rows = [
@@ -40,6 +44,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
         ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
         ("labels", labels),
+        ("prompts", prompts),
     ]
     sections = [table(rows)]
     if manifest.class_names:

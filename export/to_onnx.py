@@ -19,7 +19,7 @@ from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.labels import keep_labels
 from export.lowering import LOWERINGS
-from export.package import check_whole, describe, summary, write_graphs
+from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
 from export.parity import check_engine
 from export.quantization.calibration import CALIBRATION
 from export.quantization.model import BITS, quantize_model
@@ -81,6 +81,8 @@ def export_onnx(
         calibrate, tuning = whole("calibrate", calibrate, 0, MOST_IMAGES), whole("tuning", tuning, 0, MOST_STEPS)
         if tuning and not calibrate:
             raise ConfigError(f"tuning is {tuning} and calibrate 0; tuning needs images")
+        if model.text is not None:
+            raise ExportError(f"weights {weights} are not made for models that read prompts; use fp32 or fp16")
         if target != "cpu":
             raise ExportError(f"weights {weights} are made for target 'cpu', not {target!r}; use fp32 or fp16 there")
     table = step_table(net, torch.int8 if integers else None)
@@ -94,6 +96,7 @@ def export_onnx(
         elif integers:
             rounded = quantize_model(rounded, weights, calibrate, tuning)
         write_graphs(rounded, folder, table, LOWERINGS[target], half_weights=weights == "fp16")
+        write_tokenizer(model, folder)
         return check_engine(rounded, folder, manifest)
 
     return write_engine(out, build, overwrite=overwrite)

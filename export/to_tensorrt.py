@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from dvq_rt.decoding import Request
-from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.engine import Engine
 from dvq_rt.files import read_tensors, write_tensors
 from dvq_rt.labels import whole
 from dvq_rt.layout import padded
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.step import StepTable
-from dvq_rt.verify import draw_tokens, free_params
+from dvq_rt.verify import draw_tokens, free_request
 from export.lowering import TENSORRT_OPSET, scatter_attention
-from export.package import check_whole, describe, summary, write_graphs
+from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
 from export.parity import check_engine, golden_values
 from export.tensorrt.check import check_graph
 from export.tensorrt.plans import AHEAD, Plan, build_plan, choose_targets, plans_table
@@ -106,7 +105,7 @@ def export_tensorrt(
             graphs = Path(name)
             say("tracing")
             trace_graphs(traced, graphs, table, slots)
-            for part in GRAPHS:
+            for part in manifest.graphs:
                 caches = manifest.step["caches"] if part == "step" else []
                 check_graph(load_graph(graphs / f"{part}.onnx"), caches)
             measured = manifest
@@ -118,10 +117,11 @@ def export_tensorrt(
                 measured = check_engine(model, graphs, manifest, limit)
                 if precision != "fp32":
                     keep_drawn(Engine(graphs, manifest, OnnxRuntimeBackend()))
-            for part in GRAPHS:
+            for part in manifest.graphs:
                 say(f"building {part}")
                 built.append(build_plan(api, graphs / f"{part}.onnx", folder, manifest.step, targets))
             shutil.move(graphs / "golden.safetensors", folder)
+            write_tokenizer(model, folder)
         return measured
 
     return write_engine(out, build, overwrite=overwrite), built
@@ -146,10 +146,9 @@ def keep_drawn(engine: Engine) -> None:
     """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the plan."""
     golden = read_tensors(engine.path / "golden.safetensors")
     rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
-    for i, label in enumerate(golden["free_labels"].tolist()):
+    for i in range(len(golden["free_labels"])):
         count = int((golden["free_position"][i] >= 0).sum()) - 1
-        params = free_params(engine.layout, engine.manifest.defaults, label, few=True)
-        tokens = draw_tokens(engine, Request(label, params, image=i), count)
+        tokens = draw_tokens(engine, free_request(engine, golden, i), count)
         for (name, runs), values in zip(rows.items(), tokens, strict=True):
             runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
     free = {name: padded(runs) for name, runs in rows.items()}

@@ -23,7 +23,7 @@ def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((DEMOS["demo:dq"] / "manifest.json").read_text(encoding="utf-8"))
     assert values.pop("path") == str(DEMOS["demo:dq"])
     del manifest["sha256"]
-    assert values == manifest
+    assert values == {**manifest, "conditioning": {}}
 
 
 def test_verify_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,13 +85,13 @@ def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("package", ["dvq_rt", "runtimes"])
 def test_the_library_prints_nothing(package: str) -> None:
-    """Protects programs that use the library: only commands print, everything else logs. A progress bar writes its
-    lines to standard error."""
+    """Protects programs that use the library: only commands print, everything else logs. A progress bar
+    writes its lines to standard error."""
     speaking = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / package).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    commands = {"dvq_rt/__main__.py", "dvq_rt/serve/load.py", "dvq_rt/serve/abuse.py"}
+    commands = {f"dvq_rt/{name}.py" for name in ("__main__", "serve/load", "serve/abuse")}
     assert speaking <= commands | {"dvq_rt/progress.py"}

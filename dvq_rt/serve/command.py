@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def serve(settings: Settings) -> int:
     if settings.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
         LOG.warning("everybody who reaches %s may use this server; set %s to a key", host, KEY_VARIABLE)
     LOG.info("serving %s on http://%s:%d", ", ".join(name for name, _ in settings.engines), host, port)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has ended well
     if settings.workers == 1:
         server = uvicorn.Server(config)
         server.run([listener])
