@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Event, Request
+from dvq_rt.editing import Edit
 from dvq_rt.engine import LOGPROBS
 from dvq_rt.generator import CodesLike, Generator, Label
 from dvq_rt.images import ImageLike
@@ -61,10 +62,10 @@ class AsyncGenerator:
             async for preview in previews:
                 yield preview
 
-    async def draw(self, requests: list[Request]) -> Samples:
-        """``sample`` of requests that ``Generator.requests`` has made."""
+    async def draw(self, requests: list[Request], edit: Edit | None = None) -> Samples:
+        """``sample`` of requests of ``Generator.requests``, or with an edit of ``Generator.constrained``."""
         drawn: dict[int, Preview] = {}
-        async with aclosing(self.previews(requests)) as previews:
+        async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:
                 if preview.codes is not None:
                     drawn[preview.index] = preview
@@ -76,11 +77,11 @@ class AsyncGenerator:
         prompts = [c.prompt for c in known]
         return Samples(images, known, [c.label for c in known], of.seed, of.params, of.image, prompts)
 
-    async def previews(self, requests: list[Request]) -> Stream[Preview, None]:
-        """``stream`` of requests that ``Generator.requests`` has made."""
+    async def previews(self, requests: list[Request], edit: Edit | None = None) -> Stream[Preview, None]:
+        """``stream`` of requests that ``Generator.requests`` has made; arguments as for ``draw``."""
         async with aclosing(self._events(requests)) as events:
             async for event in events:
-                yield await self.run(partial(self.generator.preview, event))
+                yield await self.run(partial(self.generator.preview, event, edit))
 
     async def encode(self, images: ImageLike | Iterable[ImageLike], **rate: Any) -> list[Codes]:
         """As ``Generator.encode``."""

@@ -138,7 +138,7 @@ REFUSED = [
     (DRAW, {"json": {"label": 1, "prompt": "faces"}}, 400, "give one of them"),
     (DRAW, {"json": {"negative_prompt": "x"}}, 400, "this model takes no prompts"),
     (DRAW, {"content": b"x" * (1 << 21)}, 413, "the body has more than 1048576 bytes"),
-    ("/v1/images/edits", {"files": {"image": b"x"}}, 501, "no model here edits images"),
+    ("/v1/images/edits", {"files": {"image": b"x"}}, 501, "dq does not edit images; take a model"),
     ("/encode", {"content": b""}, 400, "the body is empty; send the bytes of a picture"),
     ("/encode", {"content": b"GIF89a"}, 400, "the image is a damaged GIF file"),
     ("/encode", {"content": b"/etc/passwd"}, 400, "the image is damaged or of another format"),

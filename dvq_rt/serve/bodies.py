@@ -8,14 +8,19 @@ import re
 from email.parser import BytesParser
 from email.policy import HTTP
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from starlette.requests import Request
 
 from dvq_rt.files import parse_json
-from dvq_rt.images import image_size
+from dvq_rt.images import image_size, square
 from dvq_rt.serve.errors import ApiError
 from dvq_rt.serve.settings import UPLOAD_SECONDS
 from runtimes.errors import InputError, guard
 
+OPAQUE = 128
+"""Least alpha of a pixel of a mask that is kept."""
 DISCARDED = 4
 """A body that is too large is read up to so many times the limit, so that its sender gets to read the answer."""
 
@@ -76,6 +81,20 @@ def picture_file(body: bytes, pixels: int) -> io.BytesIO:
             code="image_too_large",
         )
     return file
+
+
+def clear_pixels(file: io.BytesIO, size: int) -> NDArray[np.bool_]:
+    """Where a picture is transparent, bool [size, size], cropped and resized as ``dvq_rt.images.square`` does.
+
+    Raises:
+        InputError: it has no transparency, or cannot be decoded.
+    """
+    with guard(InputError, "the mask cannot be decoded"):
+        picture = Image.open(file)
+        if not picture.has_transparency_data:
+            raise InputError("the mask has no transparency; make it a PNG that is transparent where to draw anew")
+        alpha = picture.convert("RGBA").getchannel("A")
+    return square(alpha, size) < OPAQUE
 
 
 def json_body(body: bytes) -> object:

@@ -46,7 +46,15 @@ class Drawing(BaseModel):
         given = {name: getattr(self, name) for name in TUNING if name in self.model_fields_set}
         return SamplingParams.from_dict({**generator.manifest.defaults, **given})
 
-    def check_size(self, served: Served) -> None:
+    def check(self, served: Served, most: int) -> None:
+        """
+        Raises:
+            ApiError: there are more images than ``most``, or of another size than the model's.
+        """
+        if self.n > most:
+            raise ApiError(
+                400, f"n is {self.n}; this server draws at most {most} a request", param="n", code="invalid_value"
+            )
         side = served.generator.manifest.image_size
         if self.size not in (None, "auto", f"{side}x{side}"):
             raise ApiError(
@@ -55,6 +63,12 @@ class Drawing(BaseModel):
                 param="size",
                 code="invalid_value",
             )
+
+    def drawn(self, generator: Generator, every: int = 0) -> list[Request]:
+        """The images as requests."""
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        options = {"params": self.params(generator), "first": self.first, "every": every, **self.subject(generator)}
+        return generator.requests(self.n, seed=seed, **options)
 
     def subject(self, generator: Generator) -> dict[str, Any]:
         """What is to be drawn, as arguments of ``Generator.requests``."""
@@ -81,15 +95,17 @@ class Generation(Drawing):
         Raises:
             ApiError, InputError: a value cannot be drawn; nothing is.
         """
-        if self.n > most:
-            raise ApiError(
-                400, f"n is {self.n}; this server draws at most {most} a request", param="n", code="invalid_value"
-            )
+        self.check(served, most)
         if self.response_format == "png" and (self.n > 1 or self.stream):
             raise ApiError(400, "png answers with one image; use b64_json for several or for a stream", param="n")
-        self.check_size(served)
         generator = served.generator
-        seed = secrets.randbits(32) if self.seed is None else self.seed
         every = max(1, generator.layout.max_length // (self.partial_images + 1)) if self.partial_images else 0
-        options = {"params": self.params(generator), "first": self.first, "every": every, **self.subject(generator)}
-        return await served.engine.run(partial(generator.requests, self.n, seed=seed, **options))
+        return await served.engine.run(partial(self.drawn, generator, every))
+
+
+class Edition(Drawing):
+    """Fields of ``POST /v1/images/edits`` beside its files, ``image`` and ``mask``."""
+
+    response_format: Literal["b64_json"] = "b64_json"
+    with_codes: bool = Field(False, description="whether each image comes with its codes")
+    grain: Literal["free", "keep"] = Field("free", description="whether the grain of what is redrawn may change")

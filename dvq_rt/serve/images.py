@@ -13,16 +13,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dvq_rt.decoding import Request as Drawn
+from dvq_rt.editing import Edit
+from dvq_rt.images import open_rgb, square
 from dvq_rt.results import Preview, Samples
 from dvq_rt.serve.answers import EventStream, attended, base64_png, image_item, png, sse, too_late, usage
+from dvq_rt.serve.bodies import clear_pixels, form, picture_file
 from dvq_rt.serve.engines import Served
 from dvq_rt.serve.errors import ApiError
-from dvq_rt.serve.forms import Generation
+from dvq_rt.serve.forms import Edition, Generation
 from dvq_rt.serve.gate import refusal
 from dvq_rt.serve.server import Server, server_of
 from dvq_rt.serve.settings import SMALL_BODY
 
 routes = APIRouter(tags=["images"])
+EDITION = {"requestBody": {"content": {"multipart/form-data": {"schema": Edition.model_json_schema()}}}}
 GENERATION = {"requestBody": {"content": {"application/json": {"schema": Generation.model_json_schema()}}}}
 
 
@@ -59,17 +63,39 @@ async def generate(request: Request) -> Response:
     return JSONResponse(await served.engine.run(lambda: _answer(served, body, samples)), headers=headers)
 
 
-@routes.post("/v1/images/edits", response_model=None)
+@routes.post("/v1/images/edits", openapi_extra=EDITION, response_model=None)
 async def edit(request: Request) -> Response:
-    """Draw a part of an image anew, in the form of OpenAI's images API, where the model can."""
+    """Draw a part of an image anew, in the form of OpenAI's images API, where the model can: the mask, or else the
+    image, is transparent there. Both are cropped to their centre square and resized."""
     server = server_of(request)
-    await server.receive(request, server.settings.body_bytes)
-    raise ApiError(
-        501,
-        "no model here edits images; draw with /v1/images/generations, and see `edits` in /v1/models",
-        kind="server_error",
-        code="not_implemented",
-    )
+    raw = await server.receive(request, server.settings.body_bytes)
+    texts, files = form(raw, request.headers.get("content-type", ""))
+    body = Edition.model_validate_strings(texts)
+    served = server.engines.pick(body.model)
+    generator = served.generator
+    if not generator.edits:
+        raise ApiError(
+            501,
+            f"{served.name} does not edit images; take a model whose `edits` in /v1/models is true, or draw with "
+            "/v1/images/generations",
+            kind="server_error",
+            code="not_implemented",
+        )
+    body.check(served, server.settings.images)
+
+    def prepare() -> tuple[list[Drawn], Edit]:
+        size, pixels = generator.manifest.image_size, server.settings.pixels
+        picture = picture_file(files.get("image", b""), pixels)
+        clear = clear_pixels(picture_file(files.get("mask", files.get("image", b"")), pixels), size)
+        edit = generator.edit_of(square(open_rgb(picture), size), clear, grain=body.grain)
+        return generator.constrained(body.drawn(generator), edit)[0], edit
+
+    requests, edit = await served.engine.run(prepare)
+    request.state.log.update({"model": served.name, "images": body.n})
+    with served.admit(body.n):
+        samples = await attended(request, server.settings.timeout, served.engine.draw(requests, edit))
+    server.metrics.images.labels(served.name).inc(body.n)
+    return JSONResponse(await served.engine.run(lambda: _answer(served, body, samples)))
 
 
 def _common(served: Served, requests_seed: int) -> dict[str, Any]:
@@ -77,7 +103,7 @@ def _common(served: Served, requests_seed: int) -> dict[str, Any]:
     return {"model": served.name, "seed": requests_seed, "size": f"{side}x{side}", "output_format": "png"}
 
 
-def _answer(served: Served, body: Generation, samples: Samples) -> dict[str, Any]:
+def _answer(served: Served, body: Generation | Edition, samples: Samples) -> dict[str, Any]:
     pairs = enumerate(zip(samples.images, samples.codes, strict=True))
     return {
         "created": int(time.time()),
