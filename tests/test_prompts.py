@@ -52,7 +52,7 @@ LENGTHS = (12, 0, 16, 1)
 LAYOUTS = {
     "two grains": TokenLayout(32, TOKENIZER.sides, classes=2, null_label=True),
     "three grains": TokenLayout(32, (2, 4, 8)),
-    "kept cells": TokenLayout(**MASKED.layout()),
+    "kept cells": TokenLayout(**MASKED.layout(), classes=2, null_label=True),
 }
 GUIDED = SamplingParams(temperature=0.9, guidance=2.0)
 
@@ -154,6 +154,10 @@ def loop(net: StackedTransformer, tmp_path_factory: pytest.TempPathFactory) -> D
     return traced_loop(net, tmp_path_factory.mktemp("step"), 4, tensorrt=net.layout.segments == 3)
 
 
+traced = pytest.mark.parametrize("net", ["three grains", "kept cells"], indirect=True)
+"""Two grains are traced by the export below, which compares them with PyTorch."""
+
+
 def drawn(loop: DecodeLoop, requests: Sequence[Request]) -> list[Event]:
     return sorted(run_alone(loop, requests), key=lambda event: event.request.key)
 
@@ -171,6 +175,7 @@ def prompted(
     ]
 
 
+@traced
 @pytest.mark.parametrize("others", [None, (), (3, 16, 0, 12)], ids=["unguided", "guided", "negative prompts"])
 def test_engine_equals_oracle(net: StackedTransformer, loop: DecodeLoop, others: Sequence[int] | None) -> None:
     """Tokens of the traced step are those of the uncached sampler: alone, guided against the empty prompt, and guided
@@ -192,6 +197,7 @@ def test_engine_equals_oracle(net: StackedTransformer, loop: DecodeLoop, others:
     assert [a != b for a, b in zip(expected, unprompted, strict=True)] == [bool(n) for n in LENGTHS] or others
 
 
+@traced
 def test_slots_are_independent(net: StackedTransformer, loop: DecodeLoop) -> None:
     """An image and its logits are the same, to the bit, alone and beside others of other prompts, guided or not, and
     when it takes slots of images that were left half-way."""
