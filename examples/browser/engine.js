@@ -8,6 +8,8 @@ const IDLE = {
   position: 0,
   length: 0,
   done: 1,
+  phase: 0,
+  kind: 0,
   cells: -1,
   reset: 0,
   label: 0,
@@ -23,6 +25,7 @@ const IDLE = {
   forced_position: -1,
   forced_content: -1,
   pinned: -1,
+  given: 0,
   prefix: 0,
   prefix_length: 0,
 };
