@@ -135,13 +135,14 @@ def kills(work: Path, count: int = 10) -> None:
     ended(whole)
     rng, log = random.Random(1), work / "cut" / "log.jsonl"
     for n in range(count):
-        before, began = len(rows(log)), time.monotonic()
+        before = len(rows(log))
         together = forked(cut, work / "output")
         while len(rows(log)) <= before:
             if not all(process.is_alive() for process in together):
                 sys.exit((work / "output").read_text()[-2000:])
             time.sleep(0.2)
-        time.sleep(rng.uniform(0, time.monotonic() - began))
+        last = json.loads(rows(log)[-1])
+        time.sleep(rng.uniform(0, 5 * last["s"] / last["step"]))  # of about five steps
         for process in rng.sample(together, 2):
             process.kill()
             time.sleep(rng.uniform(0, 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -37,7 +38,9 @@ class Learner:
     ) -> None:
         self.module, self.optimizer, self.clip = module, optimizer, clip
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
-        self.wrapped: nn.Module = accelerator.prepare_model(module)
+        with warnings.catch_warnings():  # of an option's new name, which Accelerate does not know yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            self.wrapped: nn.Module = accelerator.prepare_model(module)
         self._accelerator = accelerator
 
     def without_averaging(self, asked: bool) -> AbstractContextManager[None]:

@@ -47,7 +47,9 @@ def test_two_processes_train_as_one(
 
     def jobs(count: int) -> list[list[str]]:
         masked = job(f"masked{count}", {**MASKED_RUN, "stage": STAGE}, work, *SHORT)
-        routed = job(f"routed{count}", {**STAGE_1, "tokenizer": FEATURE, "stage": STAGE}, work, *SHORT)
+        routed = job(
+            f"routed{count}", {**STAGE_1, "tokenizer": FEATURE | {"restart_below": 8}, "stage": STAGE}, work, *SHORT
+        )
         second = job(f"second{count}", two, work, *SHORT, "accumulate=2", tokenizer="routed1")
         return [masked, routed, second]
 
