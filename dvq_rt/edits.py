@@ -251,7 +251,10 @@ class Edits:
                 raise InputError(f"engine {engine.path} was exported before rates could be chosen; export it again")
             wanted = np.where(codes.grain[..., None] == finest, [0.0] * finest + [1e9], scores[0].astype(np.float64))
             cells = by_shares(wanted, [0.0] * (finest - 1) + [_share("ratio", ratio)]) == finest
-        cells = cell_mask(np.asarray(cells), layout, engine.manifest.image_size) & (codes.grain != finest)
+        cells = np.asarray(cells)
+        if cells.shape != codes.grain.shape or cells.dtype != bool:
+            raise InputError(f"cells are {cells.dtype} {cells.shape}; they must be bool {codes.grain.shape}")
+        cells = cells & (codes.grain != finest)
         if not cells.any():
             raise InputError("no cell is to be refined: all of them are of the finest grain")
         told = self.engine.table.has("given") and options.get("exact") is not False

@@ -377,8 +377,8 @@ def test_candidates_and_pixels(generator: Generator) -> None:
     assert one.effective is not None and (one.effective >= 1).all() and (one.effective <= 5).all()
     shown = one.to_numpy()[0]
     assert (
-        (shown[:7] == pixels[:7]).all()
-        and (shown[:, :7] == pixels[:, :7]).all()
+        (shown[:6] == pixels[:6]).all()
+        and (shown[:, :6] == pixels[:, :6]).all()
         and (shown[8:12, 8:12] != pixels[8:12, 8:12]).any()
     )
     plain = generator.edit(pixels, region=(8, 8, 12, 12), n=2, blend=False, **options)
