@@ -24,7 +24,7 @@ class Learner:
     tensor. On a CPU, where asking costs nothing, PyTorch's usual one is used.
 
     Args:
-        module: the network, already on its device.
+        module: the network, already on its device; a second move would make new buffers, which ``averaged_copy`` shares.
         optimizer: of its parameters.
         accelerator: what wraps it.
         clip: largest norm of the gradient.
@@ -40,7 +40,7 @@ class Learner:
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         with warnings.catch_warnings():  # of an option's new name, which Accelerate does not know yet
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            self.wrapped: nn.Module = accelerator.prepare_model(module)
+            self.wrapped: nn.Module = accelerator.prepare_model(module, device_placement=False)
         self._accelerator = accelerator
 
     def without_averaging(self, asked: bool) -> AbstractContextManager[None]:

@@ -46,7 +46,7 @@ def test_two_processes_train_as_one(
     names = ("masked", "routed", "second")
 
     def jobs(count: int) -> list[list[str]]:
-        masked = job(f"masked{count}", {**MASKED_RUN, "stage": STAGE}, work, *SHORT)
+        masked = job(f"masked{count}", {**MASKED_RUN, "stage": STAGE}, work, *SHORT, "ema=0.5")
         routed = job(
             f"routed{count}", {**STAGE_1, "tokenizer": FEATURE | {"restart_below": 8}, "stage": STAGE}, work, *SHORT
         )
@@ -60,6 +60,9 @@ def test_two_processes_train_as_one(
     for name in names:
         assert len(losses(work / f"{name}2")) == 8  # each row once, of process 0
         assert difference(work / f"{name}1", work / f"{name}2")[0] < 1e-5, name
+    one, other = (load_file(work / f"masked{count}" / "checkpoint" / "model.safetensors") for count in (1, 2))
+    for name in ("tokenizer.quantizer.cluster_size", "tokenizer.decoder.conv_out.weight"):  # a buffer and an average
+        assert torch.allclose(one[name], other[name], atol=1e-4), name
     train_tokenizer.main([*jobs(2)[0], "--resume", "--set", "training.steps=9"])
     state = load_training_state(work / "masked2" / "checkpoint")
     assert state.step == 9 and state.values["processes"] == 1
