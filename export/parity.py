@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvq_rt.decoding import Request
 from dvq_rt.engine import Engine
-from dvq_rt.files import write_tensors
+from dvq_rt.files import read_tensors, write_tensors
+from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
 from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
-from dvq_rt.verify import free_params, verify
+from dvq_rt.verify import draw_tokens, free_params, verify
 from export.quantization.weights import QuantLinear
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
@@ -27,8 +29,32 @@ IMAGES, STEPS = 4, 24
 LARGE = 100_000_000
 """Parameters from which drawing takes minutes even with caches: two golden sequences then hold random codes, and there
 is one free run. Logits come from the uncached forward for every size."""
+LARGE_NARROW, FEW_TOKENS, MOST_TOKENS = 50_000_000, 24, 2**31 - 1
+"""Narrow engines of transformers of more parameters are compared on so few tokens, because this takes long on a CPU."""
 ORACLE_TOKENS = 16
 """Tokens of each free run that the uncached sampler draws too."""
+
+
+def check_limit(layout: TokenLayout, parameters: int, asked: int | None) -> int:
+    """Tokens after which the comparison of a narrow engine stops: as asked, else all, or FEW_TOKENS of large models."""
+    longest = layout.max_length
+    if asked is not None:
+        return min(whole("check_tokens", asked, 1, MOST_TOKENS), longest)
+    return min(FEW_TOKENS, longest) if parameters > LARGE_NARROW else longest
+
+
+def keep_drawn(engine: Engine) -> None:
+    """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the engine will."""
+    golden = read_tensors(engine.path / "golden.safetensors")
+    rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
+    for i, label in enumerate(golden["free_labels"].tolist()):
+        count = int((golden["free_position"][i] >= 0).sum()) - 1
+        params = free_params(engine.layout, engine.manifest.defaults, label, few=True)
+        tokens = draw_tokens(engine, Request(label, params, image=i), count)
+        for (name, runs), values in zip(rows.items(), tokens, strict=True):
+            runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
+    free = {name: padded(runs) for name, runs in rows.items()}
+    write_tensors(engine.path / "golden.safetensors", {**golden, **free})
 
 
 def check_engine(model: Model, folder: Path, manifest: Manifest, limit: int | None = None) -> Manifest:
@@ -126,7 +152,7 @@ def free_run(model: Model, label: int, image: int, limit: int | None) -> tuple[T
     params = free_params(net.layout, model.defaults, label, few=limit is not None)
     (event,) = sample_events(net, [label], params, first=image, limit=limit)
     tokens = drawn_tokens(net.layout, event)
-    if any(isinstance(layer, QuantLinear) for layer in net.modules()):
+    if any(isinstance(layer, QuantLinear) and layer.rounds for layer in net.modules()):
         return tokens, event.cells
     (oracle,) = sample_tokens(net, [label], params, first_image=image, limit=min(limit or ORACLE_TOKENS, ORACLE_TOKENS))
     for head, expected in zip(("content", "position"), oracle, strict=True):

@@ -17,7 +17,7 @@ import export.accuracy as accuracy
 from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
 from export.accuracy import choices, compare, decoder_psnr
-from export.lowering import LOWERINGS
+from export.lowering import grouped_query_attention
 from export.quantization.calibration import calibration_sequences, observe
 from export.quantization.model import quantize_transformer
 from export.quantization.tuning import tune
@@ -267,7 +267,7 @@ def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
     length = torch.tensor([0, 5, 11, 7], dtype=torch.int32)
     keys, values = (torch.randint(-128, 128, shape, dtype=torch.int8) for _ in range(2))
     inputs = {"qkv": qkv, "keys": keys, "values": values, "length": length}
-    trace(Attend(LOWERINGS["cpu"]), inputs, ["y", "keys_out", "values_out"], tmp_path / "attend.onnx")
+    trace(Attend(grouped_query_attention), inputs, ["y", "keys_out", "values_out"], tmp_path / "attend.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "attend.onnx")
     y, *new = session.run(None, {name: x.numpy() for name, x in inputs.items()})
     want, *want_new = Attend(reference_attention)(qkv, keys * scales[0], values * scales[1], length)
