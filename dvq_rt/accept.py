@@ -73,9 +73,9 @@ class Machine:
         name = read_device(device)
         if name.kind != "cuda":
             raise InputError(f"device is {device!r}; accept is for GPUs: use cuda or cuda:N, or --rehearse on a CPU")
-        self.index, self.rehearsal = name.index, rehearsal
+        self.index, self.rehearsal = name.number, rehearsal
         self.device = "cpu" if rehearsal else str(name)
-        self._gpu = None if rehearsal else find_gpu(None, name.index)
+        self._gpu = None if rehearsal else find_gpu(None, name.number)
 
     def describe(self) -> dict[str, Any]:
         """The machine, and of the GPU its name, kind, driver and clocks."""

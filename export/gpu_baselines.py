@@ -47,9 +47,7 @@ def measure(
         BackendError: PyTorch has no such device.
     """
     if device != "cpu" and not torch.cuda.is_available():
-        raise BackendError(
-            f"PyTorch {torch.__version__} has no CUDA; install a build that has, or leave --checkpoint out"
-        )
+        raise BackendError(f"PyTorch {torch.__version__} has no CUDA; install one that has, or leave --checkpoint out")
     kind = torch.device(device).type
     _, net = model.both()
     seconds: dict[str, float] = {}

@@ -69,7 +69,7 @@ def export_onnx(
             takes the ranges of keys, values and the decoder's maps from random codes.
         tuning: optimization steps of ``export.quantization.tuning`` on those images.
         check_tokens: of a narrow precision compare at most so many tokens of a sequence; None takes whole images, or
-            ``parity.FEW_TOKENS`` of large models. bf16 is not compared, since ONNX Runtime has no kernels for it on CPUs.
+            ``parity.FEW_TOKENS`` of large models. bf16 is not compared: ONNX Runtime has no kernels for it on CPUs.
         overwrite: replace an existing engine folder.
 
     Returns:

@@ -31,8 +31,14 @@ OUT_OF_MEMORY = "out of GPU memory ({asked}): use fewer slots, or close what els
 LOST = {46: "it is in use or not available", 214: "its memory had an error", 700: "a kernel touched wrong memory"}
 LOST |= {702: "a kernel took too long", 719: "a kernel failed"}
 """CUDA errors after which a process can use the GPU no more."""
-LOST_WORDS = ("illegal memory access", "unspecified launch failure", "uncorrectable", "device-side assert", "lost")
-LOST_WORDS += ("launch timed out", "devices unavailable")
+LOST_WORDS = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "uncorrectable",
+    "device-side assert",
+    "launch timed out",
+    "devices unavailable",
+)
 RESTART = "start a new process; if it happens again, look into nvidia-smi and the kernel's log"
 
 

@@ -11,13 +11,13 @@ DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
 
 
 class DeviceName(NamedTuple):
-    """A device: ``kind`` is ``cpu`` or ``cuda``, ``index`` counts GPUs from 0."""
+    """A device: ``kind`` is ``cpu`` or ``cuda``, ``number`` counts GPUs from 0."""
 
     kind: str
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.index}" if self.index else self.kind
+        return f"{self.kind}:{self.number}" if self.number else self.kind
 
 
 def read_device(text: object) -> DeviceName:
@@ -28,7 +28,5 @@ def read_device(text: object) -> DeviceName:
     """
     match = DEVICE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise BackendError(
-            f"device is {short(text)}; it must be 'cpu', 'cuda' (the first GPU), or 'cuda:N' with N from 0"
-        )
+        raise BackendError(f"device is {short(text)}; it must be 'cpu', 'cuda' (the first GPU) or 'cuda:N', N from 0")
     return DeviceName(match[0].partition(":")[0], int(match[1] or 0))

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU or a GPU (``runtimes.onnxruntime_cuda``), with every step tensor bound once and kept there."""
+"""ONNX Runtime on the CPU or a GPU (``runtimes.onnxruntime_cuda``), every step tensor bound once and kept there."""
 
 from __future__ import annotations
 
@@ -258,8 +258,8 @@ class OnnxRuntimeBackend:
         self._gpu: Device | None = None
         self._lock = threading.RLock()
         if name.kind == "cuda":
-            find_gpu(None, name.index)
-            self._gpu = open_device(name.index)
+            find_gpu(None, name.number)
+            self._gpu = open_device(name.number)
 
     def _options(self, main: bool) -> Any:
         options = self._ort.SessionOptions()

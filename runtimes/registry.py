@@ -59,4 +59,4 @@ def open_backend(
         raise BackendError(
             f"engine {engine} holds TensorRT plans; providers and session_options are of onnxruntime: leave them out"
         )
-    return TensorRTBackend(kind, tools.get(kind, "unknown"), target, name.index)
+    return TensorRTBackend(kind, tools.get(kind, "unknown"), target, name.number)
