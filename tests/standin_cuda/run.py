@@ -86,12 +86,21 @@ def function(name: str) -> str:
     return f'long {name}(void){{standin_note("{name}");return 0;}}'
 
 
-def compile_library(
-    folder: Path, library: str, source: str, versioned: bool, include: Path, runtime: str
-) -> None:
+def compile_library(folder: Path, library: str, source: str, versioned: bool, include: Path, runtime: str) -> None:
     (folder / "part.c").write_text(source)
     (folder / "versions").write_text(f"{library} {{ global: *; }};\n")
-    command = ["gcc", "-shared", "-fPIC", "-w", "-O1", f"-Wl,-soname,{library}", f"-I{include}", "-o", library, "part.c"]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-O1",
+        f"-Wl,-soname,{library}",
+        f"-I{include}",
+        "-o",
+        library,
+        "part.c",
+    ]
     if library == runtime:
         command.append(str(HERE / "runtime.c"))
     else:
