@@ -8,9 +8,9 @@ on the CPU, with fewer images and less time; its numbers are those of the CPU an
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -269,10 +269,10 @@ def together(one: Engine, other: Engine) -> dict[str, Any]:
     """Two engines on one device: what one draws while the other draws is what it draws alone."""
     requests = some_requests(one, one.manifest.slots)
     alone = draw(one, requests, one.manifest.slots)
-    beside = threading.Thread(target=lambda: draw(other, some_requests(other, 2), other.manifest.slots))
-    beside.start()
-    crowded = draw(one, requests, one.manifest.slots)
-    beside.join()
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(draw, other, some_requests(other, 2), other.manifest.slots)
+        crowded = draw(one, requests, one.manifest.slots)
+        beside.result()
     differ = sum(not np.array_equal(alone[i], crowded[i]) for i in alone)
     return check(f"{one.path.name} beside {other.path.name}: images that differ", differ, 0.0)._asdict()
 
