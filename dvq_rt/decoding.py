@@ -87,6 +87,11 @@ class DecodeLoop:
             self._host["reset"][:] = False
             self._changed.add("reset")
 
+    @property
+    def prefix_shape(self) -> tuple[int, ...]:
+        """Shape [L, C] of a slot's prompt."""
+        return self._host["prefix"].shape[1:]
+
     def request(self, name: str) -> None:
         """Start copying a state tensor; the next ``read`` of it gives it as it is now."""
         self._asked[name] = self._state[self._side][name]
@@ -120,7 +125,7 @@ class Request:
     """One image to draw. Its tokens depend on these values alone.
 
     Attributes:
-        label: start label; with guidance a second slot starts with the null label.
+        label: start label; with guidance a second slot starts with ``TokenLayout.partner_label``.
         params: sampling parameters.
         seed, image: key of its random numbers.
         forced: tokens 1, 2, ... that are taken instead of drawn: joint positions and contents, int64, -1 draws.
@@ -128,6 +133,8 @@ class Request:
         record: reports and state tensors whose values after each token the last event has.
         limit: tokens after which the image ends, finished or not; None for no limit.
         key: anything that tells the caller which image this is.
+        prompt, negative: rows float32 [l, C] in front of the image and, with guidance, in front of its partner; None
+            for the empty prompt.
     """
 
     label: int
@@ -139,6 +146,8 @@ class Request:
     record: tuple[str, ...] = ()
     limit: int | None = None
     key: Any = None
+    prompt: NDArray[np.float32] | None = None
+    negative: NDArray[np.float32] | None = None
 
     @classmethod
     def along(cls, layout: TokenLayout, tokens: Tokens, **values: Any) -> Request:
@@ -161,12 +170,17 @@ class Handle:
         request, owner: as submitted.
         slots: those that it has or had.
         steps: tokens taken so far. A device that is polled rarely may take a few more after the image is complete.
+        unread: tokens of the prompt, of a pair the longer one, that are still to be read before the first one is taken.
+        starting: by slot, the tokens of its own prompt and the controls it starts with. Of a pair the shorter prompt
+            starts later, so that both come to the image in the same step.
     """
 
     request: Request
     owner: Hashable
     slots: tuple[int, ...] = ()
     steps: int = 0
+    unread: int = 0
+    starting: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     rows: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
 
@@ -252,9 +266,13 @@ class Scheduler:
         if not self._active:
             return []
         loop = self.loop
+        self._begin()
         self._force()
         loop.step()
         for handle in self._active:
+            if handle.unread:
+                handle.unread -= 1
+                continue
             handle.steps += 1
             for name in handle.request.record:
                 handle.rows.setdefault(name, []).append(loop.read(name)[handle.slots[0]].copy())
@@ -269,6 +287,8 @@ class Scheduler:
         ended, due = [], []
         for handle in self._active:
             request, steps = handle.request, handle.steps
+            if not steps:  # it reads its prompt
+                continue
             asked = steps > 1 or self.loop.poll == 1  # else it took the slot after ``done`` was asked for
             if (asked and done[handle.slots[0]]) or (request.limit is not None and steps >= request.limit):
                 ended.append(handle)
@@ -309,15 +329,31 @@ class Scheduler:
             self._start(handle)
 
     def _start(self, handle: Handle) -> None:
-        """Fill the controls of a request's slots; of two the first is conditional, the second unconditional."""
+        """Make the controls of a request's slots; of two the first is conditional, the second unconditional."""
         request, loop = handle.request, self.loop
         values: dict[str, Any] = dict(loop.table.settings(request.params))
         values |= {"reset": True, "forced_position": -1, "forced_content": -1}
         values["uniforms"] = uniforms(request.seed, request.image, loop.layout.max_length)
-        for slot, partner in zip(handle.slots, handle.slots[::-1], strict=True):
-            label = request.label if slot == handle.slots[0] else loop.layout.classes
-            for name, value in {**values, "label": label, "partner": partner}.items():
-                loop.control(name, slot, value)
+        labels = (request.label, loop.layout.partner_label(request.label))
+        rows = zip(handle.slots, handle.slots[::-1], labels, (request.prompt, request.negative), strict=False)
+        for slot, partner, label, prompt in rows:
+            own = {**values, "label": label, "partner": partner}
+            length = 0 if prompt is None else len(prompt)
+            if loop.table.prompt:
+                own |= {"prefix_length": length, "prefix": np.zeros(loop.prefix_shape, np.float32)}
+            if prompt is not None:
+                own["prefix"][:length] = prompt
+            handle.starting[slot] = length, own
+        handle.unread = max(length for length, _ in handle.starting.values())
+
+    def _begin(self) -> None:
+        """Write the controls of the slots that start with this step."""
+        for handle in self._active:
+            for slot, (length, values) in list(handle.starting.items()):
+                if length == handle.unread:
+                    del handle.starting[slot]
+                    for name, value in values.items():
+                        self.loop.control(name, slot, value)
 
     def _force(self) -> None:
         """Write this step's forced tokens, the same into both slots of a pair."""

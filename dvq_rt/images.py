@@ -77,10 +77,13 @@ def image_size(source: ImageLike, *, error: type[DvqError] = InputError) -> tupl
         return image.size
 
 
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The centre square of an RGB picture, its shorter side resized to ``size`` (Lanczos): uint8 [size, size, 3]."""
+def square(image: Image.Image, size: int, place: float = 0.5) -> NDArray[np.uint8]:
+    """A square of an RGB picture, its shorter side resized to ``size`` (Lanczos): uint8 [size, size, 3].
+
+    ``place``, from 0 (left or top) to 1 (right or bottom), says where along the longer side it is; 0.5 is the centre.
+    """
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    left, top = (image.width - side) * place, (image.height - side) * place
     box = (left, top, left + side, top + side)  # cut before resizing, so a long strip does not become a huge picture
     return np.array(image.resize((size, size), Image.Resampling.LANCZOS, box), dtype=np.uint8)
 

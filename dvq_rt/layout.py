@@ -126,6 +126,11 @@ class TokenLayout:
         """The two heads in the order in which they draw."""
         return ("content", "position") if self.first == "content" else ("position", "content")
 
+    def partner_label(self, label: int) -> int:
+        """Start label of the slot that guidance compares a label's with: the null label, or that of a model without
+        labels; where there is neither, the label itself."""
+        return self.classes if self.null_label or not self.classes else label
+
     @property
     def filled_cells(self) -> int:
         """Cells with a code in a finished image."""

@@ -88,16 +88,26 @@ PORTS: tuple[Port, ...] = (
 )
 """All but the caches, in the order of the graph's inputs and outputs."""
 
+PROMPT_PORTS: tuple[Port, ...] = (
+    Port("prefix", CONTROL, "float32", (SLOTS, "prompt", "width")),
+    Port("prefix_length", CONTROL, "int32"),
+)
+"""What a model that reads prompts has beside them, before the caches."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
-    """The step of one model: ``PORTS`` with the sizes of its ``layout``, and its caches."""
+    """The step of one model: ``PORTS`` with the sizes of its ``layout``, and its caches. ``prompt`` is the most tokens
+    of a prompt, 0 where none are read."""
 
     layout: TokenLayout
     ports: tuple[Port, ...]
+    prompt: int = 0
 
     @classmethod
-    def of(cls, layout: TokenLayout, caches: int, heads: int, width: int, dtype: str = "float32") -> StepTable:
+    def of(
+        cls, layout: TokenLayout, caches: int, heads: int, width: int, dtype: str = "float32", prompt: int = 0
+    ) -> StepTable:
         """The table of a model.
 
         Args:
@@ -105,9 +115,11 @@ class StepTable:
             caches: number of caches, two per transformer block.
             heads, width: attention heads, and numbers per head and token.
             dtype: of the caches.
+            prompt: most tokens of a prompt.
         """
-        shape = (SLOTS, heads, layout.max_length, width)
-        return cls(layout, (*_sized(layout), *(Port(f"cache_{i}", CACHE, dtype, shape) for i in range(caches))))
+        shape = (SLOTS, heads, layout.max_length + prompt, width)
+        ports = _sized(layout, prompt, heads * width)
+        return cls(layout, (*ports, *(Port(f"cache_{i}", CACHE, dtype, shape) for i in range(caches))), prompt)
 
     def role(self, *roles: str) -> tuple[Port, ...]:
         """The tensors of some roles, in order."""
@@ -140,8 +152,8 @@ class StepTable:
         }
 
     @classmethod
-    def from_dict(cls, layout: TokenLayout, interface: Mapping[str, Any]) -> StepTable:
-        """The table of an interface as ``to_dict`` gives it.
+    def from_dict(cls, layout: TokenLayout, interface: Mapping[str, Any], prompt: int = 0) -> StepTable:
+        """The table of an interface as ``to_dict`` gives it; ``prompt`` is the most tokens of a prompt.
 
         Raises:
             ConfigError: a tensor is missing, unknown, or of another kind than a step of this layout has.
@@ -154,7 +166,8 @@ class StepTable:
             for name, spec in specs.items()
             if name in names
         )
-        table = cls(layout, (*_sized(layout), *caches))
+        width = max((int(port.shape[1]) * int(port.shape[3]) for port in caches if len(port.shape) == 4), default=0)
+        table = cls(layout, (*_sized(layout, prompt, width), *caches), prompt)
         wanted = table.to_dict(None if first == SLOTS else first)
         for side in ("inputs", "outputs"):
             have, want = (
@@ -170,15 +183,18 @@ class StepTable:
         return table
 
 
-def _sized(layout: TokenLayout) -> list[Port]:
-    """``PORTS`` with the sizes of a layout."""
+def _sized(layout: TokenLayout, prompt: int, width: int) -> list[Port]:
+    """``PORTS`` with the sizes of a layout, and with a prompt ``PROMPT_PORTS``, of rows of ``width`` numbers."""
     sizes: dict[Any, int] = {
         "cells": layout.cells,
         "length": layout.max_length,
         "position": layout.position_head,
         "content": layout.content_vocabulary,
+        "prompt": prompt,
+        "width": width,
     }
-    return [replace(port, shape=tuple(sizes.get(size, size) for size in port.shape)) for port in PORTS]
+    ports = (*PORTS, *PROMPT_PORTS) if prompt else PORTS
+    return [replace(port, shape=tuple(sizes.get(size, size) for size in port.shape)) for port in ports]
 
 
 def idle_inputs(ports: Sequence[Port], slots: int) -> dict[str, NDArray[Any]]:

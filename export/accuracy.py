@@ -28,7 +28,7 @@ from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.config import read_config
 from training.data.folder import ImageFolder
-from training.data.tokens import tokenize
+from training.data.pixels import to_float
 from training.judging.metrics import psnr
 from training.judging.report import table
 from training.loop import TrainConfig
@@ -39,13 +39,14 @@ from training.train_transformer import StageTwoConfig
 MOST_IMAGES = 1_000_000
 
 
+@torch.no_grad()
 def held_out(model: Model, data: str | Path, config: str, images: int | None) -> list[Tokens]:
     """Token sequences of the images that training of stage 2 did not see.
 
     Raises:
         ConfigError: the checkpoint's labels are not the configuration's, or no image is held out.
     """
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     settings = read_config(config, sections, [])
     stage, names, (vae, _) = settings["stage"], model.class_names, model.both()
     if not set(names) <= set(stage.labels):
@@ -60,10 +61,14 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
         raise ConfigError(f"the checkpoint's labels are {list(names)}, the data's {folder.classes}; reorder --config")
     folder.check_held_out()
     indices = folder.val[:images]
-    chunks = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(indices, 16))
-    codes = tokenize(vae, chunks, len(indices), "tokenizing held-out images")
-    starts = codes.labels if names else np.zeros_like(codes.labels)
-    return [model.layout.to_tokens(c, g, int(y)) for c, g, y in zip(codes.codes, codes.grain, starts, strict=True)]
+    sequences = []
+    for pixels, kept in folder.chunks(indices, 16):
+        starts = folder.labels[kept] if names else np.zeros_like(kept)
+        for code, grain, start in zip(
+            *(part.numpy() for part in vae.encode_maps(to_float(pixels))), starts, strict=True
+        ):
+            sequences.append(model.layout.to_tokens(code, grain, int(start)))
+    return sequences
 
 
 def choices(model: Model, tokens: Tokens) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -38,9 +38,9 @@ def keep_labels(model: Model, names: Sequence[str]) -> Model:
         "position_emb.weight": joint,
         "position_head.linear.weight": local[-1],
     }
-    result = StackedTransformer(net.config, smaller)
+    result = StackedTransformer(net.config, smaller, model.text)
     result.load_state_dict({k: v[kept_rows[k]] if k in kept_rows else v for k, v in net.state_dict().items()})
-    return Model(vae, result.eval(), tuple(names), model.defaults).eval()
+    return Model(vae, result.eval(), tuple(names), model.defaults, model.text_tokenizer).eval()
 
 
 def rows(start: int, kept: Sequence[int]) -> Tensor:

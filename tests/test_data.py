@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_lists_classes_labels_and_captions(root: Path) -> None:
     assert len(folder) == 18 and folder.labels.dtype == np.int64
     assert [folder.classes[label] for label in folder.labels] == [path.parent.name for path in folder.paths]
     index = folder.paths.index(root / "bee" / "03.png")
-    assert folder.caption(index) == "a bee" and folder.caption(0) is None
+    assert folder.captions(index) == ("a bee",) and folder.captions(0) == ()
 
 
 def test_labels_join_sub_folders(root: Path) -> None:
@@ -249,6 +250,9 @@ def test_out_of_range_options_are_refused(root: Path) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"indices": []}, "no images"),
         ({"indices": [18]}, "indices span 18"),
+        ({"part": (0, 3)}, "batch_size 4 cannot be shared by 3"),
+        ({"part": (2, 2)}, r"part is \(2, 2\)"),
+        ({"part": (0, 4), "indices": [1, 2]}, "2 images are fewer than the 4 processes"),
         ({"augment": Augment(shift=8)}, "shift is 8"),
         ({"augment": Augment(flip_exclude=frozenset({"dog"}))}, "dog.*ant, bee, cat"),
     ]
@@ -258,12 +262,21 @@ def test_out_of_range_options_are_refused(root: Path) -> None:
             batches(folder, **settings)  # type: ignore[arg-type]
 
 
+def test_processes_share_the_batches_of_one(root: Path) -> None:
+    """Each process gets its rows of every batch; together they are the batch of one process, row for row."""
+    augment = Augment(shift=2, flip=True)
+    whole = take(ImageFolder(root, 8), 6, augment=augment)
+    parts = [take(ImageFolder(root, 8), 6, augment=augment, part=(number, 2)) for number in range(2)]
+    joined = [(np.concatenate([a, c]), np.concatenate([b, d])) for (a, b), (c, d) in zip(*parts, strict=True)]
+    assert same(joined, whole)
+
+
 @pytest.mark.parametrize("batch_size", [4, 40])
 def test_stream_resumes_exactly(root: Path, batch_size: int) -> None:
-    """A run killed at step k and started there sees the images it would have seen, whatever the thread count."""
+    """A run killed at step k and started there sees the images it would have seen, whatever the number of workers."""
     augment = Augment(shift=2, flip=True)
     whole = take(ImageFolder(root, 8), 11, batch_size=batch_size, augment=augment)
-    for step, workers in ((0, 0), (1, 1), (5, 3)):
+    for step, workers in ((0, 0), (1, 1), (5, 2)):
         rest = take(ImageFolder(root, 8), 11 - step, batch_size=batch_size, augment=augment, step=step, workers=workers)
         assert same(rest, whole[step:])
     assert not same(take(ImageFolder(root, 8), 11, batch_size=batch_size, augment=augment, seed=8), whole)
@@ -315,7 +328,9 @@ def test_cache_stays_within_its_bound(root: Path) -> None:
         large.pixels(0)[0, 0] = 0
 
 
-def test_closing_a_stream_stops_its_threads(root: Path) -> None:
-    """A loop that ends leaves no worker behind."""
-    take(ImageFolder(root, 8), 2, workers=3)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+def test_closing_a_stream_stops_its_workers(root: Path) -> None:
+    """A loop that ends leaves no thread and no worker process behind."""
+    for workers in (0, 2):
+        take(ImageFolder(root, 8), 2, workers=workers)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+        assert not multiprocessing.active_children()

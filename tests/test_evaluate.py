@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-import training.evaluate
+import training.judging.engine
 from dvq_rt import Generator
 from dvq_rt.layout import TokenLayout
 from export.to_onnx import export_onnx
@@ -19,8 +19,9 @@ from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment
-from training.evaluate import main, open_data
+from training.evaluate import main
 from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
+from training.judging.engine import open_data
 from training.judging.metrics import (
     accuracy,
     diversity,
@@ -97,7 +98,7 @@ def test_evaluate_writes_numbers_pictures_and_a_table(
 ) -> None:
     out = tmp_path / "new" / "result"
     arguments = [str(engine), str(data), "--out", str(out), "--config", str(config), "--n", "3"]
-    main([*arguments, "--classifier-steps", "40"])
+    main([*arguments, "--classifier-steps", "40", "--number", "12"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == str(out)
     assert any(line.startswith("| squares | ") for line in printed)
@@ -141,7 +142,7 @@ def test_sweep_covers_the_grid(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(training.evaluate.SWEEP, "temperature", (0.5,))
+    monkeypatch.setitem(training.judging.engine.SWEEP, "temperature", (0.5,))
     arguments = [str(engine), str(data), "--out", str(tmp_path), "--config", str(config), "--classifier-steps", "2"]
     main([*arguments, "--sweep", "2"])
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
@@ -196,7 +197,7 @@ def test_wrong_engines_and_folders(engine: Path, data: Path, tmp_path: Path, mon
     with pytest.raises(ConfigError, match="--config"):  # without a mapping every sub-folder is a label
         open_data(generator, data, TrainConfig(), StageTwoConfig())
     monkeypatch.setattr(Generator, "class_names", ())
-    with pytest.raises(InputError, match="no named labels"):
+    with pytest.raises(InputError, match="have no names"):
         open_data(generator, data, TrainConfig(), stage)
 
 

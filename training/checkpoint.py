@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from dvq_rt.files import new_folder, open_regular, parse_json, read_dataclass, read_json, restore_folder
 from dvq_rt.layout import TokenLayout
+from dvq_rt.prompts import BYTES, TextTokenizer
 from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
+from training.models.text import TextConfig
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 
@@ -31,6 +33,8 @@ FORMAT = 3
 UNHASHED = 2
 """The format before, which is read too: without hashes."""
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "training.safetensors"
+TEXT_TOKENIZER = "tokenizer.json"
+"""The text tokenizer of a model that reads prompts; without this file it reads bytes."""
 STAGE_1_ONLY = "this checkpoint holds stage 1 only; train stage 2 with training.train_transformer"
 FAMILIES: dict[str, tuple[Any, Any]] = {"dq": (DQVAE, DQVAEConfig), "mq": (MQVAE, MQVAEConfig)}
 """Tokenizer class and its configuration, by family."""
@@ -65,6 +69,7 @@ class Model(nn.Module):
         transformer: StackedTransformer, or None after stage 1.
         class_names: one name per label, without the null label; empty if unconditional.
         defaults: recommended sampling parameters, copied to the engine's manifest.
+        text_tokenizer: content of the ``tokenizer.json`` of a model that reads prompts, or ``bytes``.
     """
 
     def __init__(
@@ -73,10 +78,12 @@ class Model(nn.Module):
         transformer: StackedTransformer | None = None,
         class_names: tuple[str, ...] = (),
         defaults: dict[str, Any] | None = None,
+        text_tokenizer: str = BYTES,
     ) -> None:
         super().__init__()
         self.tokenizer, self.transformer = tokenizer, transformer
         self.class_names, self.defaults = tuple(class_names), dict(defaults or {})
+        self.text_tokenizer = text_tokenizer
 
     @property
     def family(self) -> str:
@@ -106,6 +113,22 @@ class Model(nn.Module):
             )
         return self.tokenizer, self.transformer
 
+    @property
+    def text(self) -> TextConfig | None:
+        """What the transformer knows of prompts; None if it reads none."""
+        return None if self.transformer is None or self.transformer.text is None else self.transformer.text.config
+
+    def prompts(self) -> TextTokenizer:
+        """The text tokenizer.
+
+        Raises:
+            CheckpointError: the model reads no prompts.
+            BackendError: the package tokenizers is missing.
+        """
+        if self.text is None:
+            raise CheckpointError("this model was trained without text; train one with the section 'text'")
+        return TextTokenizer(self.text_tokenizer, self.text.length)
+
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         out: dict[str, Any] = {"format": FORMAT, "family": self.family}
@@ -115,6 +138,8 @@ class Model(nn.Module):
             out["layout"] = self.transformer.layout.to_dict()
         else:
             out["transformer"] = out["layout"] = None
+        if self.text is not None:
+            out["text"] = asdict(self.text)
         return {**out, "class_names": list(self.class_names), "defaults": self.defaults}
 
 
@@ -136,6 +161,8 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
     """
     with new_folder(folder, overwrite=True, error=CheckpointError) as fresh:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / WEIGHTS)
+        if model.text_tokenizer != BYTES:
+            (fresh / TEXT_TOKENIZER).write_text(model.text_tokenizer, encoding="utf-8")
         if state is not None:
             text = json.dumps({"step": state.step, "values": state.values})
             save_file(state.tensors, fresh / STATE, metadata={"state": text})
@@ -169,6 +196,11 @@ def load_checkpoint(folder: str | Path) -> Model:
     with guard(CheckpointError, f"{path} cannot be read"):
         tensors = load_file(path)
     load_strictly(model, tensors, str(path))
+    if model.text is not None and TEXT_TOKENIZER in config.get("sha256", {}):
+        path = folder / TEXT_TOKENIZER
+        with guard(CheckpointError, f"{path} cannot be read"), open_regular(path) as file:
+            model.text_tokenizer = file.read().decode()
+        _check_hash(path, config)
     return model.eval()
 
 
@@ -257,7 +289,7 @@ def build_model(config: Mapping[str, Any]) -> Model:
         ConfigError: a key is unknown or missing, or a value is out of range.
     """
     keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
-    given = set(config) - {"sha256"}
+    given = set(config) - {"sha256", "text"}
     if given != keys:
         raise ConfigError(f"unknown keys {short(sorted(given - keys))}, missing keys {sorted(keys - given)}")
     names, defaults = config["class_names"], config["defaults"]
@@ -274,7 +306,8 @@ def build_model(config: Mapping[str, Any]) -> Model:
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])
         sizes = read_dataclass(TransformerConfig, config["transformer"], "transformer")
-        transformer = StackedTransformer(sizes, layout)
+        text = read_dataclass(TextConfig, config["text"], "text") if "text" in config else None
+        transformer = StackedTransformer(sizes, layout, text)
     return Model(tokenizer, transformer, tuple(names), defaults)
 
 

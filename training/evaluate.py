@@ -1,7 +1,12 @@
-"""Judge an engine on real images: ``python -m training.evaluate ENGINE_DIR DATA --out DIR``.
+"""Judge models on real images: ``python -m training.evaluate MODEL [MODEL ...] DATA --out DIR``.
 
-Everything is drawn, encoded and decoded by the engine; PyTorch runs the judge alone, a classifier trained on the real
-images. Pictures and ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR.
+- **Tokenizers** (checkpoints; several stand side by side): cost, fidelity and use of the codebook on held-out images,
+  at their own rates and at equal budgets, in ``tokenizers.md`` and ``tokenizers.json``; rate against distortion in
+  ``rate_distortion.png``.
+- **An engine**, or one checkpoint of both stages: samples against the training images (Fréchet distance, Inception
+  Score, precision, recall), the likelihood of held-out images, and the verdict of a classifier that is trained on the
+  real images. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
+  ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR, with all settings.
 """
 
 from __future__ import annotations
@@ -9,262 +14,277 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from dvq_rt import Generator, SamplingParams
-from dvq_rt.progress import progress_bar
+from dvq_rt.files import parse_json, write_file
 from runtimes.errors import ConfigError, InputError
 from runtimes.onnxruntime import import_onnxruntime
+from training.checkpoint import CONFIG, load_checkpoint, load_tokenizer
+from training.checkpoint_engine import CheckpointEngine
 from training.cli import guarded
 from training.config import read_config
 from training.data.folder import ImageFolder
-from training.data.stream import Augment
-from training.judging.classifier import Classifier, judge, train_classifier
-from training.judging.metrics import (
-    accuracy,
-    cost,
-    diversity,
-    fidelity,
-    memorisation,
-    nearest_features,
-    nearest_pixels,
-    spreads,
-    through,
-)
-from training.judging.report import (
-    pick,
-    picture_grain,
-    picture_nearest,
-    picture_reconstructions,
-    picture_samples,
-    report,
-    save_json,
-    save_picture,
-    table,
-)
+from training.judging.classifier import train_classifier
+from training.judging.distribution import Statistics
+from training.judging.engine import judge_engine, open_data, sweep
+from training.judging.features import Extractor, efficientnet_features, extract, inception
+from training.judging.plot import line_plot
+from training.judging.report import pick, report, save_json, save_picture, table
+from training.judging.samples import compare_samples, draw, labels_like, likelihood, read_samples, sample_rows
+from training.judging.tokenizers import Coded, Judges, check_budgets, compare_rates, rate_distortion, rate_table
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
+from training.perceptual import load_perceptual
 from training.train_tokenizer import held_out_folder
 from training.train_transformer import StageTwoConfig
 
-COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
-SWEEP = {"temperature": (0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a folder is a checkpoint's."""
+    return (Path(path) / CONFIG).is_file()
 
 
-def open_data(
-    generator: Generator, data: str | Path, training: TrainConfig, stage: StageTwoConfig
-) -> tuple[ImageFolder, Augment]:
-    """The images of stage 2 that have the engine's labels, in its order, with the split and the augmentation.
+def named(models: list[str]) -> dict[str, str]:
+    """Path by name, of NAME=PATH or PATH.
 
     Raises:
-        InputError: the engine has no named labels.
-        ConfigError: its labels are not among the configuration's.
-        DataError: the folder cannot be used, or holds no held-out image.
+        InputError: two have the same name.
     """
-    names = generator.class_names
-    if not names:
-        raise InputError(
-            f"engine {generator.path} has no named labels, so nothing says what its samples should show; "
-            "evaluate an engine of a class-conditional model"
-        )
-    size = generator.manifest.image_size
-    if set(names) <= set(stage.labels):
-        exclude = tuple(name for name in stage.flip_exclude if name in names)
-        stage = replace(stage, labels={name: stage.labels[name] for name in names}, flip_exclude=exclude)
-    folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None)
-    if folder.classes != list(names):
-        raise ConfigError(
-            f"engine {generator.path} has the labels {sorted(names)}, the configuration has {sorted(folder.classes)}; "
-            "give the one it was trained with by --config"
-        )
-    return folder, Augment(training.shift, training.flip, frozenset(stage.flip_exclude))
+    pairs = [(text.partition("=")[0], text.partition("=")[2]) if "=" in text else (text, text) for text in models]
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InputError(f"the models are named {names}; give each a name of its own, NAME=PATH")
+    return dict(pairs)
 
 
-def evaluate(
-    generator: Generator,
-    folder: ImageFolder,
-    held_out: ImageFolder,
-    model: Classifier,
-    n: int,
-    seed: int,
-    save: Callable[[str, Image.Image], None],
-) -> dict[str, Any]:
-    """All numbers of ``evaluation.json`` but the settings.
+def numbers(name: str, text: str) -> list[float]:
+    """Of a list with commas.
 
-    Args:
-        folder: labelled as the engine is; held_out: with stage 1's split.
-        model: trained on ``folder.train``; n: samples per label; save: called with each picture's name and picture.
+    Raises:
+        InputError: something is no number.
     """
-    names, size = folder.classes, folder.size
-    samples = generator.sample(n * len(names), [i for i in range(len(names)) for _ in range(n)], seed, progress=True)
-    drawn = judge(model, samples.to_numpy())
-    wanted = np.array(samples.labels, dtype=np.int64)
-    training, used = folder.load(folder.train)
-    real, kept = folder.load(folder.val)
-    real_codes, real_decoded = through(generator, real, "held-out labelled images")
-    seen, seen_decoded = judge(model, real), judge(model, real_decoded)
-    images, _ = held_out.load(held_out.val)
-    codes, decoded = through(generator, images, "held-out images")
-    origins = np.array(pick(len(training), COPIES))
-    copies = through(generator, training[origins], "training images")[1]
-
-    queries = np.concatenate([samples.to_numpy(), real, copies])
-    parts = [len(samples), len(samples) + len(real)]
-    pixels = nearest_pixels(queries, training)
-    features = np.concatenate([drawn.features, seen.features, judge(model, copies).features])
-    mirrored = judge(model, training[:, :, ::-1]).features
-    plain = judge(model, training).features
-    close = nearest_features(features, plain, mirrored)
-
-    save("samples.png", picture_samples(samples, names))
-    save("nearest.png", picture_nearest(samples, names, training, pixels, close[1]))
-    save("reconstructions.png", picture_reconstructions(images, decoded))
-    save("grain.png", picture_grain(images, codes))
-    files = [folder.relative(int(used[i])) for i in pixels[1][: len(samples)]]
-    ranked = pixels[0][: len(samples)].argsort()[:10]
-    return {
-        "params": samples.params.to_dict(),
-        "training_images": {name: int((folder.labels[used] == i).sum()) for i, name in enumerate(names)},
-        "accuracy": {
-            "held_out": accuracy(seen.labels, folder.labels[kept], names),
-            "held_out_reconstructed": accuracy(seen_decoded.labels, folder.labels[kept], names),
-            "samples": accuracy(drawn.labels, wanted, names),
-        },
-        "reconstruction": {"count": len(images), **fidelity(images, decoded)},
-        "cost": {
-            "held_out": cost(codes, size),
-            "held_out_labelled": cost(real_codes, size),
-            "samples": cost(samples.codes, size),
-        },
-        "diversity": diversity(
-            spreads(drawn.features, wanted, len(names)), spreads(plain, folder.labels[used], len(names))
-        ),
-        "memorisation": {
-            **{
-                space: {
-                    **memorisation(*np.split(distances, parts)),
-                    "copies_found": float((index[parts[1] :] == origins).mean()),
-                }
-                for space, (distances, index) in (("pixels", pixels), ("features", close))
-            },
-            "closest": [
-                {"label": names[wanted[i]], "image": int(i), "rms": float(pixels[0][i]), "file": files[i]}
-                for i in ranked
-            ],
-        },
-    }
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; it must be numbers with commas between them") from None
 
 
-def sweep(generator: Generator, folder: ImageFolder, model: Classifier, n: int, seed: int) -> list[dict[str, Any]]:
-    """Accuracy and diversity of ``n`` samples per label over the grid ``SWEEP``, the best worst label first."""
-    names = folder.classes
-    labels = [i for i in range(len(names)) for _ in range(n)]
-    wanted = np.array(labels, dtype=np.int64)
-    images, used = folder.load(folder.train)
-    real = spreads(judge(model, images).features, folder.labels[used], len(names))
-    base = SamplingParams.from_dict(generator.manifest.defaults)
-    guidance = SWEEP["guidance"] if generator.layout.null_label else (1.0,)
-    rows = []
-    for values in progress_bar(list(product(SWEEP["temperature"], guidance, SWEEP["top_k"])), desc="sweep"):
-        varied = dict(zip(SWEEP, values, strict=True))
-        samples = generator.sample(len(labels), labels, seed, replace(base, **varied))
-        verdict = judge(model, samples.to_numpy())
-        shares = {name: row["share"] for name, row in accuracy(verdict.labels, wanted, names)["labels"].items()}
-        worst = min(shares, key=shares.__getitem__)
-        rows.append(
-            {
-                **varied,
-                "min": shares[worst],
-                "mean": float(np.mean(list(shares.values()))),
-                "worst_label": worst,
-                "diversity": diversity(spreads(verdict.features, wanted, len(names)), real),
-                "labels": shares,
-            }
-        )
-    return sorted(rows, key=lambda row: (-row["min"], -row["mean"]))
+def evaluate_tokenizers(args: argparse.Namespace, models: dict[str, str], first: dict[str, Any], out: Path) -> None:
+    """The part of ``main`` for tokenizers."""
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    sizes = {name: vae.config.image_size for name, vae in tokenizers.items()}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(f"the tokenizers take images of {sizes} pixels; compare tokenizers of one size")
+    distances = {"feature_distance": load_perceptual("efficientnet")}
+    if args.lpips:
+        distances["lpips"] = load_perceptual("lpips", args.lpips)
+    judges = Judges({name: net for name, net in distances.items() if net}, efficientnet_features())
+    folder = held_out_folder(args.data, next(iter(sizes.values())), first["training"], first["stage"])
+    folder.check_held_out()
+    images, _ = folder.load(folder.val[pick(len(folder.val), args.images)])
+    out.mkdir(parents=True, exist_ok=True)
 
-
-@guarded
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Judge an engine on real images.")
-    parser.add_argument("engine", help="engine folder")
-    parser.add_argument("data", help="folder of images that the engine's model was trained on")
-    parser.add_argument("--out", required=True, help="folder for numbers and pictures")
-    parser.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override --config")
-    parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
-    parser.add_argument("--n", type=int, default=32, help="samples per label")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--classifier-steps", type=int, default=1500)
-    parser.add_argument(
-        "--sweep", type=int, nargs="?", const=8, metavar="N", help="instead try sampling parameters, N samples a label"
+    coded = [Coded(name, vae, images) for name, vae in tokenizers.items()]
+    budgets = numbers("--tokens", args.tokens) if args.tokens else [round(min(each.tokens for each in coded))]
+    check_budgets(coded, budgets)
+    rows = compare_rates(coded, budgets, judges)
+    curve, lines = rate_distortion(coded, rows[: len(coded)])
+    picture = line_plot(lines, f"{len(images)} held-out images", "bits per pixel", "PSNR, dB", "a tokenizer's own rate")
+    text = table(*rate_table(rows, judges.extractor))
+    note = (
+        f"{len(images)} held-out images of {args.data}. Features: {judges.extractor.title}. The Fréchet distance is "
+        "that of the images and their reconstructions."
     )
-    args = parser.parse_args(argv)
-    for name in ("n", "classifier_steps", "sweep"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if not 0 <= args.seed < 2**64:
-        raise InputError(f"--seed is {args.seed}; it must be in 0..2**64-1")
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
-    config = read_config(args.config, sections, args.set)
-    sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
-    first = read_config(args.tokenizer_config, sections, [])
+    settings = {
+        "models": models,
+        "data": args.data,
+        "images": len(images),
+        "tokenizer_config": args.tokenizer_config,
+        "budgets": budgets,
+        "lpips": args.lpips,
+        "extractor": judges.extractor.title,
+        "versions": versions(),
+    }
+    save_json(out / "tokenizers.json", {"settings": settings, "rows": rows, "rate_distortion": curve})
+    write_file(out / "tokenizers.md", f"{note}\n\n{text}\n".encode())
+    save_picture(out / "rate_distortion.png", picture)
+    print(f"{note}\n\n{text}")
+    print(out)
 
-    generator = Generator(args.engine)
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("dvq-rt", "torch", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def evaluate_model(
+    args: argparse.Namespace, generator: Generator, config: dict[str, Any], first: dict[str, Any], out: Path
+) -> None:
+    """The part of ``main`` for an engine, or a checkpoint that acts as one."""
     folder, augment = open_data(generator, args.data, config["training"], config["stage"])
     held_out = held_out_folder(args.data, folder.size, first["training"], first["stage"])
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror or error}; choose another --out") from error
-
-    began = time.monotonic()
-    model = train_classifier(folder, args.classifier_steps, augment)
+    params = sampling(generator, args.param)
+    out.mkdir(parents=True, exist_ok=True)
     manifest = generator.manifest
     settings = {
+        "model": str(generator.path),
         "engine": {"files": manifest.files, "tools": manifest.tools, "parameters": manifest.parameters},
         "config": args.config,
         "overrides": args.set,
         "tokenizer_config": args.tokenizer_config,
         "n": args.sweep or args.n,
         "seed": args.seed,
-        "classifier": {
-            "steps": args.classifier_steps,
-            "seconds": time.monotonic() - began,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("dvq-rt", "torch", "numpy", "pillow")},
-            "onnxruntime": import_onnxruntime().__version__,
-        },
+        "versions": {**versions(), "onnxruntime": import_onnxruntime().__version__},
+    }
+    if not args.sweep:
+        fields, rows = field_numbers(args, generator, folder, params)
+        print(table(["measure", "value"], rows), end="\n\n")
+    if args.no_classifier or not generator.class_names:
+        if not args.no_classifier:
+            print("the model has no labels, so no classifier judges what its samples show")
+        save_json(out / "evaluation.json", {"settings": settings, "field": fields})
+        print(out)
+        return
+    began = time.monotonic()
+    model = train_classifier(folder, args.classifier_steps, augment)
+    settings["classifier"] = {
+        "steps": args.classifier_steps,
+        "seconds": time.monotonic() - began,
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     if args.sweep:
-        rows = sweep(generator, folder, model, args.sweep, args.seed)
-        save_json(out / "sweep.json", {"settings": settings, "rows": rows})
-        shown = [name for name in rows[0] if name != "labels"]
-        print(table(shown, [[row[name] for name in shown] for row in rows]))
+        trials = sweep(generator, folder, model, args.sweep, args.seed)
+        save_json(out / "sweep.json", {"settings": settings, "rows": trials})
+        shown = [name for name in trials[0] if name != "labels"]
+        print(table(shown, [[trial[name] for name in shown] for trial in trials]))
     else:
 
         def save(name: str, picture: Image.Image) -> None:
             save_picture(out / name, picture)
 
-        result = evaluate(generator, folder, held_out, model, args.n, args.seed, save)
-        save_json(out / "evaluation.json", {"settings": settings, **result})
+        result = judge_engine(generator, folder, held_out, model, args.n, args.seed, params, save)
+        save_json(out / "evaluation.json", {"settings": settings, "field": fields, **result})
         print(report(result))
     print(out)
+
+
+def sampling(generator: Generator, given: list[str]) -> SamplingParams:
+    """The recommended sampling parameters with what ``--param`` gives.
+
+    Raises:
+        InputError: one is no parameter, or the model cannot draw with it.
+    """
+    values = dict(generator.manifest.defaults)
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--param {text!r} is not NAME=VALUE, such as temperature=0.8")
+        try:
+            values[name] = parse_json(value)
+        except (ValueError, RecursionError):
+            values[name] = value
+    return generator.engine.sampling(SamplingParams.from_dict(values))
+
+
+def field_numbers(
+    args: argparse.Namespace, generator: Generator, folder: ImageFolder, params: SamplingParams
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """What papers report of samples and held-out images, with all settings, and as lines of a table."""
+    extractor: Extractor = inception(args.inception) if args.inception else efficientnet_features()
+    used = folder.train[pick(len(folder.train), args.images)]
+    if args.reference:
+        real, statistics = None, Statistics.load(args.reference, extractor.width)
+    else:
+        chunks = (images for images, _ in folder.chunks(used, 64))
+        real = extract(extractor, chunks, "features of real images", len(used)).features
+        statistics = Statistics.of(real)
+    if args.write_statistics:
+        statistics.save(args.write_statistics)
+    how: dict[str, Any]
+    if args.samples:
+        drawn, count, plan = read_samples(args.samples, folder.size)
+        how = {"folder": args.samples, "plan": plan}
+    else:
+        labels = labels_like(folder.labels[used], args.number) if generator.layout.classes else [None] * args.number
+        drawn, count = draw(generator, labels, args.seed, params), args.number
+        how = {"params": params.to_dict(), "seed": args.seed, "number": count, "labels": "as the real images"}
+    made = extract(extractor, drawn, "features of samples", count)
+    numbers = compare_samples(extractor, made, real, statistics, None if real is None else len(real))
+    numbers["likelihood"] = likelihood(generator, folder, folder.val[pick(len(folder.val), args.images)])
+    numbers["settings"] = {"samples": how, "reference": args.reference or args.data, "inception": args.inception}
+    return numbers, sample_rows(numbers, extractor)
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description="Judge tokenizers, or a model that draws, on real images.",
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="engine, or checkpoints of tokenizers, as [NAME=]PATH"
+    )
+    parser.add_argument("data", help="folder of images that the models were trained on")
+    parser.add_argument("--out", required=True, help="folder for numbers and pictures")
+    parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
+    of_tokenizers = parser.add_argument_group("tokenizers")
+    of_tokenizers.add_argument(
+        "--tokens", metavar="N[,N...]", help="budgets of mean codes an image (the smallest of the tokenizers' own)"
+    )
+    of_tokenizers.add_argument("--images", type=int, default=5000, metavar="N", help="held-out images at most (5000)")
+    of_tokenizers.add_argument("--lpips", metavar="FOLDER", help="weights of LPIPS, see docs/training.md")
+    of_models = parser.add_argument_group("an engine, or a checkpoint of both stages")
+    of_models.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
+    of_models.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides")
+    of_models.add_argument("--number", type=int, default=1000, help="samples that are compared with real images (1000)")
+    of_models.add_argument("--seed", type=int, default=0, help="of the samples")
+    of_models.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="another sampling parameter than recommended"
+    )
+    of_models.add_argument("--samples", metavar="FOLDER", help="compare these pictures or shards, and draw none")
+    of_models.add_argument("--inception", metavar="FILE", help="weights of the FID network; else EfficientNet-Lite0")
+    of_models.add_argument("--reference", metavar="NPZ", help="mu and sigma to compare with, in place of the images'")
+    of_models.add_argument("--write-statistics", metavar="NPZ", help="write mu and sigma of the real images")
+    of_models.add_argument("--no-classifier", action="store_true", help="leave out the judgement by a classifier")
+    of_models.add_argument("--n", type=int, default=32, help="samples per label for the classifier (32)")
+    of_models.add_argument("--classifier-steps", type=int, default=1500)
+    of_models.add_argument(
+        "--sweep", type=int, nargs="?", const=8, metavar="N", help="instead try sampling parameters, N samples a label"
+    )
+    args = parser.parse_args(argv)
+    for name in ("n", "classifier_steps", "sweep", "images", "number"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not 0 <= args.seed < 2**64:
+        raise InputError(f"--seed is {args.seed}; it must be in 0..2**64-1")
+    if args.sweep and args.no_classifier:
+        raise InputError("--sweep needs the classifier; leave out --no-classifier")
+    if args.reference and args.write_statistics:
+        raise InputError("--write-statistics writes those of the images; leave out --reference")
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    config = read_config(args.config, sections, args.set)
+    sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
+    first = read_config(args.tokenizer_config, sections, [])
+    models, out = named(args.models), Path(args.out)
+    checkpoints = [is_checkpoint(path) for path in models.values()]
+    if all(checkpoints):
+        evaluate_tokenizers(args, models, first, out)
+    elif len(models) > 1:
+        raise InputError(f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one engine")
+    path = next(iter(models.values()))
+    if not any(checkpoints):
+        evaluate_model(args, Generator(path), config, first, out)
+    elif len(models) == 1 and load_checkpoint(path).transformer is not None:
+        evaluate_model(args, Generator.over(CheckpointEngine(path)), config, first, out)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from training.data.stream import CROPS
 from training.run import cut_log, log, say
 from training.watch import Watch
 
@@ -60,7 +61,9 @@ class TrainConfig:
         betas, weight_decay: of AdamW; only Linear and convolution weights decay.
         clip: largest gradient norm.
         seed: of the data order, augmentation, dropout and initialization, in 0..2^63 - 1.
-        shift: largest random translation of the images, pixels; flip: mirror half of them.
+        shift: largest random translation of the images, pixels; flip: mirror half of them; crop: which square of an
+            oblong one, ``centre`` or ``random``.
+        workers: processes that decode images; 0 leaves it to two threads. It changes no batch.
         validate_every, picture_every, checkpoint_every: steps between these.
 
     Raises:
@@ -79,6 +82,8 @@ class TrainConfig:
     seed: int = 0
     shift: int = 0
     flip: bool = False
+    crop: str = "centre"
+    workers: int = 0
     validate_every: int = 250
     picture_every: int = 500
     checkpoint_every: int = 250
@@ -100,6 +105,11 @@ class TrainConfig:
         if not 0 < self.lr <= MOST or not 0 < self.clip <= MOST:
             raise ConfigError(
                 f"training.lr {short(self.lr)} and training.clip {short(self.clip)} must be positive, {MOST} at most"
+            )
+        if self.crop not in CROPS or not 0 <= self.workers <= 1024:
+            raise ConfigError(
+                f"training.crop is {self.crop!r}, one of {list(CROPS)} is known; training.workers is "
+                f"{short(self.workers)}, it must be in 0..1024"
             )
         if self.lr_schedule not in ("cosine", "constant"):
             raise ConfigError(f"training.lr_schedule is {self.lr_schedule!r}; it must be 'cosine' or 'constant'")

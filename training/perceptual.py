@@ -56,30 +56,33 @@ def load_lpips(weights: str | Sequence[str]) -> LPIPS:
         if not file.is_file():
             raise ConfigError(f"stage.perceptual=lpips has no weights: there is no file {file}; {LPIPS_WEIGHTS}")
     net, (vgg, linear) = LPIPS(), files
-    _load(net.vgg, {}, _read(vgg, LPIPS_WEIGHTS), vgg, LPIPS_WEIGHTS, passed_over=("classifier.",))
+    load_named(net.vgg, {}, read_weights(vgg, LPIPS_WEIGHTS), vgg, LPIPS_WEIGHTS, passed_over=("classifier.",))
     names = {f"lin{level}.model.1.weight": str(level) for level in range(len(net.weights))}
-    _load(net.weights, names, _read(linear, LPIPS_WEIGHTS), linear, LPIPS_WEIGHTS)
+    load_named(net.weights, names, read_weights(linear, LPIPS_WEIGHTS), linear, LPIPS_WEIGHTS)
     return net
 
 
 def load_efficientnet() -> EfficientNetDistance:
     """The substitute with the weights that its package holds; see ``load_perceptual``."""
-    spec = find_spec(LITE0_PACKAGE)
-    file = Path(spec.origin).parent / LITE0_FILE if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise ConfigError(
-            f"stage.perceptual=efficientnet has no weights: the package {LITE0_PACKAGE} is missing; {LITE0_WEIGHTS}"
-        )
     distance = EfficientNetDistance()
-    published = _read(file, LITE0_WEIGHTS)
-    names = {name: ".".join(part.removeprefix("_") for part in name.split(".")) for name in published}
     unused = [f"_blocks.{n}." for n in range(len(distance.net.blocks), EfficientNetLite0.BLOCKS)]
-    passed_over = ("_conv_head.", "_bn1.", "_fc.", *unused)
-    _load(distance.net, names, published, file, LITE0_WEIGHTS, passed_over)
+    load_lite0(distance.net, ("_conv_head.", "_bn1.", "_fc.", *unused))
     return distance
 
 
-def _read(path: Path, mend: str) -> dict[str, Tensor]:
+def load_lite0(net: nn.Module, passed_over: tuple[str, ...] = ()) -> None:
+    """Load EfficientNet-Lite0, or what remains of it without the names that start as ``passed_over`` says, into a
+    module of the published names without leading underscores; errors as for ``load_perceptual``."""
+    spec = find_spec(LITE0_PACKAGE)
+    file = Path(spec.origin).parent / LITE0_FILE if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise ConfigError(f"EfficientNet-Lite0 has no weights: the package {LITE0_PACKAGE} is missing; {LITE0_WEIGHTS}")
+    published = read_weights(file, LITE0_WEIGHTS)
+    names = {name: ".".join(part.removeprefix("_") for part in name.split(".")) for name in published}
+    load_named(net, names, published, file, LITE0_WEIGHTS, passed_over)
+
+
+def read_weights(path: Path, mend: str) -> dict[str, Tensor]:
     """The named tensors of a PyTorch file."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -90,7 +93,7 @@ def _read(path: Path, mend: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(
+def load_named(
     module: nn.Module,
     names: dict[str, str],
     tensors: dict[str, Tensor],

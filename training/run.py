@@ -22,7 +22,7 @@ from training.data.folder import ImageFolder
 from training.data.listing import some
 
 SETTINGS, IMAGES, LOG, LOCK = "settings.json", "images.jsonl", "log.jsonl", "lock"
-FREE = ("steps", "validate_every", "picture_every", "checkpoint_every")
+FREE = ("steps", "workers", "validate_every", "picture_every", "checkpoint_every")
 """Fields of ``TrainConfig`` that may change when a run is resumed; the first makes another schedule, the others not."""
 
 

@@ -8,6 +8,7 @@ released code's rules; ``sample`` chooses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
+from training.data.tokens import collate_prompts
+from training.models.text import align_right
 from training.models.transformer import StackedTransformer
 from training.published.samplers import multinomial, sample_published, sample_published_kept
 
@@ -122,6 +125,24 @@ class Grammar:
             self.done = not layout.covering and (~self.free).sum() == layout.filled_cells
 
 
+def check_guidance(model: StackedTransformer, params: SamplingParams) -> None:
+    """
+    Raises:
+        InputError: guidance is asked of a model that has nothing to compare with.
+    """
+    empty = model.text is not None and model.text.config.empty
+    if params.guidance != 1 and not model.layout.null_label and not empty:
+        raise InputError("guidance needs a model trained with a null label or the empty prompt; use guidance=1")
+
+
+@torch.no_grad()
+def embed_prompts(model: StackedTransformer, prompts: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """Rows float32 [l, C] of prompts: token ids int64 [l], or a frozen encoder's features float32 [l, d]."""
+    assert model.text is not None, "a model with text"
+    columns = [collate_prompts([prompt]).values() for prompt in prompts]
+    return [model.text(ids, length)[0, : int(length)].numpy() for ids, length in columns]
+
+
 @torch.no_grad()
 def sample_tokens(
     model: StackedTransformer,
@@ -131,6 +152,8 @@ def sample_tokens(
     seed: int = 0,
     first_image: int = 0,
     limit: int | None = None,
+    prompts: Sequence[NDArray[np.float32]] = (),
+    negatives: Sequence[NDArray[np.float32]] = (),
 ) -> list[tuple[list[int], list[int]]]:
     """Draw token sequences with the whole sequence recomputed at every step.
 
@@ -140,19 +163,26 @@ def sample_tokens(
         params: sampling parameters.
         seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
         limit: stop after so many tokens.
+        prompts, negatives: rows [l, C] of each image's prompt (``embed_prompts``) and of its partner's; none at all are
+            the empty ones.
 
     Returns:
         per image (content ids, joint position ids), start tokens included, the last EOS excluded.
 
     Raises:
-        InputError: guidance is asked of a layout without a null label.
+        InputError: guidance is asked of a model without a null label or empty prompt.
     """
     layout = model.layout
     guided = params.guidance != 1.0
-    if guided and not layout.null_label:
-        raise InputError("guidance needs a model trained with a null label; use guidance=1")
+    check_guidance(model, params)
     count = len(labels)
-    starts = [*labels, *[layout.classes] * count] if guided else list(labels)
+    starts = [*labels, *map(layout.partner_label, labels)] if guided else list(labels)
+    prefix = None
+    if prompts or negatives:
+        none = [np.zeros((0, model.config.width), np.float32)] * count
+        rows = [*(prompts or none), *((negatives or none) if guided else [])]
+        prompt, prompt_length = collate_prompts(rows).values()
+        prefix = align_right(prompt, prompt_length)
     random = torch.from_numpy(np.stack([uniforms(seed, first_image + i, layout.max_length) for i in range(count)]))
     grammars = [Grammar(layout, params.positions == "ordered") for _ in range(count)]
     start = torch.tensor([layout.start(0, label) for label in starts])
@@ -170,14 +200,14 @@ def sample_tokens(
         live = [i for i, g in enumerate(grammars) if not g.done]
         if not live:
             break
-        hidden = model.hidden(content, position, segment)
+        hidden = model.hidden(content, position, segment, prefix)
         logits = model.first_logits(hidden[:, -1])
         following = torch.tensor([grammars[row % count].segment for row in range(len(starts))])
         places, values = torch.zeros(2, len(starts), dtype=torch.long)  # of the next token; positions are local ids
         for head in layout.heads:
             if head != layout.first:
                 tokens, drawn = (position, places + offsets[following]) if head == "content" else (content, values)
-                logits = model.second_logits(hidden, torch.cat([tokens[:, 1:], drawn[:, None]], 1))[:, -1]
+                logits = model.second_logits(hidden, torch.cat([tokens[:, 1:], drawn[:, None]], 1), prefix)[:, -1]
             logits = mixed(logits)
             if head == "position":
                 banned = torch.ones_like(logits, dtype=torch.bool)

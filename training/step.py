@@ -60,7 +60,8 @@ class Step(nn.Module):
     head; sampling parameters per slot (``top_k`` of the vocabulary's size or more switches it off); ``ordered`` takes
     the positions of the last segment in order, and those of the segments between it and the first (``whole_cells``);
     ``partner`` and ``partner_weight``, see ``apply_guidance``; ``forced_position`` (joint) and ``forced_content``
-    override the draws of slots that are not done, where they are not negative.
+    override the draws of slots that are not done, where they are not negative. Of a model with text, a slot whose
+    ``length`` is below ``prefix_length`` reads row ``length`` of ``prefix`` and draws nothing; then its image begins.
 
     Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of each
     token under the mask at temperature 1.
@@ -127,8 +128,14 @@ class Step(nn.Module):
         segment = here + starting.long()
         eos, offset, start = self.eos[segment], self.offset[segment], self.sos[segment] + start_local
 
+        # A prompt is read before the image begins, whose tokens count from 0.
+        reading, time = None, length.long()
+        if model.text is not None:
+            time = time - ports["prefix_length"].long()
+            reading, time = time < 0, time.clamp_min(0)
+
         # This step's random number of each head, and how each head draws.
-        random = ports["uniforms"].gather(1, length.long()[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        random = ports["uniforms"].gather(1, time[:, None, None].expand(-1, 1, 2)).squeeze(1)
         filters = {
             "position": (ports["top_k_position"], ports["top_p_position"]),
             "content": (ports["top_k"], ports["top_p"]),
@@ -136,7 +143,11 @@ class Step(nn.Module):
         forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
 
         # Embed the last token; each stack reads its caches and draws one half of the next token.
-        x = model.embed(content, position, here, length.long())[:, None]
+        x = model.embed(content, position, here, time)[:, None]
+        if reading is not None:
+            row = length.long().clamp_max(ports["prefix"].shape[1] - 1)
+            prompt = ports["prefix"].gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
+            x = torch.where(reading[:, None, None], prompt.to(x.dtype), x)
         unused, new_caches = list(caches), []
         logits: dict[str, Tensor] = {}
         token: dict[str, Tensor] = {}
@@ -163,18 +174,22 @@ class Step(nn.Module):
             )
             if head == "position":  # drawn as a local id
                 token[head] = token[head] + offset
-            x = x + embedding(token[head])[:, None]  # what the second stack reads
+            told = embedding(token[head])[:, None]
+            if reading is not None:
+                told = torch.where(reading[:, None, None], torch.zeros_like(told), told)
+            x = x + told  # what the second stack reads
 
         # A code fills the cells that its position covers; an image is done when no code is to come.
         local = token["position"] - offset
-        covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~done)[:, None]
+        still = done if reading is None else done | reading  # draws nothing
+        covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~still)[:, None]
         new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
 
-        # A slot that was done stays as it is.
+        # A slot that was done stays as it is, and one that reads its prompt stays at the start.
         return (
-            torch.where(done, content, token["content"]),
-            torch.where(done, position, token["position"]),
+            torch.where(still, content, token["content"]),
+            torch.where(still, position, token["position"]),
             length + (~new_done).int(),  # stays below Tmax
             new_done,
             new_cells,
@@ -341,7 +356,8 @@ def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> S
     cache = cache or model.content_emb.weight.dtype
     name = NARROW.get(cache) or str(cache).removeprefix("torch.")
     blocks = config.position_blocks + config.content_blocks
-    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name)
+    prompt = 0 if model.text is None else model.text.config.length
+    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, prompt)
 
 
 def example_inputs(table: StepTable, slots: int) -> dict[str, dict[str, Tensor] | list[Tensor]]:

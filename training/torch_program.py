@@ -7,6 +7,7 @@ golden sequences, images to calibrate with; and it is the baseline of ``export.b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from dvq_rt.engine import run_alone
 from dvq_rt.layout import TokenLayout, Tokens, padded
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import CACHE, CONTROL, REPORT, STATE
-from runtimes.errors import BackendError, InputError
+from runtimes.errors import BackendError
 from runtimes.protocol import Array, Buffer
 from training.models.transformer import StackedTransformer
+from training.sampling import check_guidance
 from training.step import Step, step_table
 
 SIDE_BY_SIDE = 16
@@ -169,6 +171,8 @@ def sample_events(
     first: int = 0,
     limit: int | None = None,
     record: tuple[str, ...] = TOKENS,
+    prompts: Sequence[Array] = (),
+    negatives: Sequence[Array] = (),
 ) -> list[Event]:
     """Draw images with the random numbers of ``seed``, the first of them being number ``first``.
 
@@ -177,17 +181,20 @@ def sample_events(
         labels: start labels, one per image.
         limit: tokens after which an image ends, finished or not.
         record: what the events hold of each token.
+        prompts, negatives: rows of each image's prompt (``embed_prompts``) and of its partner's; none at all are the
+            empty ones.
 
     Returns:
         the last event of every image.
 
     Raises:
-        InputError: guidance is asked of a layout without a null label.
+        InputError: guidance is asked of a model without a null label or empty prompt.
     """
-    if params.guidance != 1 and not model.layout.null_label:
-        raise InputError("guidance needs a model trained with a null label; use guidance=1")
+    check_guidance(model, params)
+    texts = zip_longest(prompts, negatives) if prompts or negatives else [(None, None)] * len(labels)
     requests = [
-        Request(label, params, seed, first + i, record=record, limit=limit, key=i) for i, label in enumerate(labels)
+        Request(label, params, seed, first + i, None, 0, record, limit, i, prompt, negative)
+        for i, (label, (prompt, negative)) in enumerate(zip(labels, texts, strict=True))
     ]
     loop = decode_loop(model, min(len(labels), SIDE_BY_SIDE) * requests[0].width)
     return sorted(run_alone(loop, requests), key=lambda event: event.request.key)

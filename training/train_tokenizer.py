@@ -87,13 +87,10 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
     """What ``fit`` does to a tokenizer."""
 
     def stream(step: int) -> Iterator[np.ndarray]:
-        augment = Augment(shift=training.shift, flip=training.flip)
-        return (
-            images
-            for images, _ in batches(
-                folder, folder.train, training.batch_size, seed=training.seed, step=step, augment=augment
-            )
-        )
+        augment = Augment(shift=training.shift, flip=training.flip, crop=training.crop)
+        size, seed, workers = training.batch_size, training.seed, training.workers
+        made = batches(folder, folder.train, size, seed=seed, step=step, augment=augment, workers=workers)
+        return (images for images, _ in made)
 
     def loss(images: np.ndarray, step: int) -> dict[str, Tensor]:
         if step == objective.starts.get("codes"):

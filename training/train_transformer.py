@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,25 +19,32 @@ from dvq_rt.decoding import cells_to_maps
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grid, to_uint8
 from dvq_rt.layout import TokenLayout
+from dvq_rt.progress import progress_bar
+from dvq_rt.prompts import BYTES
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError, DataError, short
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
+from training.data.codes import Codes, Tokenization, begin, check
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
-from training.data.stream import Augment, batches
-from training.data.tokens import code_counts, collate, tokenize
+from training.data.stream import Augment
+from training.data.tokens import collate
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
 from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
+from training.prompts import Prompts, TextSettings, directed_images, hold_out, read_captions
 from training.run import open_run, say
+from training.sampling import embed_prompts
 from training.torch_program import sample_events
 
 BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
+SHOWN_PROMPTS = 16
+"""Held-out captions that pictures are drawn for during training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,8 @@ class StageTwoConfig:
         labels: label -> sub-folders it joins, ["*"] joins all; empty makes every sub-folder a label. The one label ""
             is an unconditional model: ``{"": ["*"]}``.
         flip_exclude: labels whose images are never mirrored.
+        flip_exclude_words: phrases; images with a caption that has all words of one are never mirrored.
+        hold_out: phrases; images with a caption that has all words of one are held out.
         order: order of the fine positions, ``row-first`` or ``region-first``.
         first: which head draws first, ``position`` or ``content``; empty takes the published order of the family.
         copies: augmented copies of the training set that are tokenized before training starts.
@@ -59,6 +69,8 @@ class StageTwoConfig:
 
     labels: dict[str, list[str]] = field(default_factory=dict)
     flip_exclude: tuple[str, ...] = ()
+    flip_exclude_words: tuple[str, ...] = ()
+    hold_out: tuple[str, ...] = ()
     order: str = "row-first"
     first: str = ""
     copies: int = 1
@@ -85,7 +97,8 @@ class StageTwoConfig:
 
 def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch."""
-    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"])
+    prompt = batch.get("prompt"), batch.get("prompt_length")
+    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"], *prompt)
     return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
 
 
@@ -98,6 +111,8 @@ def train_transformer(
     stage: StageTwoConfig,
     resume: bool = False,
     init: str | Path | None = None,
+    codes: str | Path | None = None,
+    text: TextSettings | None = None,
 ) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
 
@@ -108,16 +123,16 @@ def train_transformer(
         transformer, training, stage: sizes and settings.
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
         init: checkpoint folder whose transformer, of the same sizes and vocabularies, is trained on.
+        codes: what ``training.tokenize`` has written for these images, tokenizer and settings; None makes it, in the
+            run folder.
+        text: makes a model that reads prompts, trained on the images' captions; None makes one without.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
     vae = load_tokenizer(tokenizer).requires_grad_(False)
-    labels = stage.labels or None
-    folder = ImageFolder(
-        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=labels
-    )
-    folder.check_held_out()
+    work = tokenization(data, vae, training, stage)
+    folder = work.folder
     unconditional = folder.classes == [""]
     layout = TokenLayout(
         order=stage.order,
@@ -126,12 +141,12 @@ def train_transformer(
         **{**vae.config.layout(), **({"first": stage.first} if stage.first else {})},
     )
     guidance = SamplingParams.from_dict(stage.defaults).guidance
-    if guidance != 1 and not layout.null_label:
+    if guidance != 1 and not layout.null_label and not (text and text.dropout):
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
     sizes = {**transformer, "block_size": layout.max_length}
     config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
-    settings = {"transformer": config, "training": training, "stage": stage}
+    settings = {"transformer": config, "training": training, "stage": stage, **({"text": text} if text else {})}
     before = None if init is None else load_checkpoint(init)
     inputs = {"tokenizer": (tokenizer, digest(vae))}
     if init is not None and before is not None:
@@ -143,11 +158,41 @@ def train_transformer(
             model = load_checkpoint(path / "checkpoint")
         else:
             names = () if unconditional else tuple(folder.classes)
-            model = Model(vae, StackedTransformer(config, layout), names, stage.defaults)
+            source, reads = (BYTES, None) if text is None else read_captions(folder, text)
+            model = Model(vae, StackedTransformer(config, layout, reads), names, stage.defaults, source)
         if before is not None and not resumed:
             begin_from(model, before, str(init))
         model.both()[0].requires_grad_(False)
-        return fit(learning(model, folder, training, stage), training, path, resumed)
+        if codes is None:
+            make_codes(path / "codes", work)
+        return fit(learning(model, work, Path(codes or path / "codes"), training, stage, text), training, path, resumed)
+
+
+def tokenization(
+    data: str | Path, vae: Tokenizer, training: TrainConfig, stage: StageTwoConfig, shard_size: int = 4096
+) -> Tokenization:
+    """How stage 2 has its images tokenized."""
+    folder = ImageFolder(
+        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None
+    )
+    hold_out(folder, stage.hold_out)
+    folder.check_held_out()
+    directed = directed_images(folder, stage.flip_exclude_words)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop, directed)
+    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
+
+
+def make_codes(out: Path, work: Tokenization) -> None:
+    """Tokenize all images into a folder, which is made anew where it holds codes of something else."""
+    try:
+        begin(out, work)
+    except DataError as error:
+        say(f"tokenizing again: {error}")
+        shutil.rmtree(out)
+        begin(out, work)
+    with progress_bar(total=sum(part.count for part in work.parts()), desc="tokenizing", unit="image") as bar:
+        for part in work.parts():
+            work.write(out, part, bar.update)
 
 
 def begin_from(model: Model, before: Model, source: str) -> None:
@@ -166,24 +211,29 @@ def begin_from(model: Model, before: Model, source: str) -> None:
         say(f"the labels of {source} were {short(before.class_names)}; in their places are {short(model.class_names)}")
 
 
-def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: StageTwoConfig) -> Stage:
-    """What ``fit`` does to a transformer: the images are tokenized once, before.
+def learning(
+    model: Model,
+    work: Tokenization,
+    codes: Path,
+    training: TrainConfig,
+    stage: StageTwoConfig,
+    text: TextSettings | None = None,
+) -> Stage:
+    """What ``fit`` does to a transformer, on the codes in a folder.
 
     Raises:
-        DataError: a label has no image that can be decoded.
+        DataError: a label has no image that can be decoded, or the codes are incomplete or of something else.
     """
-    vae, net = model.both()
+    net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
-    augment = Augment(shift=training.shift, flip=training.flip, flip_exclude=frozenset(stage.flip_exclude))
-    source = batches(folder, folder.train, 32, seed=training.seed + 1, augment=augment)
-    held = ((pixels, folder.labels[kept]) for pixels, kept in folder.chunks(folder.val, 1))
-    train = tokenize(vae, source, len(folder.train) * stage.copies, "tokenizing")
-    val = tokenize(vae, held, len(folder.val), "tokenizing held-out images")
+    check(codes, work)
+    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
+    prompts = None if text is None else Prompts(model, folder, text)
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
-    lengths = code_counts(layout, train.grain)
+    lengths = train.lengths(layout)
 
     def stream(step: int) -> Iterator[dict[str, Tensor]]:
         size = training.batch_size
@@ -194,17 +244,25 @@ def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: St
             drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(BUCKET, size)
             drawn = drawn[rng.permutation(BUCKET)]
             dropped = rng.random((BUCKET, size)) < stage.label_dropout
+            numbers, silence = rng.random((2, BUCKET, size))  # which caption, and whether any
             for row in range(place, BUCKET):
                 given = train.labels[drawn[row]]
                 given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                yield collate(layout, train, drawn[row], given)
+                batch = collate(layout, train, drawn[row], given)
+                if prompts is not None:
+                    silent = silence[row] < prompts.text.dropout
+                    batch |= prompts.collate(train.images[drawn[row]], numbers[row], silent)
+                yield batch
                 step += 1
 
     def validate() -> dict[str, float]:
         sums: dict[str, float] = {}
         for start in range(0, len(val.labels), 16):
             rows = np.arange(start, min(start + 16, len(val.labels)))
-            for name, value in batch_losses(net, collate(layout, val, rows, val.labels[rows])).items():
+            batch = collate(layout, val, rows, val.labels[rows])
+            if prompts is not None:
+                batch |= prompts.collate(val.images[rows], np.zeros(len(rows)), np.zeros(len(rows), bool))
+            for name, value in batch_losses(net, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(val.labels)
         return sums
 
@@ -212,8 +270,15 @@ def learning(model: Model, folder: ImageFolder, training: TrainConfig, stage: St
         count = min(max(1, len(names)), 10)
         shown = [i % count for i in range(2 * count)]
         params = SamplingParams.from_dict(stage.defaults)
-        images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
-        return {"samples": np.asarray(grid(images, columns=count))}
+        if prompts is None:
+            images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
+            return {"samples": np.asarray(grid(images, columns=count))}
+        held = folder.val[np.linspace(0, len(folder.val) - 1, min(SHOWN_PROMPTS, len(folder.val))).astype(int)]
+        given = embed_prompts(net, [prompts.ids(prompts.caption(i)) for i in held])
+        labels = folder.labels[held].tolist()
+        images = decode_cells(model, [event.cells for event in sample_events(net, labels, params, prompts=given)])
+        pairs = np.concatenate([folder.load(held)[0], images])  # held-out images above what their captions give
+        return {"samples": np.asarray(grid(pairs, columns=len(held)))}
 
     def count(batch: dict[str, Tensor]) -> int:
         return len(batch["content"])
@@ -279,12 +344,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--init", metavar="CKPT", help="checkpoint folder of stage 2 to train on from, of the same sizes"
     )
+    parser.add_argument(
+        "--codes", metavar="CODES", help="what training.tokenize wrote with the same settings; otherwise it is made"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     args = parser.parse_args(argv)
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, args.set)
     settings = config["transformer"], config["training"], config["stage"]
-    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init)
+    text = read_dataclass(TextSettings, config["text"], "section 'text'", defaults=True) if config["text"] else None
+    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init, args.codes, text)
     print(Path(args.out) / "best")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from mq_golden import (
 
 from dvq_rt.layout import TokenLayout
 from training.checkpoint import load_checkpoint
-from training.data.tokens import Tokenized, collate
+from training.data.tokens import collate
 from training.import_published import import_published, main
 from training.losses import stacked_losses
 from training.models.mqvae import MQVAE
@@ -164,7 +165,7 @@ def test_our_training_batch(check):
     case = "stackformer_class"
     imported, labels = model(case), load(case, "inputs")["class_label"].numpy()
     codes, grain = (part.numpy() for part in imported.tokenizer.encode_maps(images(case)))
-    batch = collate(imported.layout, Tokenized(codes, grain, labels), torch.arange(3).numpy(), labels)
+    batch = collate(imported.layout, SimpleNamespace(codes=codes, grain=grain), torch.arange(3).numpy(), labels)
     losses = batch_losses(imported.transformer, batch)
     check.close("value_loss", losses["content"][None], load(case)["value_loss"], **LOSS)
     check.close("position_loss", losses["position"][None], load(case)["position_loss"], **LOSS)

@@ -32,6 +32,7 @@ from training.models.dqvae import DQVAE
 from training.models.router import patch_entropy
 from training.models.tokenizer import Reconstruction
 from training.models.transformer import TransformerConfig
+from training.prompts import TextSettings
 
 
 def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,13 +218,14 @@ def test_configs_of_the_package(path: Path) -> None:
         family = family_config(sizes.pop("family", "dq"))
         assert read_dataclass(family, sizes, path.stem, defaults=True) != TOKENIZER
         return
-    sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig}
+    sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig, "text": dict}
     config = read_config(path.stem, sections, ["training.steps=7"])
     assert config["training"].steps == 7
     assert (
         config["stage"].defaults.get("guidance", 1) > 1 or not config["stage"].label_dropout
     )  # the published have none
     read_dataclass(TransformerConfig, config["transformer"], path.stem, defaults=True)
+    read_dataclass(TextSettings, config["text"], path.stem, defaults=True)
 
 
 @pytest.mark.parametrize(

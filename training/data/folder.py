@@ -7,38 +7,39 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dvq_rt.files import read_json
 from dvq_rt.images import image_size, open_rgb, square
 from dvq_rt.progress import progress_bar
 from runtimes.errors import DataError
-from training.data.listing import SUFFIXES, list_images, some
+from training.data.listing import SUFFIXES, some
 from training.data.pixels import Pixels
+from training.data.shards import Shards
+from training.data.sources import open_source
 
 Indices = npt.NDArray[np.int64]
 Batch = tuple[Pixels, Indices]
 
 
 class ImageFolder:
-    """The images of a folder or a list (see ``list_images``), decoded on demand to squares of ``size`` pixels.
+    """The images of a folder, a list or shards, decoded on demand to squares of ``size`` pixels.
 
-    Files whose header cannot be read are left out with one warning that counts them.
+    Files whose header cannot be read are left out with one warning that counts them. (Shards are not looked into
+    before their images are decoded.)
 
     Attributes:
+        root: what was given.
         classes: the label names; ``labels`` counts along this list.
-        paths: the N image files.
         labels: int64 [N], in 0 .. len(classes) - 1.
-        train, val: int64, ascending indices into ``paths`` that share none and together are all. The split hashes each
-            file's path below ``base`` with the seed, so other files hardly matter to it. With ``val_fraction`` > 0
+        train, val: int64, ascending indices of images that share none and together are all. The split hashes each
+            image's ``relative`` name with the seed, so other images hardly matter to it. With ``val_fraction`` > 0
             every class of 10 images or more has one in ``val``; every class has one in ``train``.
-        captions: path below ``base`` (with ``/``) to text, from ``base/captions.json``; empty without that file.
-        base: the folder, or the one of the list.
-        unreadable: the files that were left out so far.
+        base: the folder, or the one of the list or the shards.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class ImageFolder:
         seed: int = 0,
         labels: Mapping[str, Sequence[str]] | None = None,
         exclude: Sequence[str] = (),
-        cache_bytes: int = 2 << 30,
+        cache_bytes: int = 256 << 20,
     ) -> None:
-        """List the folder.
+        """List the images.
 
         Args:
-            root: the folder or list; it is only read.
+            root: the folder or list (see ``list_images``) or shards (see ``training.data.shards``); it is only read.
             size: side of the decoded images, 1 to 4096 pixels.
             val_fraction: share of the images held out, 0 <= val_fraction < 1.
             seed: of the split.
@@ -69,78 +70,102 @@ class ImageFolder:
             raise DataError(f"size is {size}; choose 1 to 4096 pixels")
         if not 0 <= val_fraction < 1:
             raise DataError(f"val_fraction is {val_fraction}; choose 0 <= val_fraction < 1")
-        self.root = Path(root)
+        self.root = root
         self.size = size
-        self.unreadable: list[Path] = []
+        self._unreadable: dict[str, None] = {}
         self._reported = 0
         self._cache: dict[int, Pixels] = {}
         self._cache_room = cache_bytes // (3 * size * size)
         self._lock = threading.Lock()
 
-        listed = list_images(self.root, labels, exclude)
-        self.base = self.root if self.root.is_dir() else self.root.parent
-        self.classes = list(listed)
-        candidates = [(path, label) for label, paths in enumerate(listed.values()) for path in paths]
-        kept: list[tuple[Path, int]] = []
-        for path, label in progress_bar(candidates, desc="checking images", unit="image", delay=3, leave=False):
-            try:
-                image_size(path, error=DataError)
-                kept.append((path, label))
-            except DataError:
-                self.unreadable.append(path)
-        self.report_unreadable()
-        self.paths = [path for path, _ in kept]
-        self.labels: Indices = np.array([label for _, label in kept], dtype=np.int64)
+        self._source = open_source(root, labels, exclude)
+        self.base, self.classes = self._source.base, self._source.classes
+        self._rows = self._readable()
+        self.labels: Indices = self._source.labels[self._rows]
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        _check_counts(self.root, self.classes, counts, len(candidates))
+        _check_counts(self.root, self.classes, counts, len(self._source.names))
         self.train, self.val = self._split(val_fraction, seed)
-        self.captions = _captions(self.base)
 
     def __len__(self) -> int:
         """The number of images, N."""
-        return len(self.paths)
+        return len(self._rows)
 
     @property
     def cached(self) -> int:
         """The number of images kept in memory."""
         return len(self._cache)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The N image files; of shards ``SHARD/MEMBER``."""
+        return [self.base / self.relative(index) for index in range(len(self))]
+
     def relative(self, index: int) -> str:
         """The path of image ``index`` below ``base``, with ``/``; whole if it lies elsewhere."""
-        path = self.paths[index]
-        return (path.relative_to(self.base) if path.is_relative_to(self.base) else path).as_posix()
+        return self._source.names[int(self._rows[index])]
 
-    def caption(self, index: int) -> str | None:
-        """The caption of image ``index``, None without one."""
-        return self.captions.get(self.relative(index))
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts that describe image ``index``; () where there are none."""
+        return self._source.captions(int(self._rows[index]))
 
-    def pixels(self, index: int) -> Pixels:
-        """The centre square of image ``index`` as read-only uint8 [size, size, 3]; see ``dvq_rt.images.open_rgb``.
+    def pixels(self, index: int, place: float = 0.5) -> Pixels:
+        """A square of image ``index`` as read-only uint8 [size, size, 3]; see ``dvq_rt.images.square``.
 
         Raises DataError naming the file when it cannot be decoded; ``load`` and ``batches`` skip such files instead.
         """
         index = int(index)
-        cached = self._cache.get(index)
+        cached = self._cache.get(index) if place == 0.5 else None
         if cached is not None:
             return cached
-        path = self.paths[index]
         try:
-            pixels = square(open_rgb(path, error=DataError), self.size)
-        except DataError:
-            with self._lock:
-                if path not in self.unreadable:
-                    self.unreadable.append(path)
-            raise
+            opened = self._source.open(int(self._rows[index]))
+            pixels = square(open_rgb(opened, error=DataError), self.size, place)
+        except DataError as error:
+            path = str(self.base / self.relative(index))
+            self.leave_out([path])
+            raise error if path in str(error) else DataError(f"{path}: {error}") from error
         pixels.setflags(write=False)
-        with self._lock:
-            if len(self._cache) < self._cache_room:
-                self._cache[index] = pixels
+        if place == 0.5:
+            with self._lock:
+                if len(self._cache) < self._cache_room:
+                    self._cache[index] = pixels
         return pixels
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The files that were left out so far."""
+        return list(self._unreadable)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Count files as unreadable; ``report_unreadable`` says so."""
+        with self._lock:
+            self._unreadable.update(dict.fromkeys(names))
+
+    def check_readable(self) -> None:
+        """Raises DataError when more than half of the images have turned out unreadable."""
+        count, among = len(self._unreadable), len(self._source.names)
+        if count > among / 2:
+            raise DataError(
+                f"{self.root}: {count} of {among} images cannot be decoded, more than half, such as "
+                f"{some(self.unreadable)}; replace the files"
+            )
+
+    def for_worker(self, workers: int) -> None:
+        """Share the room for decoded images with the other ``workers`` of a pool, each of which has its own."""
+        self._cache_room //= workers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the decoded images and the lock, for another process."""
+        return {**self.__dict__, "_cache": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def load(self, indices: Sequence[int] | Indices) -> Batch:
         """Several images, without augmentation: uint8 [M, size, size, 3] and the int64 [M] indices that were readable.
 
-        Files that cannot be decoded are left out with one warning that counts them.
+        Files that cannot be decoded are left out with one warning that counts them; see ``check_readable``.
         """
         images: list[Pixels] = []
         kept: list[int] = []
@@ -151,6 +176,7 @@ class ImageFolder:
                 continue
             kept.append(int(index))
         self.report_unreadable()
+        self.check_readable()
         stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
         return stacked, np.array(kept, dtype=np.int64)
 
@@ -163,17 +189,16 @@ class ImageFolder:
 
     def digest(self) -> str:
         """SHA-256 of which images there are and of which class, the pixels not included."""
-        rows = sorted((self.relative(i), self.classes[label]) for i, label in enumerate(self.labels))
+        rows = sorted((self.relative(i), self.classes[label]) for i, label in enumerate(self.labels.tolist()))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def report_unreadable(self) -> None:
         """Warn once, with a count and the first few names, of the unreadable files found since the last report."""
         with self._lock:
-            fresh = self.unreadable[self._reported :]
-            self._reported = len(self.unreadable)
+            fresh = list(self._unreadable)[self._reported :]
+            self._reported = len(self._unreadable)
         if fresh:
-            names = some([str(path) for path in fresh])
-            warnings.warn(f"{len(fresh)} unreadable image(s) left out: {names}", stacklevel=3)
+            warnings.warn(f"{len(fresh)} unreadable image(s) left out: {some(fresh)}", stacklevel=3)
 
     def check_held_out(self) -> None:
         """Leave images that cannot be decoded out of ``val``, with a warning that counts them.
@@ -186,6 +211,21 @@ class ImageFolder:
                 f"none of the {len(self)} images of {self.root} is held out for validation; raise stage.val_fraction, "
                 "or give every class at least 10 images"
             )
+
+    def _readable(self) -> Indices:
+        """Which files have a readable header: int64 indices into the source; all of those in shards."""
+        names = self._source.names
+        if isinstance(self._source, Shards):
+            return np.arange(len(names), dtype=np.int64)
+        kept = []
+        for row in progress_bar(range(len(names)), desc="checking images", unit="image", delay=3, leave=False):
+            try:
+                image_size(self._source.open(row), error=DataError)
+                kept.append(row)
+            except DataError:
+                self.leave_out([str(self.base / names[row])])
+        self.report_unreadable()
+        return np.array(kept, dtype=np.int64)
 
     def _split(self, val_fraction: float, seed: int) -> tuple[Indices, Indices]:
         """Train and validation indices, see the class."""
@@ -200,7 +240,9 @@ class ImageFolder:
         return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
 
 
-def _check_counts(root: Path, classes: Sequence[str], counts: npt.NDArray[np.intp], files: int) -> None:
+def _check_counts(
+    root: str | os.PathLike[str], classes: Sequence[str], counts: npt.NDArray[np.intp], files: int
+) -> None:
     """DataError unless every label has an image."""
     kinds = " ".join(sorted(SUFFIXES))
     if counts.sum() == 0:
@@ -208,17 +250,6 @@ def _check_counts(root: Path, classes: Sequence[str], counts: npt.NDArray[np.int
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
         raise DataError(f"{root}: no readable image for {some(empty)}; add images ({kinds}) or leave the class out")
-
-
-def _captions(base: Path) -> dict[str, str]:
-    """``captions.json``, or nothing when there is none."""
-    path = base / "captions.json"
-    if not os.path.lexists(path):
-        return {}
-    captions = read_json(path, error=DataError, mend="mend or remove it")
-    if not isinstance(captions, dict) or not all(isinstance(value, str) for value in captions.values()):
-        raise DataError(f"{path} must be one JSON object from relative path to text; mend or remove it")
-    return captions
 
 
 def _hash_uniform(text: str) -> float:

@@ -51,9 +51,7 @@ def list_images(
         raise DataError(
             f"{root} is a file; give the folder that holds the images, or a list of them ({' '.join(sorted(LISTS))})"
         )
-    if unknown := sorted(set(exclude) - set(there)):
-        raise DataError(f"exclude names {some(unknown)}, which {root} lacks; its classes are {some(there, 200)}")
-    groups = _groups(root, [name for name in there if name not in set(exclude)], labels)
+    groups = choose_classes(root, there, labels, exclude)
 
     def files(name: str) -> list[Path]:
         return _files(root / name) if listed is None else listed[name]
@@ -67,11 +65,18 @@ def some(names: Sequence[str], most: int = NAMED) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _groups(root: Path, there: Sequence[str], labels: Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
-    """Label name to class names, checked against those that are there."""
+def choose_classes(
+    root: Path | str, there: Sequence[str], labels: Mapping[str, Sequence[str]] | None, exclude: Sequence[str]
+) -> dict[str, Sequence[str]]:
+    """Label name to names of the classes that are ``there``; arguments and errors as for ``list_images``."""
+    if unknown := sorted(set(exclude) - set(there)):
+        raise DataError(f"exclude names {some(unknown)}, which {root} lacks; its classes are {some(there, 200)}")
+    there = [name for name in there if name not in set(exclude)]
     if labels is None:
         return {name: [name] for name in there}
-    groups = {label: there if list(names) == ["*"] else list(names) for label, names in labels.items()}
+    groups: dict[str, Sequence[str]] = {
+        label: there if list(names) == ["*"] else list(names) for label, names in labels.items()
+    }
     if not groups:
         raise DataError(f"labels is empty; name at least one label, or pass None to make each class of {root} one")
     listed = [name for names in groups.values() for name in names]

@@ -1,9 +1,9 @@
-"""Images as token sequences: tokenized once, collated into padded batches."""
+"""Codes as token sequences, collated into padded batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,37 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
-from dvq_rt.progress import progress_bar
-from training.data.pixels import to_float
-from training.models.tokenizer import Tokenizer
 
 
-class Tokenized(NamedTuple):
-    """``codes`` int32 [N, h, w], ``grain`` int8 [N, hc, wc], ``labels`` int64 [N]."""
+class CodeRows(Protocol):
+    """Codes int32 [h, w] and grains int8 [hc, wc] of images, by number."""
 
-    codes: NDArray[np.int32]
-    grain: NDArray[np.int8]
-    labels: NDArray[np.int64]
-
-
-@torch.no_grad()
-def tokenize(vae: Tokenizer, images: Iterator[tuple[np.ndarray, np.ndarray]], count: int, title: str) -> Tokenized:
-    """Codes of the first ``count`` of a stream of (uint8 [B, S, S, 3], labels [B]) batches."""
-    codes: list[np.ndarray] = []
-    grains: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    done = 0
-    with progress_bar(total=count, desc=title, unit="image") as bar:
-        for pixels, label in images:
-            code, grain = vae.encode_maps(to_float(pixels))
-            codes.append(code.numpy().astype(np.int32))
-            grains.append(grain.numpy().astype(np.int8))
-            labels.append(label)
-            done += len(pixels)
-            bar.update(len(pixels))
-            if done >= count:
-                break
-    return Tokenized(*(np.concatenate(part)[:count] for part in (codes, grains, labels)))
+    @property
+    def codes(self) -> Any: ...
+    @property
+    def grain(self) -> Any: ...
 
 
 def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
@@ -51,7 +29,7 @@ def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int6
 
 
 def collate(
-    layout: TokenLayout, data: Tokenized, images: NDArray[np.int64], labels: NDArray[np.int64]
+    layout: TokenLayout, data: CodeRows, images: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
@@ -74,3 +52,13 @@ def collate(
         out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
         out["target_segment"][i, :t] = row.segment[1:]
     return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def collate_prompts(prompts: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
+    """Prompts padded on the right: ``prompt``, token ids int64 [B, P] or features float [B, P, d], P at least 1, and
+    ``prompt_length`` int64 [B]."""
+    lengths = torch.tensor([len(row) for row in prompts])
+    table = np.zeros((len(prompts), max(1, int(lengths.max())), *prompts[0].shape[1:]), prompts[0].dtype)
+    for line, row in zip(table, prompts, strict=True):
+        line[: len(row)] = row
+    return {"prompt": torch.from_numpy(table), "prompt_length": lengths}

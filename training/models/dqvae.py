@@ -179,6 +179,7 @@ ADDED = {
     "router": "entropy",
     "router_norm_groups": 32,
     "router_gate": "silu",
+    "router_gradient": "chosen",
     "budget": 10.0,
 }
 """Fields of DQVAEConfig that checkpoints lack which were written before there were these, and what they were like."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import ConfigError, short
+from training.models.text import Prefix, TextConfig, TextEncoder, align_right
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class TransformerConfig:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with one projection for query, key and value."""
+    """Multi-head self-attention with one projection for query, key and value; causal unless a mask says otherwise."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -64,15 +65,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, t, c = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
         return self.proj(y.transpose(1, 2).reshape(b, t, c))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with an exact-GELU MLP of width 4C."""
+    """Pre-norm transformer block with an exact-GELU MLP of width 4C; ``mask`` is bool, what each place reads."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -82,8 +84,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln1(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln1(x), mask))
         return x + self.dropout(self.mlp(self.ln2(x)))
 
 
@@ -102,10 +104,11 @@ class StackedTransformer(nn.Module):
     """Position stack and content stack over (position, content) tokens; ``layout.first`` says which reads the tokens.
 
     Index i reads token i and predicts one half of token i + 1, then the other. Positions are joint ids
-    (``TokenLayout``); the position head predicts local ids.
+    (``TokenLayout``); the position head predicts local ids. With ``text`` a prompt may stand in front of the start
+    token, read by both stacks like tokens; the places of the image's tokens do not shift with it.
     """
 
-    def __init__(self, config: TransformerConfig, layout: TokenLayout) -> None:
+    def __init__(self, config: TransformerConfig, layout: TokenLayout, text: TextConfig | None = None) -> None:
         super().__init__()
         self.config, self.layout = config, layout
         c = config.width
@@ -118,6 +121,7 @@ class StackedTransformer(nn.Module):
         self.content_blocks = nn.ModuleList(Block(config) for _ in range(config.content_blocks))
         self.position_head = Head(c, layout.position_head)
         self.content_head = Head(c, layout.content_vocabulary)
+        self.text = None if text is None else TextEncoder(text, c, [Block(config) for _ in range(text.blocks)])
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -136,35 +140,57 @@ class StackedTransformer(nn.Module):
         x = x if self.index_emb is None else x + self.index_emb[index]
         return x if self.segment_emb is None else x + self.segment_emb(segment)
 
-    def forward(self, content: Tensor, position: Tensor, segment: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        following: Tensor,
+        prompt: Tensor | None = None,
+        prompt_length: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits.
 
         Args:
             content, position, segment: int64 [B, T], tokens 0 .. T - 1; T at most ``block_size``.
             following: int64 [B, T], of tokens 1 .. T what the first head predicts: joint positions or content.
+            prompt, prompt_length: see ``TextEncoder.forward``; None for no prompts.
 
         Returns:
             position logits [B, T, position head] and content logits [B, T, content vocabulary].
         """
-        h = self.hidden(content, position, segment)
-        logits = {self.layout.heads[0]: self.first_logits(h), self.layout.heads[1]: self.second_logits(h, following)}
+        prefix = self.prefix(prompt, prompt_length)
+        h = self.hidden(content, position, segment, prefix)
+        first, second = self.first_logits(h[:, -content.shape[1] :]), self.second_logits(h, following, prefix)
+        logits = {self.layout.heads[0]: first, self.layout.heads[1]: second}
         return logits["position"], logits["content"]
 
-    def hidden(self, content: Tensor, position: Tensor, segment: Tensor) -> Tensor:
-        """Output of the first stack, [B, T, C]."""
-        h = self.dropout(self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device)))
+    def prefix(self, prompt: Tensor | None, length: Tensor | None) -> Prefix | None:
+        """Prompts as the stacks read them; see ``TextEncoder.forward``."""
+        if prompt is None or length is None:
+            return None
+        assert self.text is not None, "a model with text"
+        return align_right(self.text(prompt, length), length)
+
+    def hidden(self, content: Tensor, position: Tensor, segment: Tensor, prefix: Prefix | None = None) -> Tensor:
+        """Output of the first stack, [B, T, C]; with P rows of a prefix before it [B, P + T, C]."""
+        h = self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device))
+        mask = None if prefix is None else prefix.mask(content.shape[1])
+        h = self.dropout(h if prefix is None else torch.cat([prefix.rows, h], 1))
         for block in self.parts(self.layout.heads[0])[0]:
-            h = block(h)
+            h = block(h, mask)
         return h
 
     def first_logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., V] of the first head, from the first stack's output [.., C]."""
         return self.parts(self.layout.heads[0])[1](hidden)
 
-    def second_logits(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """Logits [B, T, V] of the second head, from the first stack's output and what the first head predicts."""
+    def second_logits(self, hidden: Tensor, following: Tensor, prefix: Prefix | None = None) -> Tensor:
+        """Logits [B, T, V] of the second head, from ``hidden``'s output and what the first head predicts."""
         blocks, head, _ = self.parts(self.layout.heads[1])
-        g = hidden + self.parts(self.layout.heads[0])[2](following)
+        told = self.parts(self.layout.heads[0])[2](following)
+        mask = None if prefix is None else prefix.mask(following.shape[1])
+        g = hidden + (told if prefix is None else F.pad(told, (0, 0, prefix.rows.shape[1], 0)))
         for block in blocks:
-            g = block(g)
-        return head(g)
+            g = block(g, mask)
+        return head(g[:, -following.shape[1] :])

@@ -1,0 +1,67 @@
+"""A checkpoint as an engine: what is done with engines can be done with it, by PyTorch and more slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvq_rt.engine import Engine
+from dvq_rt.manifest import Manifest
+from runtimes.protocol import Array
+from training.checkpoint import Model, load_checkpoint
+from training.models.tokenizer import Tokenizer
+from training.step import step_table
+from training.torch_program import SIDE_BY_SIDE, TorchDevice, TorchProgram
+
+
+class CheckpointEngine(Engine):
+    """Encodes, draws, forces and decodes with a checkpoint's modules; ``Generator.over`` makes a generator of it.
+
+    Raises:
+        CheckpointError: see ``load_checkpoint``; or it holds one stage only.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        model = load_checkpoint(path)
+        self._tokenizer, net = model.both()
+        table = step_table(net)
+        self._step = TorchProgram(net)
+        super().__init__(Path(path), _manifest(model, table.to_dict(None)), TorchDevice())  # type: ignore[arg-type]
+
+    def program(self, name: str) -> Any:
+        return self._step if name == "step" else _Module(self._tokenizer, name)
+
+
+class _Module:
+    """The encoder or the decoder behind ``Program.run``."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if self.name == "decoder":
+            return {"images": self.tokenizer.decode_maps(torch.from_numpy(inputs["codes"])).numpy()}
+        out = self.tokenizer.encode_grains(torch.from_numpy(inputs["images"]))
+        return {name: part.numpy() for name, part in out._asdict().items()}
+
+
+def _manifest(model: Model, step: dict[str, Any]) -> Manifest:
+    vae, net = model.both()
+    return Manifest(
+        layout=net.layout,
+        family=model.family,
+        image_size=vae.config.image_size,
+        slots=SIDE_BY_SIDE,
+        step=step,
+        precision="fp32",
+        weights="fp32",
+        tools={"torch": torch.__version__},
+        class_names=model.class_names,
+        defaults=model.defaults,
+        parameters={"transformer": sum(p.numel() for p in net.parameters())},
+        tokenizer=vae.routing(),
+    )
