@@ -7,6 +7,7 @@ float16 as well, on a CPU in float32. They have run on a CPU only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,10 +53,7 @@ def measure(
     _, net = model.both()
     seconds: dict[str, float] = {}
     for precision, dtype in {"fp32": torch.float32, **({"fp16": torch.float16} if kind == "cuda" else {})}.items():
-        with torch.device(device):
-            there = StackedTransformer(net.config, net.layout).to(dtype)
-        there.load_state_dict(net.state_dict())
-        there = there.eval().requires_grad_(False)
+        there = copy.deepcopy(net).to(device, dtype)
         for b in slots:
             with torch.device(device):
                 uncached = uncached_token(there, b, length)

@@ -68,6 +68,8 @@ def narrow(model: Model, precision: str, tokenizer: bool = True) -> Model:
         if tokenizer and hasattr(vae, name):
             setattr(vae, name, Narrow(getattr(vae, name), dtype))
     net.to(dtype)
+    if net.text is not None:  # a graph of its own, once for each prompt
+        net.text.float()
     for name in ("position_head", "content_head"):
         setattr(net, name, Narrow(getattr(net, name), dtype))
     return model
