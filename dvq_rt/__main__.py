@@ -328,10 +328,6 @@ def _top_k(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
-def _positive(text: str) -> int:
-    return whole("the number", int(text), 1, MOST_IMAGES)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
     parser.epilog = f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own."
@@ -384,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
     acceptance.add_argument("--device", default="cuda", help="cuda (the first GPU) or cuda:N")
     acceptance.add_argument("--rehearse", action="store_true", help="run the same on the CPU, shortened")
     acceptance.add_argument("--checkpoint", metavar="CKPT", help="also time PyTorch with this checkpoint there")
-    acceptance.add_argument("--images", type=_positive, default=argparse.SUPPRESS, help="with changed neighbours (200)")
+    acceptance.add_argument("--images", type=int, default=argparse.SUPPRESS, help="with changed neighbours (200)")
     acceptance.add_argument("--soak", type=float, default=argparse.SUPPRESS, help="seconds of drawing (120)")
     acceptance.add_argument("--threads", type=int, help="processor threads of a rehearsal")
     acceptance.add_argument("--out", help="write all numbers to this JSON file")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dvq_rt.bench import middle_state, step_bytes
 from dvq_rt.decoding import Request
 from dvq_rt.engine import Engine, run_alone
+from dvq_rt.labels import MOST_IMAGES, whole
 from dvq_rt.manifest import read_engine
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.timing import Reader, interleave, machine, peak_memory
@@ -35,6 +36,7 @@ GROWTH = 64.0
 """MiB that memory may grow between the end of the first quarter of the soak and its end."""
 STEPS = 32
 """Tokens that are timed together, since waiting for a GPU takes time of its own."""
+LONGEST_SOAK = 86_400.0
 CHECKED_EVERY = 4
 """Calls of the soak between two that repeat the first."""
 
@@ -45,13 +47,23 @@ Baselines = Callable[[str, Sequence[int], int, int], dict[str, float]]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How much an acceptance does: ``images`` whose neighbours change, ``soak`` seconds of drawing, ``rounds`` of
-    timing, ``slots`` that are timed, and whether it is a rehearsal on the CPU."""
+    timing, ``slots`` that are timed, and whether it is a rehearsal on the CPU.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
 
     images: int = 200
     soak: float = 120.0
     rounds: int = 5
     slots: tuple[int, ...] = (1, 8)
     rehearsal: bool = False
+
+    def __post_init__(self) -> None:
+        for name, most in (("images", MOST_IMAGES), ("rounds", 1000)):
+            whole(name, getattr(self, name), 1, most)
+        if not 0 <= self.soak <= LONGEST_SOAK:
+            raise InputError(f"soak is {self.soak}; it must be 0 to {LONGEST_SOAK:.0f} seconds")
 
 
 REHEARSAL = Plan(images=6, soak=2.0, rounds=1, rehearsal=True)
