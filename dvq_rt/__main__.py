@@ -1,4 +1,5 @@
-"""Command line: ``dvq-rt sample | reconstruct | inspect | verify | accept | bench`` (or ``python -m dvq_rt``).
+"""Command line: ``dvq-rt sample | edit | vary | reconstruct | inspect | verify | accept | bench | serve`` and more (or
+``python -m dvq_rt``).
 
 The commands that train and export are entry points of the group ``dvq_rt.commands`` in the package's metadata, so that
 they can be called as ``dvq-rt train-tokenizer`` and so on, and the runtime still knows nothing of them.
@@ -8,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
+import logging
 import os
-import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,19 +21,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from dvq_rt.completion import script
+from dvq_rt.describe import describe, plain, table
+from dvq_rt.editing import region_mask
 from dvq_rt.files import write_file
-from dvq_rt.images import grain_overlay, grid, psnr, to_array, to_uint8
+from dvq_rt.images import grain_overlay, grid, open_rgb, psnr, square, to_array, to_uint8
 from dvq_rt.labels import MOST_IMAGES, whole
-from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.manifest import engine_folder, read_engine
+from dvq_rt.outputs import PICTURES, blocks, make_folder, picture_target, write_picture
 from dvq_rt.rates import Rate
 from dvq_rt.sampling import POSITIONS, SamplingParams
 from runtimes.errors import DvqError, InputError
 
 PER_LABEL = 6
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-FOLDER_GRID = "grid.png"
 RECONSTRUCTION_COLUMNS = 8
 BROKEN_PIPE = 141
 RATES = tuple(Rate.__dataclass_fields__)
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and (command := _installed().get(words[0])):
             return _run_installed(command, words[1:])
         options = _parser().parse_args(words)
-        status: int = options.command(options)
+        with _logging(options):
+            status: int = options.command(options)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -71,6 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(text: str) -> None:
     if sys.stderr is not None:
         print(text, file=sys.stderr)
+
+
+@contextmanager
+def _logging(options: argparse.Namespace) -> Iterator[None]:
+    """Lines of our loggers on standard error: warnings, with ``-v`` also what is done, with ``-q`` neither."""
+    ours = [logging.getLogger(name) for name in ("dvq_rt", "runtimes")]
+    handler = logging.StreamHandler() if sys.stderr is not None else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.ERROR if options.quiet else logging.DEBUG)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    for logger in ours:
+        logger.setLevel(logging.INFO if options.verbose else logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
 
 
 def _installed() -> dict[str, EntryPoint]:
@@ -99,25 +120,129 @@ def sample(options: argparse.Namespace) -> int:
     for name in ("n", "columns"):
         if getattr(options, name) is not None:
             whole(f"--{name}", getattr(options, name), 1, MOST_IMAGES)
-    target, folder = _output(options.out)
+    if options.shard or options.workers or options.ray:
+        return _sample_shards(options, given)
+    target, folder = picture_target(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    labels = pick_labels(options.labels, options.n, generator.class_names, generator.manifest.layout.classes)
-    n = options.n or len(labels or []) or 16
-    columns = options.columns or (PER_LABEL if options.n is None and labels else None)
-    watched = sys.stderr is not None and sys.stderr.isatty()
-    samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched)
+    prompts = pick_prompts(options.prompt, options.n)
+    labels = None
+    if prompts is None or options.labels is not None:
+        n = options.n or len(prompts or []) or None
+        labels = pick_labels(options.labels, n, generator.class_names, generator.manifest.layout.classes)
+    n = options.n or len(labels or prompts or []) or 16
+    columns = options.columns or (PER_LABEL if options.n is None and (labels or prompts) else None)
+    watched = _watched(options)
+    words = {"prompts": prompts, "negative_prompts": options.negative, "truncate": options.truncate}
+    texts: dict[str, Any] = words if prompts or options.negative is not None else {}
+    samples = generator.sample(n=n, labels=labels, seed=options.seed, params=params, progress=watched, **texts)
     if folder is not None:
-        _make_folder(folder)
+        make_folder(folder)
         samples.save(folder)
-    _write_picture(target, samples.grid(columns=columns))
+    write_picture(target, samples.grid(columns=columns))
     print(target)
+    return 0
+
+
+def edit(options: argparse.Namespace) -> int:
+    """Redraw a region of a picture and write the picture, what is redrawn, and the results side by side."""
+    target, generator, picture, shared = _edited(options)
+    if (options.mask is None) == (options.region is None):
+        raise InputError("give --mask or --region, and not both")
+    size = len(picture)
+    if options.mask is not None:  # a picture like any other: white is redrawn
+        mask = square(open_rgb(options.mask), size).max(-1) > 127
+    else:
+        mask = region_mask([int(word) for word in _numbers("--region", options.region, 4)], size)
+    samples = generator.edit(
+        picture, mask, grain=options.grain, dilate=options.dilate, candidates=options.candidates, **shared
+    )
+    cells = generator.edit_of(picture, mask, dilate=options.dilate).redraw.repeat(size // generator.layout.sides[0], 0)
+    redrawn = np.where(cells.repeat(size // generator.layout.sides[0], 1)[..., None], 255, picture // 2)
+    write_picture(target, grid(np.stack([picture, redrawn.astype(np.uint8), *samples.to_numpy()])))
+    print(f"drawn from the law of: {samples.law}")
+    print(target)
+    return 0
+
+
+def vary(options: argparse.Namespace) -> int:
+    """Draw pictures that begin as a given one does, and write it beside them."""
+    target, generator, picture, shared = _edited(options)
+    keep: Any = "coarse" if options.keep == "coarse" else _numbers("--keep", options.keep, 1)[0]
+    samples = generator.vary(picture, keep, **shared)
+    write_picture(target, grid(np.stack([picture, *samples.to_numpy()])))
+    print(target)
+    return 0
+
+
+def outpaint(options: argparse.Namespace) -> int:
+    """Draw what lies around a picture."""
+    target, generator, picture, shared = _edited(options)
+    sides = {name: getattr(options, name) for name in ("left", "top", "right", "bottom")}
+    image, _ = generator.outpaint(
+        picture, labels=shared["labels"], seed=shared["seed"], params=shared["params"], **sides
+    )
+    write_picture(target, image)
+    print(target)
+    return 0
+
+
+def _edited(options: argparse.Namespace) -> tuple[Path, Any, NDArray[np.uint8], dict[str, Any]]:
+    """What the commands share that start from a picture: output, generator, the picture at the model's size, and how to
+    draw."""
+    target, _ = picture_target(options.out)
+    generator = _generator(options)
+    picture = square(open_rgb(options.image), generator.manifest.image_size)
+    given = {name: getattr(options, name) for name in ("temperature", "guidance") if hasattr(options, name)}
+    params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
+    label = options.label
+    if label is not None and label not in generator.class_names and label.isdecimal():
+        label = int(label)
+    shared = {"labels": label, "seed": options.seed, "params": params}
+    return target, generator, picture, {**shared, "n": options.n} if hasattr(options, "n") else shared
+
+
+def _numbers(name: str, text: str, count: int) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise InputError(f"{name} is {text!r}; it must be {count} number{'s, separated by commas' * (count > 1)}")
+    return numbers
+
+
+def _sample_shards(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Draw what a folder of tar files still lacks; image i has label i modulo their number."""
+    from dvq_rt.bulk import SHARD, draw_shards
+
+    if options.columns or Path(options.out).suffix.lower() in PICTURES:
+        raise InputError(
+            "--shard, --workers and --ray write tar files: name a folder with --out, and leave out --columns"
+        )
+    manifest = read_engine(engine_folder(options.engine))
+    layout = manifest.layout
+    paths = draw_shards(
+        options.engine,
+        options.out,
+        options.n or 16,
+        named_labels(options.labels, manifest.class_names, layout.classes) or None,
+        options.seed,
+        SamplingParams.from_dict({**manifest.defaults, **given}),
+        shard=options.shard or SHARD,
+        workers=options.workers or 1,
+        ray=options.ray,
+        progress=_watched(options),
+        **{name: getattr(options, name) for name in ("device", "slots", "threads")},
+    )
+    print(f"{len(paths)} shards in {options.out}")
     return 0
 
 
 def reconstruct(options: argparse.Namespace) -> int:
     """Code pictures and decode them again; write originals above reconstructions above grain maps."""
-    target, folder = _output(options.out)
+    target, folder = picture_target(options.out)
     generator = _generator(options)
     size, layout = generator.manifest.image_size, generator.manifest.layout
     originals = [to_uint8(to_array(path, size)[None])[0] for path in options.images]
@@ -134,8 +259,8 @@ def reconstruct(options: argparse.Namespace) -> int:
             f"PSNR {psnr(before, after):.2f} dB"
         )
     if folder is not None:
-        _make_folder(folder)
-    _write_picture(target, _blocks(rows, RECONSTRUCTION_COLUMNS))
+        make_folder(folder)
+    write_picture(target, blocks(rows, RECONSTRUCTION_COLUMNS))
     print(target)
     return 0
 
@@ -143,16 +268,20 @@ def reconstruct(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     """Print what an engine folder holds, after checking its files."""
     folder = engine_folder(options.engine)
-    print(describe(read_engine(folder), folder))
+    manifest = read_engine(folder)
+    print(plain({"path": str(folder), **manifest.to_dict()}) if options.json else describe(manifest, folder))
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check an engine against the numbers stored at its export; exit status 1 if a check fails."""
     checks = _generator(options).verify()
+    failed = [c.name for c in checks if not c.ok]
+    if options.json:
+        print(plain({"checks": [c._asdict() for c in checks], "failed": failed}))
+        return 1 if failed else 0
     rows = [(c.name, f"{c.measured:.3g}", f"{c.bound:.3g}", "ok" if c.ok else "FAILED") for c in checks]
     print(table([("check", "measured", "bound", "result"), *rows]))
-    failed = [c.name for c in checks if not c.ok]
     print(
         f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} passed"
     )
@@ -174,8 +303,8 @@ def bench(options: argparse.Namespace) -> int:
         mixed=options.mixed,
     )
     if options.out:
-        write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
-    print(table(tool.report(result)))
+        write_file(Path(options.out), (plain(result) + "\n").encode())
+    print(plain(result) if options.json else table(tool.report(result)))
     return 0
 
 
@@ -194,7 +323,7 @@ def accept(options: argparse.Namespace) -> int:
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if options.out:
-        write_file(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
+        write_file(Path(options.out), (plain(result) + "\n").encode())
     print(table(tool.rows(result)))
     return 0 if result["ok"] else 1
 
@@ -209,57 +338,35 @@ def _baselines(checkpoint: str) -> Any:
     raise InputError("--checkpoint needs dvq-rt as it is installed by pip; leave it out")
 
 
-# --- texts and pictures ----------------------------------------------------------------------------------------
-def describe(manifest: Manifest, folder: Path) -> str:
-    """A readable summary of an engine."""
-    layout = manifest.layout
-    sides = ", ".join(f"{side} x {side}" for side in layout.sides)
-    labels = f"{layout.classes}" if layout.classes else "none"
-    if layout.classes:
-        labels += " and a null label (guidance works)" if layout.null_label else ", no null label (no guidance)"
-    most = "at most " if layout.covering else ""
-    kind = f"{manifest.precision}, weights {manifest.weights}"
-    rows = [
-        ("engine", str(folder)),
-        ("family", f"{manifest.family}, schema {manifest.schema}"),
-        ("runs on", f"{manifest.backend} for {manifest.target}, {kind}, {manifest.slots} slots"),
-        ("image", f"{manifest.image_size} x {manifest.image_size} pixels"),
-        ("codes", f"{layout.codebook_size} codes; grids {sides}; {layout.order}; {most}{layout.filled_cells} an image"),
-        ("labels", labels),
-    ]
-    sections = [table(rows)]
-    if manifest.class_names:
-        sections.append("\n".join(["label names", *(f"  {i:3d} {n}" for i, n in enumerate(manifest.class_names))]))
-    files = {name: f"{entry['bytes']:,} bytes" for name, entry in manifest.files.items()}
-    parts: list[tuple[str, dict[str, Any]]] = [
-        ("recommended sampling", manifest.defaults),
-        ("tokenizer", manifest.tokenizer),
-        ("parameters", {name: f"{count:,}" for name, count in manifest.parameters.items()}),
-        ("errors measured at export", {name: f"{value:.3g}" for name, value in manifest.tolerances.items()}),
-        ("made with", manifest.tools),
-        ("files (sizes and SHA-256 checked)", files),
-    ]
-    for title, values in parts:
-        if values:
-            sections.append(f"{title}\n{table([(f'  {name}', str(value)) for name, value in values.items()])}")
-    return "\n\n".join(sections)
+def serve(options: argparse.Namespace) -> int:
+    """Answer requests over HTTP, with a page to try it; needs the extra [serve]."""
+    from dvq_rt.serve.settings import Settings, named_engines
+
+    fields = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    settings = Settings(**{**fields, "engines": named_engines(options.engines)})
+    try:
+        from dvq_rt.serve.command import serve as run
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve needs the package {error.name}; pip install 'dvq-rt[cpu,serve]'") from error
+    return run(settings)
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+def push(options: argparse.Namespace) -> int:
+    """Upload an engine and its model card to the Hugging Face Hub; print the name that opens it."""
+    from dvq_rt.publish import model_card
+    from dvq_rt.publish import push as upload
+
+    if options.dry_run:
+        print(model_card(read_engine(engine_folder(options.engine)), options.repository, options.license))
+    else:
+        print(upload(options.engine, options.repository, options.license, private=options.private))
+    return 0
 
 
-def _blocks(rows: list[list[NDArray[np.uint8]]], columns: int) -> Image.Image:
-    """Rows of pictures side by side, broken into blocks of at most ``columns``."""
-    across = min(columns, len(rows[0]))
-    blank = np.full_like(rows[0][0], 255)
-    cells: list[NDArray[np.uint8]] = []
-    for start in range(0, len(rows[0]), across):
-        for row in rows:
-            part = row[start : start + across]
-            cells += part + [blank] * (across - len(part))
-    return grid(np.stack(cells), across)
+def completion(options: argparse.Namespace) -> int:
+    """Print a script that completes commands, options and file names in bash: eval "$(dvq-rt completion)"."""
+    print(script(options.parsers, _installed()), end="")
+    return 0
 
 
 # --- arguments -------------------------------------------------------------------------------------------------
@@ -272,56 +379,36 @@ def _generator(options: argparse.Namespace) -> Any:
 def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: int) -> list[int | str] | None:
     """One label for each picture: those asked for, or all, in equal shares and in order; without ``n`` a row of
     pictures for each (at most the first ten if all)."""
-    wanted: list[int | str] = list(range(classes))
-    if text is not None:
-        words = [text] if text in names else [word.strip() for word in text.split(",")]
-        wanted = [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
-        if n is not None and len(wanted) > n:
-            raise InputError(f"--labels names {len(wanted)} labels, but --n is {n}; raise --n or name fewer labels")
-    elif n is None:
+    wanted = named_labels(text, names, classes)
+    if text is not None and n is not None and len(wanted) > n:
+        raise InputError(f"--labels names {len(wanted)} labels, but --n is {n}; raise --n or name fewer labels")
+    if text is None and n is None:
         wanted = wanted[:10]
     n = n or PER_LABEL * len(wanted)
     return [wanted[i * len(wanted) // n] for i in range(n)] if wanted else None
 
 
-def _output(text: str) -> tuple[Path, Path | None]:
-    """The picture to write, and the folder if ``--out`` names one; checked to be writable before any work."""
-    folder = Path(text) if text.endswith(("/", os.sep)) or os.path.isdir(text) else None
-    target = folder / FOLDER_GRID if folder else Path(text)
-    if target.suffix.lower() not in PICTURES:
-        raise InputError(f"--out is {text}; end it with one of {', '.join(PICTURES)}, or with / for a folder")
-    try:
-        if target.exists() and not target.is_file():
-            raise InputError(f"--out {target} exists and is not a regular file; choose another name")
-        parent = target.absolute().parent
-        while folder and not parent.exists():  # it is made later; the nearest parent that exists must take it
-            parent = parent.parent
-        probe = parent / f".{secrets.token_hex(4)}.tmp"
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write --out {text}: {reason}; choose a folder that can be written") from error
-    return target, folder
+def pick_prompts(texts: list[str] | None, n: int | None) -> list[str] | None:
+    """One prompt for each picture: those asked for in equal shares and in order; without ``n`` a row for each."""
+    if not texts:
+        return None
+    if n is not None and len(texts) > n:
+        raise InputError(f"there are {len(texts)} --prompt, but --n is {n}; raise --n or give fewer")
+    n = n or PER_LABEL * len(texts)
+    return [texts[i * len(texts) // n] for i in range(n)]
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make folder {folder}: {error.strerror}") from error
+def named_labels(text: str | None, names: Sequence[str], classes: int) -> list[int | str]:
+    """The labels that ``--labels`` names, or all."""
+    if text is None:
+        return list(range(classes))
+    words = [text] if text in names else [word.strip() for word in text.split(",")]
+    return [int(w) if w not in names and w.removeprefix("-").isdecimal() else w for w in words]
 
 
-def _write_picture(path: Path, picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    kind = PICTURES[path.suffix.lower()]
-    try:
-        picture.save(buffer, kind, **({"quality": 95} if kind != "PNG" else {}))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"a picture of {picture.width} x {picture.height} cannot be stored as {kind}: {error}"
-        ) from error
-    write_file(path, buffer.getvalue())
+def _watched(options: argparse.Namespace) -> bool:
+    """Whether somebody looks at a progress bar."""
+    return sys.stderr is not None and sys.stderr.isatty() and not options.quiet
 
 
 def _top_k(text: str) -> int | None:
@@ -330,8 +417,12 @@ def _top_k(text: str) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
-    parser.epilog = f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own."
-    commands = parser.add_subparsers(required=True, metavar="sample | reconstruct | inspect | verify | accept | bench")
+    parser.epilog = (
+        f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own. Exit status: 0 done, 1 a "
+        "check of verify or accept failed, 2 bad use or an error that is told, 130 interrupted, 141 whoever read the "
+        "output left."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function: Callable[[argparse.Namespace], int], runs: bool, **engine: Any) -> argparse.ArgumentParser:
         words = (function.__doc__ or "").strip()
@@ -339,8 +430,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         name = engine.pop("name", "engine")
         command.add_argument(
-            name, metavar="DIR", help="engine folder, demo:dq or demo:mq; demo:dq if left out", **engine
+            name, metavar="DIR", help="engine folder, demo:dq, demo:mq or hf:owner/name; demo:dq if left out", **engine
         )
+        talk = command.add_mutually_exclusive_group()
+        talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")
+        talk.add_argument("-q", "--quiet", action="store_true", help="neither warnings nor a progress bar")
         if runs:
             command.add_argument("--device", help="cpu, cuda or cuda:N; the engine's own if left out")
             command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")
@@ -350,15 +444,46 @@ def _parser() -> argparse.ArgumentParser:
     drawing = add(sample, True, name="--engine")
     drawing.add_argument("--n", type=int, help="number of pictures (a row per label, or 16)")
     drawing.add_argument("--labels", help="names or indices, separated by commas; all labels if left out")
+    drawing.add_argument("--prompt", action="append", help="what to draw, in words; give it again for more")
+    drawing.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
+    drawing.add_argument("--truncate", action="store_true", help="leave out the end of prompts that are too long")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", default="samples.png", help="picture, or a folder ending with / (samples.png)")
     drawing.add_argument("--columns", type=int, help="pictures per row of the grid")
+    bulk = drawing.add_argument_group(
+        "many images", "any of these writes tar files into the folder --out; the same command goes on where one stopped"
+    )
+    bulk.add_argument("--shard", type=int, metavar="IMAGES", help="images in a tar file (256)")
+    bulk.add_argument("--workers", type=int, help="processes, or actors of Ray (1)")
+    bulk.add_argument("--ray", action="store_true", help="workers on a Ray cluster, which RAY_ADDRESS names")
     tuning = drawing.add_argument_group("sampling", "what is left out keeps the engine's recommended value")
     for name in ("temperature", "top-p", "top-p-position", "guidance"):
         tuning.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
     for name in ("top-k", "top-k-position"):
         tuning.add_argument(f"--{name}", type=_top_k, default=argparse.SUPPRESS, help="a number, or none")
     tuning.add_argument("--positions", choices=POSITIONS, default=argparse.SUPPRESS)
+
+    for function, out in ((edit, "edited.png"), (vary, "varied.png"), (outpaint, "outpainted.png")):
+        command = add(function, True, name="--engine")
+        command.add_argument("image", metavar="IMAGE", help="cut to a square and resized to the model's size")
+        command.add_argument("--label", help="name or index; none if left out")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", default=out, help=f"picture ({out})")
+        for name in ("temperature", "guidance"):
+            command.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
+        if function is not outpaint:
+            command.add_argument("--n", type=int, default=4, help="number of results (4)")
+        if function is edit:
+            command.add_argument("--mask", metavar="PICTURE", help="white is redrawn; cut and resized as IMAGE is")
+            command.add_argument("--region", metavar="L,T,R,B", help="a rectangle in pixels of the model's size")
+            command.add_argument("--grain", choices=("free", "keep"), default="free", help="of what is redrawn")
+            command.add_argument("--dilate", type=int, default=0, help="rings of cells that are redrawn too")
+            command.add_argument("--candidates", type=int, default=1, help="images drawn for each result")
+        elif function is vary:
+            command.add_argument("--keep", default="coarse", help="coarse, or a share of the tokens from 0 to 1")
+        else:
+            for name in ("left", "top", "right", "bottom"):
+                command.add_argument(f"--{name}", type=int, default=0, help="pixels to add, whole coarsest cells")
 
     coding = add(reconstruct, True, name="--engine")
     coding.add_argument("images", nargs="+", metavar="IMAGE")
@@ -370,8 +495,7 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--kept", type=int, default=argparse.SUPPRESS, help="cells that keep a code")
     coding.add_argument("--out", default="reconstructions.png", help="picture, or a folder ending with /")
 
-    add(inspect, False, nargs="?")
-    add(verify, True, nargs="?")
+    checking = add(inspect, False, nargs="?"), add(verify, True, nargs="?")
 
     words = (accept.__doc__ or "").strip()
     acceptance = commands.add_parser("accept", help=words, description=words, allow_abbrev=False)
@@ -386,12 +510,34 @@ def _parser() -> argparse.ArgumentParser:
     acceptance.add_argument("--out", help="write all numbers to this JSON file")
 
     timing = add(bench, True, nargs="?")
+    for command in (*checking, timing):
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     timing.add_argument("--length", type=int, help="tokens cached when one token is timed (half of the longest)")
     timing.add_argument("--tokens", type=int, help="tokens of the images whose time is split (5/8 of the longest)")
     timing.add_argument("--rounds", type=int, default=5, help="turns; every number is their median")
     timing.add_argument("--images", type=int, nargs="*", default=[1, 10], help="numbers of images to draw (1 10)")
     timing.add_argument("--mixed", action="store_true", help="also 64 images of mixed lengths, refilled and static")
     timing.add_argument("--out", help="write all numbers to this JSON file")
+
+    serving = add(serve, True, name="engines", nargs="*")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine alone)")
+    serving.add_argument("--port", type=int, default=8000, help="8000; 0 takes a free one")
+    serving.add_argument("--queue", type=int, default=64, help="images of an engine that may wait for a slot (64)")
+    serving.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take (60)")
+    serving.add_argument("--workers", type=int, default=1, help="processes, each with its own engines (1)")
+    serving.add_argument("--images", type=int, default=16, help="most images of a request (16)")
+    serving.add_argument("--megabytes", type=int, default=8, help="largest body of a request in MiB (8)")
+    serving.add_argument("--megapixels", type=int, default=32, help="largest picture in a request (32)")
+
+    publishing = add(push, False)
+    publishing.add_argument("repository", metavar="OWNER/NAME")
+    publishing.add_argument("--license", required=True, help="as the hub writes it, such as mit")
+    publishing.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    publishing.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")
+
+    words = (completion.__doc__ or "").strip()
+    commands.add_parser("completion", help=words, description=words).set_defaults(command=completion)
+    parser.set_defaults(parsers=commands.choices, quiet=False, verbose=False)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from dvq_rt.decoding import DecodeLoop, Event, Handle, Request, Scheduler
 from runtimes.errors import InputError
@@ -14,11 +15,21 @@ KEPT_LOOPS = 2
 Watch = Callable[[Request, int], None]
 
 
-class _Call:
-    """One caller's requests, and its events that are not read yet."""
+class Load(NamedTuple):
+    """How busy a batch was after its last step: its ``slots`` and those of them that are ``busy``, ``waiting`` requests
+    without a slot, and the ``tokens`` drawn since it was made (with guidance, those of one of the two slots)."""
 
-    def __init__(self, requests: Iterator[Request], watch: Watch | None) -> None:
-        self.requests, self.watch = requests, watch
+    slots: int
+    busy: int
+    waiting: int
+    tokens: int
+
+
+class Call:
+    """One caller's requests, and its events that are not read yet. ``SharedBatch`` makes it."""
+
+    def __init__(self, requests: Iterator[Request], watch: Watch | None, wake: Callable[[], None] | None) -> None:
+        self.requests, self.watch, self.wake = requests, watch, wake
         self.handles: dict[Handle, None] = {}  # submitted and not finished, oldest first
         self.unread: dict[Handle, Event] = {}
         self.exhausted = self.left = False
@@ -56,8 +67,9 @@ class SharedBatch:
 
     def __init__(self, open_loop: Callable[[int], DecodeLoop], capacity: int, fixed: bool) -> None:
         self._open_loop, self._capacity, self._fixed = open_loop, capacity, fixed
+        self.load = Load(capacity, 0, 0, 0)
         self._changed = threading.Condition()
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._thread: threading.Thread | None = None
         self._loops: list[DecodeLoop] = []  # only the thread uses it
 
@@ -75,23 +87,55 @@ class SharedBatch:
         Raises:
             what the backend or ``watch`` raises, after the events before it.
         """
-        call = _Call(iter(requests), watch)
+        call = self.open(requests, watch)
+        try:
+            while (event := self._next(call)) is not None:
+                yield event
+            self.check(call)
+        finally:
+            self.leave(call)
+
+    def open(
+        self, requests: Iterable[Request], watch: Watch | None = None, wake: Callable[[], None] | None = None
+    ) -> Call:
+        """Begin a call whose events are taken by ``take``, for those who cannot wait in a thread; ``leave`` it after.
+
+        Args:
+            requests, watch: as for ``draw``.
+            wake: called in the drawing thread when there is something to take or the call is over; must be quick, must
+                not raise, and must not use the batch.
+        """
+        call = Call(iter(requests), watch, wake)
         with self._changed:
             self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():  # it does not survive a fork
                 self._thread = threading.Thread(target=self._run, name="dvq_rt loop", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        try:
-            while (event := self._next(call)) is not None:
-                yield event
-            if call.failure is not None:
-                failure, call.failure = call.failure, None  # its traceback holds the thread's objects
-                raise failure
-        finally:
-            with self._changed:
-                call.left = True
-                self._changed.notify_all()
+        return call
+
+    def take(self, call: Call) -> tuple[list[Event], bool]:
+        """The events of a call that are there, without waiting for more, and whether they were the last."""
+        with self._changed:
+            events = list(call.unread.values())
+            call.unread.clear()
+            self._changed.notify_all()
+            return events, call.over
+
+    def check(self, call: Call) -> None:
+        """
+        Raises:
+            what ended the call, if it failed.
+        """
+        if call.failure is not None:
+            failure, call.failure = call.failure, None  # its traceback holds the thread's objects
+            raise failure
+
+    def leave(self, call: Call) -> None:
+        """Cancel what is not finished of a call; its slots are free in the next step."""
+        with self._changed:
+            call.left = True
+            self._changed.notify_all()
 
     def end(self) -> None:
         """Cancel all work, which raises where it is waited for, and return once no thread is inside the graph."""
@@ -99,11 +143,11 @@ class SharedBatch:
             thread = self._thread
             for call in self._calls:
                 call.failure = InputError("the engine was closed while images were being drawn")
-            self._changed.notify_all()
+            self._notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _next(self, call: _Call) -> Event | None:
+    def _next(self, call: Call) -> Event | None:
         """The next event of a call; None after its last one."""
         with self._changed:
             while not self._changed.wait_for(lambda: call.unread or call.over or call.left, 0.5):
@@ -139,13 +183,22 @@ class SharedBatch:
     def _fail(self, error: BaseException) -> None:
         for call in self._calls:
             call.failure = error
+        self._notify()
         self._calls.clear()
         self._loops.clear()
         self._stop()
 
     def _stop(self) -> None:
         self._thread = None
+        self.load = self.load._replace(busy=0, waiting=0)
         self._changed.notify_all()
+
+    def _notify(self) -> None:
+        """Tell those who wait that something has changed."""
+        self._changed.notify_all()
+        for call in self._calls:
+            if call.wake is not None and (call.unread or call.over):
+                call.wake()
 
     def _prepare(self, scheduler: Scheduler | None) -> Scheduler | None:
         """Forget calls that were left, take requests, and see to a loop that is large enough."""
@@ -168,7 +221,7 @@ class SharedBatch:
             call.handles[scheduler.submit(request, call)] = None
         return scheduler
 
-    def _take(self, call: _Call) -> list[Request]:
+    def _take(self, call: Call) -> list[Request]:
         """As many of a call's requests as it may have outstanding."""
         room = 0 if call.exhausted else max(0, 2 * self._capacity - call.outstanding)
         try:
@@ -177,7 +230,7 @@ class SharedBatch:
             call.failure, requests = error, []
         if len(requests) < room:
             call.exhausted = True
-            self._changed.notify_all()
+            self._notify()
         return requests
 
     def _loop(self, slots: int) -> DecodeLoop:
@@ -188,10 +241,11 @@ class SharedBatch:
         return loop
 
     def _tell(self, scheduler: Scheduler, events: list[Event]) -> None:
-        """Hand events to their calls, and let those watch that want to."""
+        """Hand events to their calls, let those watch that want to, and say how busy the batch is."""
+        drawn = len(scheduler.active) + sum(event.finished for event in events)
         for handle in scheduler.active:
             call = handle.owner
-            assert isinstance(call, _Call)
+            assert isinstance(call, Call)
             if call.watch is not None and call.failure is None:
                 try:
                     call.watch(handle.request, handle.steps)
@@ -200,7 +254,10 @@ class SharedBatch:
         with self._changed:
             for event in events:
                 call = event.handle.owner
-                assert isinstance(call, _Call)
+                assert isinstance(call, Call)
                 call.put(event)
             if events or any(call.failure for call in self._calls):
-                self._changed.notify_all()
+                self._notify()
+            busy = sum(handle.request.width for handle in scheduler.active)
+            tokens = self.load.tokens + drawn
+            self.load = Load(self._capacity, busy, scheduler.waiting, tokens)

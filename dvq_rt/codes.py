@@ -2,7 +2,8 @@
 
 A file holds one image or many of one layout, as ``.npz`` (arrays ``header``, ``codes``, ``grain``) or as ``.json``
 (one object: the header's keys, ``codes`` and ``grain`` as nested lists). The header is
-``{"format": "dvq-codes", "schema": 1, "layout": {...}, "labels": [index or null, ...]}``.
+``{"format": "dvq-codes", "schema": 1, "layout": {...}, "labels": [index or null, ...]}``; where an image has a prompt,
+``schema`` is 2 and there are ``"prompts": [text or null, ...]``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from dvq_rt.files import MAX_JSON_BYTES, FileName, open_regular, parse_json, write_file
 from dvq_rt.labels import as_index, whole
 from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.prompts import check_prompt
 from runtimes.errors import ConfigError, DvqError, InputError, guard, short
 
 FORMAT = "dvq-codes"
-SCHEMA = 1
+SCHEMA, PROMPTED = 1, 2
 SUFFIXES = (".npz", ".json")
 MAX_CODES = 1 << 26
 """Codes in one file, such as those of 65,536 images of 32 x 32 cells: half a GiB in memory."""
@@ -48,6 +50,7 @@ class Codes:
         grain: int [hc, wc], the segment (0 is the coarsest) that codes each cell of the coarsest grid, -1 for none.
         layout: the token layout of the model.
         label: index of the image's label, None if it has none.
+        prompt: the text that the image was drawn from, None if there was none.
 
     Raises:
         InputError: a shape, type or value does not fit the layout.
@@ -57,6 +60,7 @@ class Codes:
     grain: NDArray[np.int8]
     layout: TokenLayout
     label: int | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -75,6 +79,8 @@ class Codes:
                 allowed = f"0..{layout.classes - 1} or None" if layout.classes else "None: the model has no labels"
                 raise InputError(f"label is {short(label)}; it must be {allowed}")
             object.__setattr__(self, "label", label)
+        if self.prompt is not None:
+            check_prompt(self.prompt)
         grain_of_cell = layout.grain_of_cells(grain)
         if ((codes.reshape(-1) < 0) != (grain_of_cell < 0)).any():
             raise InputError("codes and grain must be -1 in the same cells, those without a code")
@@ -93,7 +99,7 @@ class Codes:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Codes):
             return NotImplemented
-        same = self.layout == other.layout and self.label == other.label
+        same = (self.layout, self.label, self.prompt) == (other.layout, other.label, other.prompt)
         return same and np.array_equal(self.codes, other.codes) and np.array_equal(self.grain, other.grain)
 
     def __repr__(self) -> str:
@@ -213,15 +219,15 @@ def save_codes(path: FileName, codes: Codes | Iterable[Codes]) -> None:
     _check_count(layout, len(several))
     if any(c.layout != layout for c in several):
         raise InputError("the codes have different layouts; save those of each model in a file of their own")
-    header = {"format": FORMAT, "schema": SCHEMA, "layout": layout.to_dict(), "labels": [c.label for c in several]}
-    maps, grains = np.stack([c.codes for c in several]), np.stack([c.grain for c in several])
     if suffix == ".json":
-        data = json.dumps({**header, "codes": maps.tolist(), "grain": grains.tolist()}).encode()
+        data = json.dumps(codes_to_dict(several)).encode()
         if len(data) > MAX_JSON_BYTES:
             raise InputError(f"{len(several)} images make a JSON file of {len(data)} bytes; save them as .npz")
     else:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, header=np.array(json.dumps(header)), codes=maps.astype(np.int32), grain=grains)
+        maps, grains = np.stack([c.codes for c in several]), np.stack([c.grain for c in several])
+        header = np.array(json.dumps(_header(several)))
+        np.savez_compressed(buffer, header=header, codes=maps.astype(np.int32), grain=grains)
         data = buffer.getvalue()
     write_file(path, data)
 
@@ -240,10 +246,36 @@ def load_codes(path: FileName) -> list[Codes]:
         guard(InputError, f"{path} is not a readable file of codes", mend),
     ):
         try:
-            layout, labels, maps, grains = _parse_json(file) if suffix == ".json" else _parse_npz(file)
-            return [Codes(m, g, layout, label) for m, g, label in zip(maps, grains, labels, strict=True)]
+            layout, tags, maps, grains = _parse_json(file) if suffix == ".json" else _parse_npz(file)
+            return [Codes(m, g, layout, *tag) for m, g, tag in zip(maps, grains, tags, strict=True)]
         except DvqError as cause:  # which does not name the file
             raise ValueError(str(cause)) from cause
+
+
+def codes_to_dict(codes: Sequence[Codes]) -> dict[str, Any]:
+    """The content of a ``.json`` file of the codes of one or more images of one layout."""
+    maps, grains = [c.codes.tolist() for c in codes], [c.grain.tolist() for c in codes]
+    return {**_header(codes), "codes": maps, "grain": grains}
+
+
+def codes_from_dict(content: Any) -> list[Codes]:
+    """Inverse of ``codes_to_dict``.
+
+    Raises:
+        InputError: the content is no such thing; says what is wrong.
+    """
+    with guard(InputError, "the codes cannot be read"):
+        layout, tags = _parse_header(content)
+        rows = zip(content["codes"], content["grain"], tags, strict=True)
+        return [Codes(maps, grain, layout, *tag) for maps, grain, tag in rows]
+
+
+def _header(codes: Sequence[Codes]) -> dict[str, Any]:
+    labels, layout = [c.label for c in codes], codes[0].layout.to_dict()
+    header = {"format": FORMAT, "schema": SCHEMA, "layout": layout, "labels": labels}
+    if any(c.prompt is not None for c in codes):
+        header |= {"schema": PROMPTED, "prompts": [c.prompt for c in codes]}
+    return header
 
 
 def _checked(
@@ -278,40 +310,43 @@ def _check_count(layout: TokenLayout, images: int) -> None:
         )
 
 
-def _parse_header(header: Any) -> tuple[TokenLayout, list[Any]]:
-    """Layout and labels, of which there is one per image."""
+def _parse_header(header: Any) -> tuple[TokenLayout, list[tuple[Any, Any]]]:
+    """Layout, and label and prompt of each image."""
     if not isinstance(header, dict) or not {"format", "schema", "layout", "labels"} <= set(header):
         raise InputError("there is no header with format, schema, layout and labels")
     if header["format"] != FORMAT:
         raise InputError(f"format is {short(header['format'])}, not {FORMAT!r}")
-    if header["schema"] != SCHEMA:
-        raise InputError(f"schema is {short(header['schema'])}, this dvq-rt reads {SCHEMA}; upgrade dvq-rt")
+    if header["schema"] not in (SCHEMA, PROMPTED):
+        raise InputError(f"schema is {short(header['schema'])}, this dvq-rt reads up to {PROMPTED}; upgrade dvq-rt")
     layout = TokenLayout.from_dict(header["layout"])
     if not isinstance(header["labels"], list):
         raise InputError(f"labels is {short(header['labels'])}; it must be a list")
     _check_count(layout, len(header["labels"]))
-    return layout, header["labels"]
+    prompts = header.get("prompts", [None] * len(header["labels"]))
+    if not isinstance(prompts, list) or len(prompts) != len(header["labels"]):
+        raise InputError(f"prompts is {short(prompts)}; it must be a list with one for each label")
+    return layout, list(zip(header["labels"], prompts, strict=True))
 
 
-def _parse_json(file: IO[bytes]) -> tuple[TokenLayout, list[Any], Any, Any]:
+def _parse_json(file: IO[bytes]) -> tuple[TokenLayout, list[tuple[Any, Any]], Any, Any]:
     content = parse_json(file.read())
-    layout, labels = _parse_header(content)
-    return layout, labels, content["codes"], content["grain"]
+    layout, tags = _parse_header(content)
+    return layout, tags, content["codes"], content["grain"]
 
 
-def _parse_npz(file: IO[bytes]) -> tuple[TokenLayout, list[Any], Any, Any]:
+def _parse_npz(file: IO[bytes]) -> tuple[TokenLayout, list[tuple[Any, Any]], Any, Any]:
     file.seek(max(file.seek(0, os.SEEK_END) - 42, 0))
     end = file.read().rjust(42)
     listed = int.from_bytes(end[-10:-6], "little")  # the bytes that zipfile reads at once, if there is no longer form
     if end[-22:-18] != b"PK\5\6" or end.startswith(b"PK\6\7") or listed > MAX_DIRECTORY_BYTES:
         raise InputError("it is cut short, or no archive of header, codes and grain")
     with zipfile.ZipFile(file) as archive:
-        layout, labels = _parse_header(parse_json(str(_member(archive, "header", ()))))
+        layout, tags = _parse_header(parse_json(str(_member(archive, "header", ()))))
         maps, grains = (
-            _member(archive, name, (len(labels), side, side))
+            _member(archive, name, (len(tags), side, side))
             for name, side in (("codes", layout.sides[-1]), ("grain", layout.sides[0]))
         )
-    return layout, labels, maps, grains
+    return layout, tags, maps, grains
 
 
 def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> NDArray[Any]:

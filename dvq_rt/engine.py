@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Generator as Events
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +25,7 @@ from dvq_rt.images import to_uint8
 from dvq_rt.labels import whole
 from dvq_rt.layout import UNORDERED, Tokens
 from dvq_rt.manifest import Manifest, engine_folder, read_engine
+from dvq_rt.prompts import PromptReader, read_tokenizer
 from dvq_rt.rates import Rate, select_codes
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import SLOTS, StepTable
@@ -32,11 +35,12 @@ from runtimes.onnxruntime import Providers
 from runtimes.protocol import Backend, Program, TensorSpec
 from runtimes.registry import open_backend
 
+LOG = logging.getLogger(__name__)
 MOST_SLOTS = 4096
 """Rows that exported graphs take at most."""
-GRAPHS = ("encoder", "decoder", "step")
 LOGITS = ("position_logits", "content_logits")
 LOGPROBS = ("position_logprob", "content_logprob")
+LOGMASSES = ("position_logmass", "content_logmass")
 
 
 class Engine:
@@ -58,12 +62,13 @@ class Engine:
             raise InputError(f"slots is {slots}; this engine has {manifest.slots}, fixed at its export; leave it out")
         self.path, self.manifest, self.layout = path, manifest, manifest.layout
         try:
-            self.table = StepTable.from_dict(manifest.layout, manifest.step)
+            self.table = StepTable.from_dict(manifest.layout, manifest.step, manifest.prompt)
         except ConfigError as error:
             raise EngineError(f"engine {path}: its manifest contradicts itself: {error}; export it again") from error
         self.backend, self.slots = backend, slots or manifest.slots
         self._lock = threading.Lock()
         self._programs: dict[str, Program] = {}
+        self._reader: PromptReader | None = None
         own_loop = WeakMethod(self.loop)  # no circle, so that the last user's leaving frees everything
 
         def open_loop(count: int) -> DecodeLoop:
@@ -73,7 +78,7 @@ class Engine:
 
         # a GPU takes many slots in about the time of one, and every size would be captured anew
         whole_batch = slots is not None or manifest.fixed_slots or backend.poll > 1
-        self._batch = SharedBatch(open_loop, self.slots, whole_batch)
+        self.batch = SharedBatch(open_loop, self.slots, whole_batch)
 
     @classmethod
     def open(
@@ -106,19 +111,23 @@ class Engine:
             providers=providers,
             session_options=session_options,
         )
-        return cls(folder, manifest, backend, slots)
+        engine = cls(folder, manifest, backend, slots)
+        kind = f"{manifest.family}, weights {manifest.weights}, on {manifest.backend}"
+        LOG.info("engine %s: %s, at most %d slots", folder, kind, engine.slots)
+        return engine
 
     # --- graphs ------------------------------------------------------------------------------------------------
     def program(self, name: str) -> Program:
-        """The encoder, decoder or step, loaded when it is first asked for."""
+        """The encoder, decoder, step or text encoder, loaded when it is first asked for."""
         with self._lock:
             if name not in self._programs:
-                path = self.path / f"{name}{self.backend.suffix}"
+                path, began = self.path / f"{name}{self.backend.suffix}", time.perf_counter()
                 # an engine whose files were replaced since it was opened is refused; before the manifest is written
                 # there is nothing to compare with
                 program = self.backend.load(path, self.manifest.files or None, main=name == "step")
                 check_interface(path, program, *self._interface(name, program))
                 self._programs[name] = program
+                LOG.info("loaded %s in %.2f s", path.name, time.perf_counter() - began)
             return self._programs[name]
 
     def _interface(self, name: str, program: Program) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -130,6 +139,10 @@ class Engine:
                 {port.name: TensorSpec(port.dtype, shape[port]) for port in self.table.inputs},
                 {port.output: TensorSpec(port.dtype, shape[port]) for port in self.table.outputs},
             )
+        if name == "text":
+            rows = next(port.shape for port in self.table.inputs if port.name == "prefix")[1:]
+            ids = {"ids": TensorSpec("int64", (1, rows[0])), "length": TensorSpec("int64", (1,))}
+            return ids, {"prefix": TensorSpec("float32", (1, *rows))}
         size, fine, coarse = self.manifest.image_size, self.layout.sides[-1], self.layout.sides[0]
         images, codes = TensorSpec("float32", (None, 3, size, size)), TensorSpec("int64", (None, fine, fine))
         if name == "encoder":
@@ -175,6 +188,30 @@ class Engine:
         rows = [self.program(name).run({key: row[None]}, names) for row in values]
         return {output: np.concatenate([row[output] for row in rows]) for output in rows[0]}
 
+    # --- prompts -----------------------------------------------------------------------------------------------
+    @property
+    def prompts(self) -> PromptReader:
+        """Texts to the rows that requests take.
+
+        Raises:
+            InputError: the model reads no prompts.
+            BackendError: the package tokenizers is missing.
+        """
+        if not self.manifest.conditioning:
+            raise InputError(f"prompts were given, but the model of {self.path} reads none; leave them out")
+        with self._lock:
+            if self._reader is None:
+                tokenizer = read_tokenizer(self.path, self.manifest.conditioning["tokenizer"], self.manifest.prompt)
+                self._reader = PromptReader(tokenizer, self.embed)
+            return self._reader
+
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows float32 [l, C] of a prompt's token ids int64 [l]; l at most the manifest's ``prompt``."""
+        table = np.zeros((1, self.manifest.prompt), np.int64)
+        table[0, : len(ids)] = ids
+        rows = self.program("text").run({"ids": table, "length": np.array([len(ids)], np.int64)})["prefix"]
+        return rows[0, : len(ids)].astype(np.float32)
+
     # --- tokens ------------------------------------------------------------------------------------------------
     def sampling(self, params: SamplingParams | None) -> SamplingParams:
         """Sampling parameters that this engine can draw with; None takes the recommended ones.
@@ -185,7 +222,7 @@ class Engine:
         params = SamplingParams.from_dict(self.manifest.defaults) if params is None else params
         if not isinstance(params, SamplingParams):
             raise InputError(f"params is a {type(params).__name__}; it must be a SamplingParams")
-        if params.guidance != 1 and not self.layout.null_label:
+        if params.guidance != 1 and not self.manifest.guidable:
             raise InputError(
                 f"guidance is {params.guidance}, but this model was trained without a null label; use guidance=1"
             )
@@ -202,7 +239,7 @@ class Engine:
 
     def draw(self, requests: Iterable[Request], watch: Watch | None = None) -> Events[Event, None, None]:
         """Events of requests that are drawn in the batch that all threads share; see ``SharedBatch.draw``."""
-        yield from self._batch.draw(requests, watch)  # a generator of the engine's, which so stays open
+        yield from self.batch.draw(requests, watch)  # a generator of the engine's, which so stays open
 
     def force(
         self,
@@ -211,6 +248,8 @@ class Engine:
         *,
         slots: int | None = None,
         limit: int | None = None,
+        kinds: Sequence[NDArray[np.int64] | None] = (),
+        prompts: Sequence[NDArray[np.float32] | None] = (),
     ) -> list[dict[str, NDArray[Any]]]:
         """Run along given sequences, each in its order.
 
@@ -220,12 +259,17 @@ class Engine:
             slots: draw in a loop of one's own with so many slots, row i in slot i as far as there are; None takes the
                 shared batch.
             limit: stop each sequence after so many tokens.
+            kinds: of each row's tokens, see ``dvq_rt.editing.given_first``; none for rows without given tokens.
+            prompts: rows in front of each sequence; none at all for the empty prompt.
 
         Returns:
             for each row {name: [steps, ...]}; ``steps`` ends with the token that completes the image.
         """
         requests = [
-            Request.along(self.layout, row, record=tuple(record), limit=limit, key=i) for i, row in enumerate(rows)
+            Request.along(self.layout, row, kind, record=tuple(record), limit=limit, key=i, prompt=prompt)
+            for i, (row, kind, prompt) in enumerate(
+                zip(rows, kinds or [None] * len(rows), prompts or [None] * len(rows), strict=True)
+            )
         ]
         events = self.draw(requests) if slots is None else run_alone(self.loop(slots), requests)
         records: dict[int, dict[str, NDArray[Any]]] = {}
@@ -237,7 +281,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is being drawn, and free graphs and buffers."""
-        self._batch.end()
+        self.batch.end()
         with self._lock:
             self._programs.clear()
 

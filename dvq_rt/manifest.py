@@ -31,13 +31,17 @@ from dvq_rt.files import (
     restore_folder,
     write_file,
 )
+from dvq_rt.hub import PREFIX, fetch
 from dvq_rt.layout import TokenLayout
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import ConfigError, EngineError, guard, short
 
-SCHEMA, OLDER = 2, (1,)
-"""The version that is written, and those that are read too: 1 lacks ``tokenizer``."""
+SCHEMA, OLDER = 3, (1, 2)
+"""The version that is written, and those that are read too: 1 lacks ``tokenizer``, both ``conditioning``."""
 MANIFEST = "manifest.json"
+GRAPHS = ("encoder", "decoder", "step")
+TEXT_GRAPH = "text"
+"""The graph that models which read prompts have beside the others."""
 DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
 """The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
@@ -70,6 +74,8 @@ class Manifest:
         tolerances: errors measured at export, by name.
         parameters: parameter counts, by name.
         tokenizer: how it chooses what gets codes, as plain values, e.g. ``entropy_low``; empty if it is not known.
+        conditioning: of a model that reads prompts, ``{"kind": "prefix", "max": most tokens of a prompt, "tokenizer":
+            "tokenizer.json" or "bytes", "empty": whether the empty prompt stands for anything}``; empty for others.
         target: device that the graphs were lowered for; those for ``cuda`` run on a CPU too, though slower. Of
             TensorRT plans the GPUs, e.g. ``sm86,sm89``.
         family, backend, schema: kind of model, kind of engine, version of this format.
@@ -91,6 +97,7 @@ class Manifest:
     tolerances: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    conditioning: dict[str, Any] = field(default_factory=dict)
     family: str = "dq"
     backend: str = "onnxruntime"
     target: str = "cpu"
@@ -124,10 +131,9 @@ class Manifest:
         for name in ("defaults", "tokenizer"):
             plain_values: Any = lambda v: v is None or isinstance(v, int | float | str)  # noqa: E731
             _check_dict(name, getattr(self, name), plain_values, "plain values")
+        _check_conditioning(self.conditioning)
         guidance = SamplingParams.from_dict(self.defaults).guidance
-        _check(
-            guidance == 1 or self.layout.null_label, "defaults.guidance", guidance, "must be 1: there is no null label"
-        )
+        _check(guidance == 1 or self.guidable, "defaults.guidance", guidance, "must be 1: there is no null label")
         _check_dict("files", self.files, _is_file_entry, "entries {sha256: 64 hex digits, bytes: size}")
         for name in self.files:
             plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST
@@ -151,16 +157,35 @@ class Manifest:
         number = "int8" if self.rounds_activations else CACHES.get(self.precision)
         for name, _ in self.step["caches"]:
             shape, dtype = specs[name]["shape"], specs[name]["dtype"]
-            long = shape[2:3] == [self.layout.max_length]
-            _check(
-                long, "step", specs[name], f"must have {self.layout.max_length}, layout's longest image, as 3rd size"
-            )
+            longest = self.layout.max_length + self.prompt
+            long = shape[2:3] == [longest]
+            _check(long, "step", specs[name], f"must have {longest}, the longest prompt and image, as 3rd size")
             _check(number in (None, dtype), "step", specs[name], f"must be {number}: see precision and weights")
 
     @property
     def rounds_activations(self) -> bool:
         """Whether activations, caches and the decoder's maps are integers too, as with integer weights on a CPU."""
         return self.weights.startswith("int") and self.target == "cpu"
+
+    @property
+    def prompt(self) -> int:
+        """Most tokens of a prompt; 0 where none are read."""
+        return int(self.conditioning.get("max", 0))
+
+    @property
+    def empty_prompt(self) -> bool:
+        """Whether the empty prompt stands for anything."""
+        return bool(self.conditioning.get("empty", False))
+
+    @property
+    def guidable(self) -> bool:
+        """Whether there is something that guidance can compare with: a null label, or the empty prompt."""
+        return self.layout.null_label or self.empty_prompt
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs, without their suffix."""
+        return (*GRAPHS, TEXT_GRAPH) if self.conditioning else GRAPHS
 
     @property
     def fixed_slots(self) -> bool:
@@ -180,20 +205,23 @@ class Manifest:
             ConfigError: a key is unknown or missing, or a value is of the wrong type or out of its range.
         """
         if values.get("schema") in OLDER:
-            values = {"tokenizer": {}, **values}
+            values = {"tokenizer": {}, "conditioning": {}, **values}
         return read_dataclass(cls, values, "manifest")
 
 
 def engine_folder(name: FileName | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo; None is ``demo:dq``.
+    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo, or ``hf:owner/name@revision``,
+    see ``dvq_rt.hub``; None is ``demo:dq``.
 
     Raises:
-        EngineError: the name is empty, as an unset shell variable makes it, or no path.
+        EngineError: the name is empty, as an unset shell variable makes it, or no path; or the hub does not give it.
     """
     if name is None:
         name = "demo:dq"
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise EngineError(f"the engine is {short(name)}; give the path of a folder, or {' or '.join(DEMOS)}")
+    if str(name).startswith(PREFIX):
+        return fetch(str(name))
     return DEMOS.get(str(name)) or Path(name)
 
 
@@ -309,6 +337,15 @@ def _check_dict(name: str, value: Any, good: Callable[[Any], bool], words: str) 
     _check(isinstance(value, dict), name, value, "must be an object")
     for key, entry in value.items():
         _check(_is_text(key) and good(entry), name, {key: entry}, f"must map names to {words}")
+
+
+def _check_conditioning(value: Any) -> None:
+    good = isinstance(value, dict)
+    if value:
+        good = good and set(value) == {"kind", "max", "tokenizer", "empty"} and value["kind"] == "prefix"
+        good = good and _is_int(value["max"], 1) and isinstance(value["empty"], bool)
+        good = good and value["tokenizer"] in ("tokenizer.json", "bytes")
+    _check(good, "conditioning", value, "must be empty or {kind: 'prefix', max, tokenizer, empty}")
 
 
 def _check_step(step: Any) -> None:

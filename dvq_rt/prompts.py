@@ -6,20 +6,27 @@ NFKC, in lower case, with single spaces. The empty prompt, or one of white space
 
 from __future__ import annotations
 
+import threading
 import unicodedata
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.errors import BackendError, DvqError, InputError, guard, short
+from dvq_rt.files import open_regular
+from runtimes.errors import BackendError, DvqError, EngineError, InputError, guard, short
 
 BYTES = "bytes"
 """The text tokenizer that needs no package."""
 MOST_CHARACTERS = 10_000
 """Of a prompt; far above what any model reads."""
+KEPT_PROMPTS = 256
+"""Prompts whose rows are kept for later."""
 Prompt = str | None
+Rows = NDArray[np.float32]
 
 
 class TextTokenizer:
@@ -75,6 +82,55 @@ class TextTokenizer:
                 )
             ids = ids[: self.length] if self._whole is None else self._cut.encode(text).ids
         return np.array(ids, dtype=np.int64)
+
+
+class PromptReader:
+    """Prompts to the rows that a step reads; those of the last prompts are kept. Safe to use from several threads.
+
+    Args:
+        tokenizer: texts to token ids.
+        embed: token ids int64 [l] to rows float32 [l, C].
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, embed: Callable[[NDArray[np.int64]], Rows]) -> None:
+        self.tokenizer, self._embed = tokenizer, embed
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, Rows] = OrderedDict()
+
+    def rows(self, text: Prompt, truncate: bool = False) -> Rows | None:
+        """Rows float32 [l, C] of a prompt; None of the empty one.
+
+        Args:
+            truncate: leave out the end of a text that is too long.
+
+        Raises:
+            InputError: see ``TextTokenizer.encode``.
+        """
+        ids = self.tokenizer.encode("" if text is None else text, truncate)
+        if not len(ids):
+            return None
+        key = ids.tobytes()
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._embed(ids)
+                if len(self._kept) > KEPT_PROMPTS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+def read_tokenizer(folder: Path, name: str, length: int) -> TextTokenizer:
+    """The text tokenizer of an engine folder: a file of that name, or ``bytes``.
+
+    Raises:
+        EngineError: the file cannot be read.
+        BackendError: the package tokenizers is missing.
+    """
+    if name == BYTES:
+        return TextTokenizer(BYTES, length)
+    with guard(EngineError, f"{folder / name} cannot be read"), open_regular(folder / name) as file:
+        source = file.read().decode()
+    return TextTokenizer(source, length)
 
 
 def import_tokenizers() -> Any:

@@ -70,24 +70,42 @@ def verify(engine: Engine, limit: int | None = None) -> list[Check]:
 
     Golden tensors (``golden.safetensors``, made by PyTorch at export): ``images``, ``codes``, ``grain``, ``decoded``;
     ``position`` and ``content`` int64 [N, T + 1] (joint ids, -1 after the end), ``steps`` int64 [S] and both heads'
-    logits [N, S, V] at those steps; ``free_labels`` [M] of free runs with seed 0 and either their ``free_cells`` [M,
-    cells] or their tokens, ``free_position`` and ``free_content`` as above.
+    logits [N, S, V] at those steps, of models that can be given tokens also the ``kind`` of each; ``free_labels`` [M]
+    of free runs with seed 0 and either their ``free_cells`` [M, cells] or their tokens, ``free_position`` and
+    ``free_content`` as above.
     """
     golden = read_tensors(engine.path / "golden.safetensors")
     bounds = BOUNDS[engine.manifest.precision]
     quantized = engine.manifest.rounds_activations
     results = check_tokenizer(engine, golden, bounds, quantized)
+    prompts = golden_prompts(engine, golden)
+    if prompts:
+        results.append(check_prompts(golden, prompts, bounds))
 
     rows = [golden_tokens(engine.layout, golden, i) for i in range(len(golden["position"]))]
-    records = [engine.force([row], slots=1, limit=limit)[0] for row in rows]
+    kinds = [golden["kind"][i][: len(row.content)] if "kind" in golden else None for i, row in enumerate(rows)]
+    before: list[Array | None] = [*prompts] or [None] * len(rows)
+    records = [
+        engine.force([row], slots=1, limit=limit, kinds=[kind], prompts=[prompt])[0]
+        for row, kind, prompt in zip(rows, kinds, before, strict=True)
+    ]
     results += check_logits(engine, golden, records, bounds, quantized)
 
     count = engine.manifest.slots if engine.manifest.fixed_slots else SLOTS
-    twins = engine.force([rows[0]] * count, slots=count, limit=limit)
+
+    def forced(which: list[int]) -> list[dict[str, Array]]:
+        return engine.force(
+            [rows[i] for i in which],
+            slots=count,
+            limit=limit,
+            kinds=[kinds[i] for i in which],
+            prompts=[before[i] for i in which],
+        )
+
+    twins = forced([0] * count)
     same = max(difference(twins[0], twin) for twin in twins[1:])
     results.append(check("step: difference between identical slots", same, 0.0))
-    others = [rows[-1 - i % (len(rows) - 1)] for i in range(count - 1)]
-    beside = engine.force([rows[0], *others], slots=count, limit=limit)
+    beside = forced([0, *(len(rows) - 1 - i % (len(rows) - 1) for i in range(count - 1))])
     changed = difference(twins[0], beside[0])
     results.append(check("step: change of a slot when its neighbour changes", changed, 0.0))
 
@@ -122,6 +140,18 @@ def check_tokenizer(engine: Engine, golden: dict[str, Array], bounds: Bounds, qu
         levels = np.abs(decoded["pixels"].astype(int) - to_uint8(decoded["images"])).max()
         results.append(check("decoder: levels between the device's bytes and the host's", levels, 1.0))
     return results
+
+
+def golden_prompts(engine: Engine, golden: dict[str, Array]) -> list[Array]:
+    """Rows of the golden prompts by the engine's text encoder; none of a model that reads none."""
+    return [engine.embed(ids[ids >= 0]) for ids in golden.get("prompts", ())]
+
+
+def check_prompts(golden: dict[str, Array], prompts: list[Array], bounds: Bounds) -> Check:
+    """The text encoder against golden values."""
+    wanted = [want[: len(rows)] for want, rows in zip(golden["prefix"], prompts, strict=True)]
+    error = max(largest(rows - want) for rows, want in zip(prompts, wanted, strict=True) if len(rows))
+    return check("text: relative error", error / largest(golden["prefix"]), bounds.logits)
 
 
 def check_logits(
@@ -172,8 +202,8 @@ def free_runs(engine: Engine, golden: dict[str, Array], bounds: Bounds, limit: i
     and an image may take another turn, the share of tokens that differ from the same history."""
     differing: list[float] = []
     few = "free_position" in golden
-    for i, label in enumerate(golden["free_labels"].tolist()):
-        request = Request(label, free_params(engine.layout, engine.manifest.defaults, label, few), image=i)
+    for i in range(len(golden["free_labels"])):
+        request = free_request(engine, golden, i)
         if few:
             row = (golden["free_position"][i], golden["free_content"][i])
             # from here on the mean is over the bound, whatever the other images do
@@ -187,10 +217,23 @@ def free_runs(engine: Engine, golden: dict[str, Array], bounds: Bounds, limit: i
     return check("free run: images whose tokens differ from PyTorch", np.sum(differing), 0.0)
 
 
-def free_params(layout: TokenLayout, defaults: dict[str, Any], label: int, few: bool) -> SamplingParams:
-    """How the free runs draw: by the engine's defaults, where the label allows guidance; with ``few`` among FEW
-    candidates, since the order of many nearly equal ones, and so the draw, hangs on the last bit of narrow numbers."""
-    guided = layout.null_label and label < layout.classes
+def free_request(engine: Engine, golden: dict[str, Array], image: int) -> Request:
+    """The request of a golden free run. The prompt of one is what the one before is led away from."""
+    label, few = int(golden["free_labels"][image]), "free_position" in golden
+    some = {"prompts": golden["prompts"][image : image + 2]} if "prompts" in golden else {}
+    prompts: list[Array | None] = [*golden_prompts(engine, some)]
+    prompt, negative = [*prompts, None, None][:2]
+    params = free_params(engine.layout, engine.manifest.defaults, label, few, engine.manifest.empty_prompt)
+    return Request(label, params, image=image, prompt=prompt, negative=negative)
+
+
+def free_params(
+    layout: TokenLayout, defaults: dict[str, Any], label: int, few: bool, empty: bool = False
+) -> SamplingParams:
+    """How the free runs draw: by the engine's defaults, where the label, or the ``empty`` prompt, allows guidance; with
+    ``few`` among FEW candidates, since the order of many nearly equal ones, and so the draw, hangs on the last bit of
+    narrow numbers."""
+    guided = empty or (layout.null_label and label < layout.classes)
     return SamplingParams.from_dict(
         {**(defaults if guided else {}), **({"top_k": FEW, "top_k_position": FEW} if few else {})}
     )

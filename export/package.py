@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from dvq_rt.manifest import Manifest
+from dvq_rt.prompts import BYTES
 from dvq_rt.step import StepTable
-from export.graphs import DecoderGraph, EncoderGraph, PixelDecoder
+from export.graphs import DecoderGraph, EncoderGraph, PixelDecoder, TextGraph
 from export.lowering import OPSET
 from export.tracing import trace
 from runtimes.errors import ExportError
-from training.checkpoint import Model
+from training.checkpoint import TEXT_TOKENIZER, Model
+from training.frozen_text import frozen_of
 from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer
@@ -46,7 +48,7 @@ def write_graphs(
     fused: bool = False,
     opset: int = OPSET,
 ) -> None:
-    """Trace encoder, decoder and step into a folder.
+    """Trace encoder, decoder and step into a folder; of a model that reads prompts also the text encoder.
 
     Args:
         table: the step's interface.
@@ -78,6 +80,29 @@ def write_graphs(
         fused=fused,
         **options,
     )
+    if net.text is not None:
+        prompt = {"ids": torch.zeros(1, table.prompt, dtype=torch.long), "length": torch.ones(1, dtype=torch.long)}
+        trace(
+            TextGraph(net.text, frozen_of(model)).eval(),
+            prompt,
+            ["prefix"],
+            folder / "text.onnx",
+            **{**options, "fixed": True},
+        )
+
+
+def write_tokenizer(model: Model, folder: Path) -> None:
+    """The text tokenizer's file, where it has one."""
+    if model.text is not None and model.text_tokenizer != BYTES:
+        (folder / TEXT_TOKENIZER).write_text(model.text_tokenizer, encoding="utf-8")
+
+
+def conditioning(model: Model) -> dict[str, Any]:
+    """What the manifest says of prompts."""
+    if (text := model.text) is None:
+        return {}
+    name = BYTES if model.text_tokenizer == BYTES else TEXT_TOKENIZER
+    return {"kind": "prefix", "max": text.length, "tokenizer": name, "empty": text.empty}
 
 
 def describe(
@@ -113,6 +138,7 @@ def describe(
         defaults=model.defaults,
         parameters=count_parameters(model),
         tokenizer=vae.routing(),
+        conditioning=conditioning(model),
     )
 
 

@@ -10,19 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvq_rt.decoding import Request
+from dvq_rt.editing import given_first
 from dvq_rt.engine import Engine
 from dvq_rt.files import read_tensors, write_tensors
 from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
 from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
-from dvq_rt.verify import draw_tokens, free_params, verify
+from dvq_rt.verify import draw_tokens, free_params, free_request, verify
 from export.quantization.weights import QuantLinear
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model
-from training.sampling import sample_tokens
+from training.frozen_text import frozen_of
+from training.sampling import embed_prompts, sample_tokens
 from training.torch_program import drawn_tokens, sample_events, teacher_forced
 
 IMAGES, STEPS = 4, 24
@@ -47,10 +48,9 @@ def keep_drawn(engine: Engine) -> None:
     """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the engine will."""
     golden = read_tensors(engine.path / "golden.safetensors")
     rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
-    for i, label in enumerate(golden["free_labels"].tolist()):
+    for i in range(len(golden["free_labels"])):
         count = int((golden["free_position"][i] >= 0).sum()) - 1
-        params = free_params(engine.layout, engine.manifest.defaults, label, few=True)
-        tokens = draw_tokens(engine, Request(label, params, image=i), count)
+        tokens = draw_tokens(engine, free_request(engine, golden, i), count)
         for (name, runs), values in zip(rows.items(), tokens, strict=True):
             runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
     free = {name: padded(runs) for name, runs in rows.items()}
@@ -95,6 +95,9 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
     labels = [i % layout.starts for i in range(count)]
+    prompts, frozen = random_prompts(model, count), frozen_of(model)
+    texts: list[NDArray[Any]] = [*prompts] if frozen is None else [frozen.of(ids) for ids in prompts]
+    embedded = embed_prompts(net, texts) if texts else []
 
     # encoder and decoder
     images = smooth_images(vae.config.image_size, count)
@@ -106,7 +109,12 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         rows = random_rows(layout, labels[:2])
     else:
         drawn = SamplingParams(positions="drawn")
-        rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1)]
+        rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1, prompts=embedded)]
+    kinds: list[NDArray[np.int64] | None] = [None] * len(rows)
+    if net.config.given:  # of every second sequence the left half comes first
+        keep = np.arange(layout.sides[0] ** 2).reshape(layout.sides[0], -1) % layout.sides[0] < layout.sides[0] // 2
+        for i in range(0, len(rows), 2):
+            rows[i], kinds[i] = given_first(layout, rows[i], keep)
     longest = max(len(row.content) for row in rows)
     steps = np.unique(np.linspace(0, longest - 2, STEPS).astype(np.int64))
     if limit is not None and short:
@@ -115,12 +123,12 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     logits = {head: np.zeros((len(rows), len(steps), widths[head]), np.float32) for head in HEADS}
     for i, row in enumerate(rows):
         reached = steps[steps < len(row.content) - 1]
-        for head, values in teacher_forced(net, row).items():
+        for head, values in teacher_forced(net, row, texts[i] if texts else None, kinds[i]).items():
             logits[head][i, : len(reached)] = values[reached].numpy()
 
     # free runs
     free_labels = labels[: 1 if large else 2]
-    runs = [free_run(model, label, i, limit) for i, label in enumerate(free_labels)]
+    runs = [free_run(model, label, i, limit, embedded) for i, label in enumerate(free_labels)]
     free: dict[str, NDArray[Any]]
     if limit is None:
         free = {"free_cells": np.stack([cells for _, cells in runs])}
@@ -134,14 +142,35 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         "grain_codes": grain_codes.numpy(),
         "decoded": decoded.numpy(),
         **{head: padded([getattr(row, head) for row in rows]) for head in HEADS},
+        **({"kind": padded([np.zeros(1, np.int64) if k is None else k for k in kinds], 0)} if net.config.given else {}),
         "steps": steps,
         **{f"{head}_logits": values for head, values in logits.items()},
         "free_labels": np.array(free_labels, dtype=np.int64),
         **free,
+        **({"prompts": padded(prompts), "prefix": prompt_table(embedded)} if prompts else {}),
     }
 
 
-def free_run(model: Model, label: int, image: int, limit: int | None) -> tuple[Tokens, NDArray[np.int32]]:
+def random_prompts(model: Model, count: int) -> list[NDArray[np.int64]]:
+    """Token ids of prompts of 12, 1, the most and 0 tokens, in turn; none for a model that reads none."""
+    if (config := model.text) is None:
+        return []
+    vocabulary, rng = config.vocabulary or model.prompts().vocabulary, np.random.default_rng(0)
+    lengths = [min(12, config.length), 1, config.length, 0]
+    return [rng.integers(vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
+
+
+def prompt_table(prompts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Rows of prompts below each other, [N, longest, C], 0 after their end."""
+    table = np.zeros((len(prompts), max(map(len, prompts)), prompts[0].shape[1]), np.float32)
+    for line, rows in zip(table, prompts, strict=True):
+        line[: len(rows)] = rows
+    return table
+
+
+def free_run(
+    model: Model, label: int, image: int, limit: int | None, prompts: list[NDArray[np.float32]]
+) -> tuple[Tokens, NDArray[np.int32]]:
     """Tokens and cells of an image that PyTorch draws with caches, its beginning compared with the uncached sampler. Of
     integer weights it is not: where the last bit of a sum decides how an activation is rounded, a draw may turn.
 
@@ -149,12 +178,15 @@ def free_run(model: Model, label: int, image: int, limit: int | None) -> tuple[T
         ExportError: the two differ.
     """
     _, net = model.both()
-    params = free_params(net.layout, model.defaults, label, few=limit is not None)
-    (event,) = sample_events(net, [label], params, first=image, limit=limit)
+    empty = net.text is not None and net.text.config.empty
+    params = free_params(net.layout, model.defaults, label, few=limit is not None, empty=empty)
+    texts: dict[str, Any] = {"prompts": prompts[image : image + 1], "negatives": prompts[image + 1 : image + 2]}
+    (event,) = sample_events(net, [label], params, first=image, limit=limit, **texts)
     tokens = drawn_tokens(net.layout, event)
     if any(isinstance(layer, QuantLinear) and layer.rounds for layer in net.modules()):
         return tokens, event.cells
-    (oracle,) = sample_tokens(net, [label], params, first_image=image, limit=min(limit or ORACLE_TOKENS, ORACLE_TOKENS))
+    most = min(limit or ORACLE_TOKENS, ORACLE_TOKENS)
+    (oracle,) = sample_tokens(net, [label], params, first_image=image, limit=most, **texts)
     for head, expected in zip(("content", "position"), oracle, strict=True):
         given = getattr(tokens, head)[: len(expected)].tolist()
         if given != expected[: len(given)]:

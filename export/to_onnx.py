@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.labels import whole
 from dvq_rt.manifest import Manifest, write_engine
@@ -22,7 +22,7 @@ from dvq_rt.sampling import SamplingParams
 from export.coverage.check import check_coverage
 from export.labels import keep_labels
 from export.lowering import TARGETS, attention_for
-from export.package import check_whole, describe, summary, write_graphs
+from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
 from export.parity import check_engine, check_limit, golden_values, keep_drawn
 from export.precision import PRECISIONS, narrow
 from export.quantization.calibration import CALIBRATION
@@ -101,6 +101,8 @@ def export_onnx(
         calibrate, tuning = whole("calibrate", calibrate, 0, MOST_IMAGES), whole("tuning", tuning, 0, MOST_STEPS)
         if tuning and not calibrate:
             raise ConfigError(f"tuning is {tuning} and calibrate 0; tuning needs images")
+        if model.text is not None:
+            raise ExportError(f"weights {weights} are not made for models that read prompts; use fp32 or fp16")
         if tuning and target != "cpu":
             raise ConfigError(f"tuning is {tuning}; it is for target 'cpu', where activations are rounded too")
     limit = None
@@ -137,8 +139,9 @@ def export_onnx(
         gpu = target == "cuda"
         write_graphs(traced, folder, table, attention, half_weights=half, pixels=gpu, fused=gpu)
         if gpu:
-            for part in GRAPHS:
+            for part in manifest.graphs:
                 check_coverage(folder / f"{part}.onnx")
+        write_tokenizer(model, folder)
         if precision == "bf16":
             write_tensors(folder / "golden.safetensors", golden_values(rounded, limit))
             return manifest

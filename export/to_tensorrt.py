@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.labels import whole
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.step import StepTable
 from export.lowering import TENSORRT_OPSET, scatter_attention
-from export.package import check_whole, describe, summary, write_graphs
+from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
 from export.parity import check_engine, check_limit, golden_values, keep_drawn
 from export.precision import PRECISIONS, narrow
 from export.tensorrt.check import check_graph
@@ -91,7 +91,7 @@ def export_tensorrt(
             graphs = Path(name)
             say("tracing")
             trace_graphs(traced, graphs, table, slots)
-            for part in GRAPHS:
+            for part in manifest.graphs:
                 caches = manifest.step["caches"] if part == "step" else []
                 check_graph(load_graph(graphs / f"{part}.onnx"), caches)
             measured = manifest
@@ -103,10 +103,11 @@ def export_tensorrt(
                 measured = check_engine(model, graphs, manifest, limit)
                 if precision != "fp32":
                     keep_drawn(Engine(graphs, manifest, OnnxRuntimeBackend()))
-            for part in GRAPHS:
+            for part in manifest.graphs:
                 say(f"building {part}")
                 built.append(build_plan(api, graphs / f"{part}.onnx", folder, manifest.step, targets))
             shutil.move(graphs / "golden.safetensors", folder)
+            write_tokenizer(model, folder)
         return measured
 
     return write_engine(out, build, overwrite=overwrite), built

@@ -271,7 +271,7 @@ def test_foreign_files_are_refused(tmp_path):
     random_codes(DUAL, 0).save(path)
     good = json.loads(path.read_text())
     for change, words in (
-        ({"schema": 2}, "upgrade"),
+        ({"schema": 3}, "upgrade"),
         ({"format": "other"}, "format"),
         ({"labels": []}, "shorter|longer"),
         ({"codes": [[[0.5] * 4] * 4]}, "float64"),

@@ -181,7 +181,7 @@ def test_newer_schema(class_engine: Path, tmp_path: Path) -> None:
     del values["sha256"]
     values["schema"] += 1
     (tmp_path / "engine" / MANIFEST).write_text(json.dumps({**values, "sha256": manifest_digest(values)}))
-    with pytest.raises(EngineError, match=r"schema 3, this dvq-rt reads 2; upgrade dvq-rt \(`pip install -U dvq-rt`\)"):
+    with pytest.raises(EngineError, match=r"schema 4, this dvq-rt reads 3; upgrade dvq-rt \(`pip install -U dvq-rt`\)"):
         Generator(tmp_path / "engine")
 
 

@@ -171,7 +171,7 @@ def test_names_of_engines(tmp_path):
 
 def test_schema(engine):
     """A newer folder asks for an upgrade, an older one for a new export, before anything else is judged."""
-    for schema, words in ((3, "upgrade dvq-rt"), (0, "export it again"), ("1", "no schema"), (True, "no schema")):
+    for schema, words in ((4, "upgrade dvq-rt"), (0, "export it again"), ("1", "no schema"), (True, "no schema")):
         values = json.loads((engine / MANIFEST).read_text())
         (engine / MANIFEST).write_text(json.dumps({**values, "schema": schema, "new field": 1}))
         with pytest.raises(EngineError, match=words):
@@ -255,8 +255,11 @@ def test_fields_that_disagree():
         ({"step": {**fixed, "inputs": [STEP["inputs"][0], fixed["inputs"][1]]}}, "everywhere the 4 of slots"),
         ({"step": json.loads(json.dumps(STEP).replace('"B", 4', '"B", "B"'))}, "as the first size alone"),
         ({"step": {**STEP, "inputs": [{**STEP["inputs"][0], "shape": []}, STEP["inputs"][1]]}}, "first size"),
-        ({"layout": replace(MADE.layout, sides=(2, 8)), "image_size": 64}, "must have 67, layout's longest image"),
-        ({"step": long}, "must have 19, layout's longest image"),
+        (
+            {"layout": replace(MADE.layout, sides=(2, 8)), "image_size": 64},
+            "must have 67, the longest prompt and image",
+        ),
+        ({"step": long}, "must have 19, the longest prompt and image"),
         ({"step": eight}, "must be float32: see precision and weights"),
         ({"weights": "int8"}, "must be int8: see precision and weights"),
         ({"precision": "fp16"}, "must be float16: see precision and weights"),

@@ -146,10 +146,12 @@ def test_interrupted_run_goes_on(lite0: Path, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         losses = Objective.losses
 
-        def fail(self: Objective, tokenizer: torch.nn.Module, images: Tensor, step: int) -> dict[str, Tensor]:
+        def fail(
+            self: Objective, tokenizer: torch.nn.Module, images: Tensor, step: int, scale: float
+        ) -> dict[str, Tensor]:
             if step == 13:
                 raise RuntimeError("power cut")
-            return losses(self, tokenizer, images, step)
+            return losses(self, tokenizer, images, step, scale)
 
         patch.setattr(Objective, "losses", fail)
         with pytest.raises(RuntimeError, match="power cut"):

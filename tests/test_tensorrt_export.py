@@ -22,12 +22,12 @@ import export.tensorrt.plans as plans
 import export.to_tensorrt as to_tensorrt
 import runtimes.tensorrt_api as tensorrt_api
 from dvq_rt.__main__ import main
-from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, TokenLayout
-from dvq_rt.manifest import Manifest, read_engine
+from dvq_rt.manifest import GRAPHS, Manifest, read_engine
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET
 from export.parity import golden_values

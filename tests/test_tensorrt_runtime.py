@@ -23,9 +23,8 @@ import runtimes.tensorrt as backend
 from dvq_rt.__main__ import main
 from dvq_rt.decoding import Request, Scheduler
 from dvq_rt.generator import Generator
-from dvq_rt.manifest import Manifest, read_engine, write_engine
+from dvq_rt.manifest import GRAPHS, Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
-from export.to_tensorrt import GRAPHS
 from runtimes.cuda import CudaPythonDevice, Gpu, TorchDevice, find_gpu
 from runtimes.errors import BackendError, EngineError, InputError
 from runtimes.graph_files import check_interface

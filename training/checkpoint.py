@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.text import TextConfig
 from training.models.tokenizer import Tokenizer
+from training.models.transformer import ADDED as ADDED_SIZES
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 3
@@ -69,6 +71,7 @@ class Model(nn.Module):
         transformer: StackedTransformer, or None after stage 1.
         class_names: one name per label, without the null label; empty if unconditional.
         defaults: recommended sampling parameters, copied to the engine's manifest.
+        text_encoder: ``folder`` and ``sha256`` of a frozen text encoder (``training.frozen_text``); empty for none.
         text_tokenizer: content of the ``tokenizer.json`` of a model that reads prompts, or ``bytes``.
     """
 
@@ -84,6 +87,7 @@ class Model(nn.Module):
         self.tokenizer, self.transformer = tokenizer, transformer
         self.class_names, self.defaults = tuple(class_names), dict(defaults or {})
         self.text_tokenizer = text_tokenizer
+        self.text_encoder: dict[str, str] = {}
 
     @property
     def family(self) -> str:
@@ -140,6 +144,8 @@ class Model(nn.Module):
             out["transformer"] = out["layout"] = None
         if self.text is not None:
             out["text"] = asdict(self.text)
+        if self.text_encoder:
+            out["text_encoder"] = self.text_encoder
         return {**out, "class_names": list(self.class_names), "defaults": self.defaults}
 
 
@@ -168,6 +174,23 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
             save_file(state.tensors, fresh / STATE, metadata={"state": text})
         config = {**model.config(), "sha256": {path.name: _sha256(path) for path in sorted(fresh.iterdir())}}
         (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def keep_copies(run: Path, step: int, most: int) -> None:
+    """Keep ``run/checkpoint``, which is of that step, as ``run/step-N`` too, and of such copies the latest ``most``.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    with new_folder(run / f"step-{step}", overwrite=True, error=CheckpointError) as fresh:
+        for path in (run / "checkpoint").iterdir():
+            try:
+                os.link(path, fresh / path.name)  # no file of a checkpoint is ever changed
+            except OSError:  # a disk without links
+                shutil.copyfile(path, fresh / path.name)
+    steps = sorted(int(path.name[5:]) for path in run.glob("step-*") if path.name[5:].isdigit())
+    for old in steps[:-most]:
+        shutil.rmtree(run / f"step-{old}")
 
 
 def _sha256(path: Path) -> str:
@@ -225,7 +248,7 @@ def digest(module: nn.Module) -> str:
     """SHA-256 of a module's weights."""
     total = hashlib.sha256()
     for tensor in module.state_dict().values():
-        total.update(tensor.numpy().tobytes())
+        total.update(tensor.cpu().numpy().tobytes())
     return total.hexdigest()
 
 
@@ -289,7 +312,7 @@ def build_model(config: Mapping[str, Any]) -> Model:
         ConfigError: a key is unknown or missing, or a value is out of range.
     """
     keys = {"format", "family", "tokenizer", "transformer", "layout", "class_names", "defaults"}
-    given = set(config) - {"sha256", "text"}
+    given = set(config) - {"sha256", "text", "text_encoder"}
     if given != keys:
         raise ConfigError(f"unknown keys {short(sorted(given - keys))}, missing keys {sorted(keys - given)}")
     names, defaults = config["class_names"], config["defaults"]
@@ -305,10 +328,17 @@ def build_model(config: Mapping[str, Any]) -> Model:
         tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])
-        sizes = read_dataclass(TransformerConfig, config["transformer"], "transformer")
+        values = config["transformer"]
+        values = {**ADDED_SIZES, **values} if isinstance(values, dict) else values
+        sizes = read_dataclass(TransformerConfig, values, "transformer")
         text = read_dataclass(TextConfig, config["text"], "text") if "text" in config else None
         transformer = StackedTransformer(sizes, layout, text)
-    return Model(tokenizer, transformer, tuple(names), defaults)
+    model = Model(tokenizer, transformer, tuple(names), defaults)
+    if encoder := config.get("text_encoder", {}):
+        if not isinstance(encoder, dict) or set(encoder) != {"folder", "sha256"}:
+            raise ConfigError(f"text_encoder is {short(encoder)}; it must be an object with folder and sha256")
+        model.text_encoder = {name: str(value) for name, value in encoder.items()}
+    return model
 
 
 def _check_parts(model: Model) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dvq_rt.engine import Engine
 from dvq_rt.manifest import Manifest
+from runtimes.errors import CheckpointError
 from runtimes.protocol import Array
 from training.checkpoint import Model, load_checkpoint
 from training.models.tokenizer import Tokenizer
@@ -21,11 +22,13 @@ class CheckpointEngine(Engine):
     """Encodes, draws, forces and decodes with a checkpoint's modules; ``Generator.over`` makes a generator of it.
 
     Raises:
-        CheckpointError: see ``load_checkpoint``; or it holds one stage only.
+        CheckpointError: see ``load_checkpoint``; it holds one stage only, or a model that reads prompts.
     """
 
     def __init__(self, path: str | Path) -> None:
         model = load_checkpoint(path)
+        if model.text is not None:
+            raise CheckpointError(f"{path} reads prompts, which a checkpoint cannot be given here; judge its tokenizer")
         self._tokenizer, net = model.both()
         table = step_table(net)
         self._step = TorchProgram(net)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dvq_rt import Generator, SamplingParams
 from dvq_rt.files import parse_json, write_file
-from runtimes.errors import ConfigError, InputError
+from runtimes.errors import ConfigError, InputError, guard
 from runtimes.onnxruntime import import_onnxruntime
 from training.checkpoint import CONFIG, load_checkpoint, load_tokenizer
 from training.checkpoint_engine import CheckpointEngine
@@ -74,6 +74,20 @@ def numbers(name: str, text: str) -> list[float]:
         raise InputError(f"{name} is {text!r}; it must be numbers with commas between them") from None
 
 
+def extractor_of(weights: str | None) -> Extractor:
+    """The FID network with its weights, or without them EfficientNet-Lite0."""
+    return inception(weights) if weights else efficientnet_features()
+
+
+def make_folder(out: Path) -> None:
+    """
+    Raises:
+        InputError: the disk refused.
+    """
+    with guard(InputError, f"cannot make the folder {out}", "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 def evaluate_tokenizers(args: argparse.Namespace, models: dict[str, str], first: dict[str, Any], out: Path) -> None:
     """The part of ``main`` for tokenizers."""
     tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
@@ -83,11 +97,11 @@ def evaluate_tokenizers(args: argparse.Namespace, models: dict[str, str], first:
     distances = {"feature_distance": load_perceptual("efficientnet")}
     if args.lpips:
         distances["lpips"] = load_perceptual("lpips", args.lpips)
-    judges = Judges({name: net for name, net in distances.items() if net}, efficientnet_features())
+    judges = Judges({name: net for name, net in distances.items() if net}, extractor_of(args.inception))
     folder = held_out_folder(args.data, next(iter(sizes.values())), first["training"], first["stage"])
     folder.check_held_out()
     images, _ = folder.load(folder.val[pick(len(folder.val), args.images)])
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
     coded = [Coded(name, vae, images) for name, vae in tokenizers.items()]
     budgets = numbers("--tokens", args.tokens) if args.tokens else [round(min(each.tokens for each in coded))]
@@ -108,6 +122,7 @@ def evaluate_tokenizers(args: argparse.Namespace, models: dict[str, str], first:
         "budgets": budgets,
         "lpips": args.lpips,
         "extractor": judges.extractor.title,
+        "inception": args.inception,
         "versions": versions(),
     }
     save_json(out / "tokenizers.json", {"settings": settings, "rows": rows, "rate_distortion": curve})
@@ -132,7 +147,7 @@ def evaluate_model(
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
     params = sampling(generator, args.param)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     manifest = generator.manifest
     settings = {
         "model": str(generator.path),
@@ -198,7 +213,7 @@ def field_numbers(
     args: argparse.Namespace, generator: Generator, folder: ImageFolder, params: SamplingParams
 ) -> tuple[dict[str, Any], list[list[Any]]]:
     """What papers report of samples and held-out images, with all settings, and as lines of a table."""
-    extractor: Extractor = inception(args.inception) if args.inception else efficientnet_features()
+    extractor = extractor_of(args.inception)
     used = folder.train[pick(len(folder.train), args.images)]
     if args.reference:
         real, statistics = None, Statistics.load(args.reference, extractor.width)
@@ -235,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", help="folder of images that the models were trained on")
     parser.add_argument("--out", required=True, help="folder for numbers and pictures")
     parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
+    parser.add_argument("--inception", metavar="FILE", help="weights of the FID network; else EfficientNet-Lite0")
     of_tokenizers = parser.add_argument_group("tokenizers")
     of_tokenizers.add_argument(
         "--tokens", metavar="N[,N...]", help="budgets of mean codes an image (the smallest of the tokenizers' own)"
@@ -250,7 +266,6 @@ def main(argv: list[str] | None = None) -> None:
         "--param", action="append", default=[], metavar="NAME=VALUE", help="another sampling parameter than recommended"
     )
     of_models.add_argument("--samples", metavar="FOLDER", help="compare these pictures or shards, and draw none")
-    of_models.add_argument("--inception", metavar="FILE", help="weights of the FID network; else EfficientNet-Lite0")
     of_models.add_argument("--reference", metavar="NPZ", help="mu and sigma to compare with, in place of the images'")
     of_models.add_argument("--write-statistics", metavar="NPZ", help="write mu and sigma of the real images")
     of_models.add_argument("--no-classifier", action="store_true", help="leave out the judgement by a classifier")
@@ -270,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--sweep needs the classifier; leave out --no-classifier")
     if args.reference and args.write_statistics:
         raise InputError("--write-statistics writes those of the images; leave out --reference")
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}
+    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, args.set)
     sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     first = read_config(args.tokenizer_config, sections, [])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training import processes
+
 
 def reconstruction_loss(target: Tensor, output: Tensor) -> Tensor:
     """Multi-scale pixel loss with a colour term, a scalar.
@@ -61,17 +63,25 @@ ADVERSARIAL_LOSSES = {
 }
 
 
-def adaptive_weight(picture: Tensor, adversarial: Tensor, weight: Tensor, factor: float, most: float = 1.0) -> Tensor:
+def adaptive_weight(
+    picture: Tensor, adversarial: Tensor, weight: Tensor, factor: float, most: float = 1.0, scale: float | Tensor = 1.0
+) -> Tensor:
     """Factor of the adversarial loss at which it pulls as hard as the picture loss, a scalar without gradient.
 
     It is ``factor`` times |d picture / d weight| / (|d adversarial / d weight| + 1e-4), at most ``most`` (spec/mq.md
-    section 3.1).
+    section 3.1). The gradients are those of the batch of all processes.
 
     Args:
         picture, adversarial: scalar losses whose graphs are kept.
         weight: the last weight that both depend on, the decoder's output convolution.
+        scale: by which losses are multiplied on the way, so that float16 holds their gradients.
     """
-    pull, push = (torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (picture, adversarial))
+
+    def strength(part: Tensor) -> Tensor:
+        gradient = torch.autograd.grad(part * scale, weight, retain_graph=True)[0]
+        return (processes.total(gradient) / (processes.count() * scale)).norm()
+
+    pull, push = strength(picture), strength(adversarial)
     return ((pull / (push + 1e-4)).clamp(0, 1e4) * factor).clamp(max=most).detach()
 
 
@@ -81,6 +91,7 @@ def stacked_losses(
     position: Tensor,
     content: Tensor,
     segment: Tensor,
+    counts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropies of a stacked transformer (spec/dq.md section 10).
 
@@ -90,22 +101,32 @@ def stacked_losses(
         position_logits: float [B, T, position head]; content_logits: float [B, T, content vocabulary].
         position: local target ids int64 [B, T], -1 where there is none; content: likewise.
         segment: int64 [B, T], segment of each target.
+        counts: what ``target_counts`` gives, where means are to be over more than this batch.
 
     Returns:
         dict of scalars ``loss``, ``position``, ``content``, ``position_<segment>``.
     """
+    if counts is None:
+        counts = target_counts(position, content, segment, int(segment.max()) + 1)
 
-    def mean_nll(logits: Tensor, target: Tensor, use: Tensor) -> Tensor:
+    def mean_nll(logits: Tensor, target: Tensor, use: Tensor, count: Tensor) -> Tensor:
         nll = F.cross_entropy(logits.flatten(0, 1), target.clamp_min(0).flatten(), reduction="none").view_as(target)
-        factor = use.to(nll.dtype)
-        return (nll * factor).sum() / factor.sum().clamp_min(1)
+        return (nll * use.to(nll.dtype)).sum() / count.clamp_min(1e-6)
 
+    *of_segments, of_content = counts
     parts = {
-        f"position_{s}": mean_nll(position_logits, position, (position >= 0) & (segment == s))
-        for s in range(int(segment.max()) + 1)
+        f"position_{s}": mean_nll(position_logits, position, (position >= 0) & (segment == s), count)
+        for s, count in enumerate(of_segments)
     }
     out = {
         "position": torch.stack(list(parts.values())).mean(),
-        "content": mean_nll(content_logits, content, content >= 0),
+        "content": mean_nll(content_logits, content, content >= 0, of_content),
     }
     return {"loss": out["position"] + out["content"], **out, **parts}
+
+
+def target_counts(position: Tensor, content: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Numbers of position targets of each segment and of content targets, float32 [segments + 1]; arguments as of
+    ``stacked_losses``."""
+    uses = [(position >= 0) & (segment == s) for s in range(segments)]
+    return torch.stack([use.sum() for use in (*uses, content >= 0)]).float()

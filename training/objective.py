@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.errors import ConfigError, short
+from training import processes
 from training.losses import ADVERSARIAL_LOSSES, PICTURE_LOSSES, adaptive_weight
 from training.models.discriminator import PatchDiscriminator
 from training.perceptual import PERCEPTUAL
@@ -117,6 +118,7 @@ class Objective:
         codebook_size: of the tokenizer.
         last: the tokenizer's last weight, by which the adversarial loss is balanced.
         perceptual: what ``load_perceptual`` gives for the stage: (images, images) -> distance [B], or None.
+        grains: number of the tokenizer's grains.
 
     Attributes:
         discriminator: None without an adversarial loss.
@@ -130,9 +132,10 @@ class Objective:
         codebook_size: int,
         last: nn.Parameter,
         perceptual: nn.Module | None = None,
+        grains: int = 2,
     ) -> None:
         self.stage, self.starts, self.codebook_size, self.last = stage, starts, codebook_size, last
-        self.perceptual = perceptual
+        self.perceptual, self.grains = perceptual, grains
         self.discriminator: PatchDiscriminator | None = None
         if stage.adversarial_weight:
             self.discriminator = PatchDiscriminator(stage.discriminator_width, stage.discriminator_layers)
@@ -140,13 +143,16 @@ class Objective:
         self.quantizing = False
         self._judged: tuple[Tensor, Tensor] | None = None  # images and reconstructions of the step just taken
 
-    def losses(self, tokenizer: nn.Module, images: Tensor, step: int) -> dict[str, Tensor]:
+    def losses(self, tokenizer: nn.Module, images: Tensor, step: int, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Scalars of one step, of which ``loss`` is to be minimized.
+
+        Where several processes train, their mean over the processes is that of the whole batch.
 
         Args:
             tokenizer: called as ``Tokenizer.forward`` is.
             images: float [B, 3, H, W] in [-1, 1].
             step: number of steps taken before.
+            scale: see ``adaptive_weight``.
         """
         self.quantizing = step >= self.starts.get("codes", 0)
         out = tokenizer(images, quantize=self.quantizing)
@@ -157,7 +163,7 @@ class Objective:
             weighted = self.stage.perceptual_weight * scalars["perceptual"]
             picture, scalars["loss"] = picture + weighted, scalars["loss"] + weighted
         if out.budget is not None:
-            shares = {f"share_{s}": (out.grain == s).float().mean() for s in range(int(out.grain.max()) + 1)}
+            shares = {f"share_{s}": (out.grain == s).float().mean() for s in range(self.grains)}
             scalars |= {"loss": scalars["loss"] + out.budget, "budget": out.budget, **shares}
         if out.codes is not None:
             scalars["perplexity"] = perplexity(out.codes, self.codebook_size)
@@ -167,7 +173,7 @@ class Objective:
             self.discriminator.requires_grad_(False)  # its turn comes in ``critic_loss``
             adversarial = self.adversarial.generator(self.discriminator(out.images))
             factor = adaptive_weight(
-                picture, adversarial, self.last, self.stage.adversarial_weight, self.stage.adversarial_cap
+                picture, adversarial, self.last, self.stage.adversarial_weight, self.stage.adversarial_cap, scale
             )
             scalars["loss"] = scalars["loss"] + factor * adversarial
             scalars |= {"adversarial": adversarial, "adversarial_weight": factor}
@@ -183,12 +189,17 @@ class Objective:
             f"stage.min_perplexity {self.stage.min_perplexity:g} of {self.codebook_size} codes"
         )
 
-    def critic_loss(self) -> Tensor | None:
-        """What the discriminator minimizes on the step just taken, a scalar; None while it does not learn."""
+    def critic_loss(self, discriminator: nn.Module | None = None) -> Tensor | None:
+        """What the discriminator minimizes on the step just taken, a scalar; None while it does not learn.
+
+        Args:
+            discriminator: the discriminator as it is wrapped for training; None for itself.
+        """
         if self.discriminator is None or self._judged is None:
             return None
         self.discriminator.requires_grad_(True)
-        real, made = (self.discriminator(images) for images in self._judged)
+        judge = discriminator or self.discriminator
+        real, made = (judge(images) for images in self._judged)
         return self.adversarial.discriminator(real, made)
 
     @torch.no_grad()
@@ -204,7 +215,8 @@ class Objective:
 
 
 def perplexity(codes: Tensor, size: int) -> Tensor:
-    """exp of the entropy of code use, a scalar between 1 and ``size``."""
-    p = torch.bincount(codes.flatten(), minlength=size).float()
+    """exp of the entropy of code use in the batch of all processes, a scalar between 1 and ``size``."""
+    flat = codes.flatten()
+    p = processes.total(torch.zeros(size, device=codes.device).index_add_(0, flat, torch.ones_like(flat).float()))
     p = p / p.sum()
     return torch.exp(-(p * torch.log(p.clamp_min(1e-10))).sum())

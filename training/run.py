@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,18 +17,19 @@ from tqdm import tqdm
 
 from dvq_rt.files import open_regular, parse_json, read_json, restore_folder, write_file
 from runtimes.errors import ConfigError, guard, short
+from training import processes
 from training.checkpoint import checkpoint_step
 from training.data.folder import ImageFolder
 from training.data.listing import some
 
 SETTINGS, IMAGES, LOG, LOCK = "settings.json", "images.jsonl", "log.jsonl", "lock"
-FREE = ("steps", "workers", "validate_every", "picture_every", "checkpoint_every")
+FREE = ("steps", "workers", "validate_every", "picture_every", "checkpoint_every", "keep_last", "tracker")
 """Fields of ``TrainConfig`` that may change when a run is resumed; the first makes another schedule, the others not."""
 
 
 def say(text: str) -> None:
-    """A line on standard output, where there is one, that leaves progress bars whole."""
-    if sys.stdout is not None:
+    """A line of process 0 on standard output, where there is one, that leaves progress bars whole."""
+    if sys.stdout is not None and processes.number() == 0:
         tqdm.write(text)
 
 
@@ -43,7 +44,8 @@ def open_run(
     starts: Callable[[int], Mapping[str, int]] = lambda steps: {},
     new_classes: bool = True,
 ) -> Iterator[tuple[Path, bool]]:
-    """A run folder that no other process trains into meanwhile: a new one, or one whose settings fit.
+    """A run folder that no other run trains into meanwhile: a new one, or one whose settings fit. Process 0 looks, and
+    holds it for all that train together.
 
     Resumed runs may differ in ``FREE`` and may have more images, where all the old ones are still there and on their
     side of the split; what that changes is said.
@@ -64,7 +66,26 @@ def open_run(
     Raises:
         ConfigError: another process trains into the folder, or it holds another run.
     """
-    folder = Path(run)
+    with ExitStack() as stack:
+
+        def enter() -> bool:
+            held = _entered(Path(run), resume, settings, images, inputs, starts, new_classes)
+            return stack.enter_context(held)
+
+        yield Path(run), processes.on_first(enter)
+
+
+@contextmanager
+def _entered(
+    folder: Path,
+    resume: bool,
+    settings: Mapping[str, Any],
+    images: ImageFolder,
+    inputs: Mapping[str, tuple[str | Path, str]],
+    starts: Callable[[int], Mapping[str, int]],
+    new_classes: bool,
+) -> Iterator[bool]:
+    """``open_run`` of one process: whether the folder holds a checkpoint to go on from."""
     with guard(ConfigError, f"cannot write the run folder {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
@@ -86,7 +107,7 @@ def open_run(
         write_file(folder / IMAGES, "".join(rows).encode(), error=ConfigError)
         text = json.dumps(now, indent=1, sort_keys=True) + "\n"
         write_file(folder / SETTINGS, text.encode(), error=ConfigError)
-        yield folder, begun
+        yield begun
 
 
 # --- the lock --------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def fit_router(vae: DQVAE, folder: ImageFolder, limit: int = 20_000) -> None:
         vae.entropy_thresholds.copy_(folder_thresholds(folder, vae.config, limit))
         return
     subset = folder.train[:: max(1, len(folder.train) // limit)]
-    logits = [vae.logits(to_float(images)).flatten(0, 2) for images, _ in folder.chunks(subset, 64)]
+    device = vae.router_biases.device
+    logits = [vae.logits(to_float(images).to(device)).flatten(0, 2) for images, _ in folder.chunks(subset, 64)]
     if not logits:
         raise DataError("no image can be decoded, so the router cannot be fitted; replace the files")
     vae.router_biases.copy_(fit_biases(torch.cat(logits), vae.config.ratios))

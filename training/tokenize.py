@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from dvq_rt.progress import progress_bar
-from runtimes.errors import ConfigError, DataError
+from runtimes.errors import ConfigError, DataError, guard
 from training.checkpoint import load_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -76,16 +77,18 @@ def write_on_ray(work: Tokenization, out: Path, parts: list[Part], workers: int)
         DataError: a part cannot be written.
     """
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.data")
     except ImportError as error:
         raise ConfigError("--ray needs the package ray: pip install 'dvq-rt[ray]'") from error
     address = os.environ.get("RAY_ADDRESS", "local")
-    here: dict[str, Any] = {"num_cpus": workers, "object_store_memory": RAY_STORE} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, **here)
+    here = {"num_cpus": workers, "object_store_memory": RAY_STORE, "include_dashboard": False}
+    with guard(DataError, f"Ray cannot be started ({address})"):
+        ray.init(address=address, log_to_driver=False, **(here if address == "local" else {}))
     try:
         rows = ray.data.from_items([{"part": number} for number in range(len(parts))], override_num_blocks=len(parts))
         written = rows.map(
-            RayWriter,  # type: ignore[arg-type]
+            RayWriter,
             fn_constructor_args=(work, out, parts),
             compute=ray.data.ActorPoolStrategy(size=workers),
         )

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
+from training import processes
 from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
 from training.config import read_config
@@ -26,7 +27,7 @@ from training.models.mqvae import MQVAEConfig
 from training.models.tokenizer import Tokenizer
 from training.objective import Objective, StageOneConfig, starts
 from training.perceptual import load_perceptual
-from training.run import open_run
+from training.run import open_run, say
 from training.thresholds import fit_router
 
 
@@ -44,8 +45,11 @@ def train_tokenizer(
     stage: StageOneConfig,
     resume: bool = False,
     init: str | Path | None = None,
+    device: str = "",
 ) -> Model:
     """Train a tokenizer on a folder of images; see ``fit`` for what the run folder holds.
+
+    Of several processes, each calls this with the same arguments.
 
     Args:
         data: see ``list_images``.
@@ -54,11 +58,14 @@ def train_tokenizer(
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
         init: checkpoint folder whose tokenizer, of the same sizes, is trained on. Its codebook is used from the first
             step; of a DQ-VAE the entropy thresholds are made anew of these images.
+        device: see ``processes.start``.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
     stage.check_size(tokenizer.image_size)
+    accelerator = processes.start(device, training.precision, training.compile)
+    training.check_parts()
     perceptual = load_perceptual(stage.perceptual, stage.lpips_weights)
     folder = held_out_folder(data, tokenizer.image_size, training, stage)
     folder.check_held_out()
@@ -77,33 +84,53 @@ def train_tokenizer(
         if before is not None and not resumed:
             load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
         if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
-            fit_router(vae, folder)
+            processes.on_first(lambda: fit_router(vae, folder))  # ``fit`` gives it to the others
         last = vae.get_parameter("decoder.conv_out.weight")
-        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual)
-        return fit(learning(vae, objective, folder, training), training, path, resumed)
+        grains = len(tokenizer.sides)
+        objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual, grains)
+        if perceptual:
+            perceptual.to(accelerator.device)
+        stages = learning(vae, objective, folder, training, accelerator.device)
+        return fit(stages, training, path, resumed, accelerator)
 
 
-def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training: TrainConfig) -> Stage:
+def learning(
+    vae: Tokenizer, objective: Objective, folder: ImageFolder, training: TrainConfig, device: torch.device
+) -> Stage:
     """What ``fit`` does to a tokenizer."""
 
-    def stream(step: int) -> Iterator[np.ndarray]:
-        augment = Augment(shift=training.shift, flip=training.flip, crop=training.crop)
-        size, seed, workers = training.batch_size, training.seed, training.workers
-        made = batches(folder, folder.train, size, seed=seed, step=step, augment=augment, workers=workers)
-        return (images for images, _ in made)
+    def stream(step: int) -> Iterator[list[np.ndarray]]:
+        parts = training.accumulate
+        made = batches(
+            folder,
+            folder.train,
+            training.batch_size // parts,
+            seed=training.seed,
+            step=step * parts,
+            augment=Augment(shift=training.shift, flip=training.flip, crop=training.crop),
+            workers=training.workers,
+            part=(processes.number(), processes.count()),
+        )
+        while True:
+            yield [next(made)[0] for _ in range(parts)]
 
-    def loss(images: np.ndarray, step: int) -> dict[str, Tensor]:
+    def before(step: int) -> None:
         if step == objective.starts.get("codes"):
-            initialize_codebook(vae, folder, training.batch_size, training.seed)
-        return objective.losses(vae, to_float(images), step)
+            with processes.alone():  # all do the same
+                initialize_codebook(vae, folder, training.batch_size, training.seed)
+            processes.share(list(vae.quantizer.buffers()))
 
-    def validate() -> dict[str, float]:
-        if isinstance(vae, DQVAE) and vae.config.router == "feature":  # it goes on learning
-            fit_router(vae, folder)
+    def loss(net: nn.Module, images: np.ndarray, step: int, scale: float | Tensor) -> dict[str, Tensor]:
+        return objective.losses(net, processes.moved(to_float(images), device), step, scale)
+
+    def validate(model: Model) -> dict[str, float]:
+        net = tokenizer_of(model)
+        if isinstance(net, DQVAE) and net.config.router == "feature":  # it goes on learning
+            fit_router(net, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):
-            x = to_float(images)
-            y = vae.decode_maps(vae.encode_maps(x)[0]) if objective.quantizing else vae(x, quantize=False).images
+            x = to_float(images).to(device)
+            y = net.decode_maps(net.encode_maps(x)[0]) if objective.quantizing else net(x, quantize=False).images
             parts = {"psnr": psnr(x, y), "ssim": ssim(x, y)}
             if objective.quantizing:  # a checkpoint without a codebook is no candidate for the best one
                 parts |= objective.error(x, y)
@@ -111,22 +138,30 @@ def learning(vae: Tokenizer, objective: Objective, folder: ImageFolder, training
                 sums[name] = sums.get(name, 0.0) + float(value.sum()) / len(folder.val)
         return sums
 
-    def pictures() -> dict[str, np.ndarray]:
+    def pictures(model: Model) -> dict[str, np.ndarray]:
         originals, _ = folder.load(folder.val[:: max(1, len(folder.val) // 16)][:16])
-        out = vae(to_float(originals), quantize=objective.quantizing)
-        rows = np.concatenate([originals, to_uint8(out.images.numpy())])
+        out = tokenizer_of(model)(to_float(originals).to(device), quantize=objective.quantizing)
+        rows = np.concatenate([originals, to_uint8(out.images.cpu().numpy())])
         overlays = [
             np.asarray(grain_overlay(image, grain, vae.config.sides).convert("RGB"))
-            for image, grain in zip(originals, out.grain.numpy(), strict=True)
+            for image, grain in zip(originals, out.grain.cpu().numpy(), strict=True)
         ]
         return {
             "reconstruction": np.asarray(grid(rows, columns=len(originals))),
             "grain": np.asarray(grid(np.stack(overlays), columns=8)),
-            "score": np.asarray(grid(heat(out.scores, vae.config.image_size), columns=8)),
+            "score": np.asarray(grid(heat(out.scores.float().cpu(), vae.config.image_size), columns=8)),
         }
 
     critic = Critic(objective.discriminator, objective.critic_loss) if objective.discriminator else None
-    return Stage(Model(vae), vae, stream, loss, validate, pictures, len, critic, "picture", objective.problem)
+    return Stage(
+        Model(vae), tokenizer_of, stream, loss, validate, pictures, before, critic, "picture", objective.problem
+    )
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The tokenizer of a model that has one."""
+    assert model.tokenizer is not None
+    return model.tokenizer
 
 
 def heat(scores: Tensor, size: int) -> np.ndarray:
@@ -145,7 +180,7 @@ def initialize_codebook(vae: Tokenizer, folder: ImageFolder, batch_size: int, se
     vectors, count = [], 0
     for images, _ in folder.chunks(some_images, 16):
         count += len(images)
-        vectors.append(vae.code_vectors(to_float(images)))
+        vectors.append(vae.code_vectors(to_float(images).to(vae.quantizer.codebook.device)))
     features = torch.cat(vectors)
     vae.quantizer.initialize(features, len(features) * batch_size / count, noise=generator)
 
@@ -161,14 +196,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--init", metavar="CKPT", help="checkpoint folder to train on from, of the same sizes")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; by default the first of these that is there")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     config = read_config(args.config, sections, args.set)
     sizes = dict(config["tokenizer"])
     family = family_config(sizes.pop("family", "dq"))
     tokenizer = read_dataclass(family, sizes, "section 'tokenizer'", defaults=True)
-    train_tokenizer(args.data, args.out, tokenizer, config["training"], config["stage"], args.resume, args.init)
-    print(Path(args.out) / "best")
+    settings = tokenizer, config["training"], config["stage"]
+    try:
+        train_tokenizer(args.data, args.out, *settings, args.resume, args.init, args.device)
+        say(str(Path(args.out) / "best"))
+    finally:
+        processes.leave()
 
 
 if __name__ == "__main__":

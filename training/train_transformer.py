@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dvq_rt.decoding import cells_to_maps
 from dvq_rt.files import read_dataclass
@@ -23,18 +25,20 @@ from dvq_rt.progress import progress_bar
 from dvq_rt.prompts import BYTES
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError, DataError, short
+from training import processes
 from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
-from training.data.codes import Codes, Tokenization, begin, check
+from training.data.codes import Tokenization, begin, open_codes
 from training.data.folder import ImageFolder
 from training.data.listing import some
 from training.data.pixels import to_float
 from training.data.stream import Augment
 from training.data.tokens import collate
+from training.frozen_text import describe_frozen, load_frozen
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
-from training.losses import stacked_losses
+from training.losses import stacked_losses, target_counts
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prompts import Prompts, TextSettings, directed_images, hold_out, read_captions
@@ -62,6 +66,8 @@ class StageTwoConfig:
         copies: augmented copies of the training set that are tokenized before training starts.
         balance: 0 draws images alike, 1 draws labels alike.
         label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
+        given: share of the sequences that begin with what a random edit keeps, so that the model draws the rest given
+            all of it (``training.data.holes``); 0 makes a model that cannot.
         val_fraction: share of the images held out; give the value of stage 1.
         min_psnr: stop if the tokenizer's mean PSNR on the held-out images is lower, dB.
         defaults: recommended sampling parameters, kept in the checkpoint.
@@ -76,6 +82,7 @@ class StageTwoConfig:
     copies: int = 1
     balance: float = 0.0
     label_dropout: float = 0.1
+    given: float = 0.0
     val_fraction: float = 0.05
     min_psnr: float = 15.0
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +94,8 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        if not 0 <= self.given < 1:
+            raise ConfigError(f"stage.given is {short(self.given)}; it must be in [0, 1)")
         if not abs(self.min_psnr) <= 1e9:
             raise ConfigError(f"stage.min_psnr is {short(self.min_psnr)}; it must be a number of decibels")
         for label, names in self.labels.items():
@@ -95,11 +104,13 @@ class StageTwoConfig:
         SamplingParams.from_dict(self.defaults)
 
 
-def batch_losses(model: StackedTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``stacked_losses`` of a collated batch."""
+def batch_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``stacked_losses`` of a collated batch; ``counts`` is in it, if it is a part of one."""
     prompt = batch.get("prompt"), batch.get("prompt_length")
-    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"], *prompt)
-    return stacked_losses(position, content, batch["target_position"], batch["target_content"], batch["target_segment"])
+    inputs = (batch[name] for name in ("content", "position", "segment", "following"))
+    position, content = model(*inputs, *prompt, batch.get("kind"))
+    targets = batch["target_position"], batch["target_content"], batch["target_segment"]
+    return stacked_losses(position, content, *targets, batch.get("counts"))
 
 
 def train_transformer(
@@ -111,10 +122,13 @@ def train_transformer(
     stage: StageTwoConfig,
     resume: bool = False,
     init: str | Path | None = None,
+    device: str = "",
     codes: str | Path | None = None,
     text: TextSettings | None = None,
 ) -> Model:
     """Train the stacked transformer on the codes of a trained tokenizer; see ``fit`` for what the run folder holds.
+
+    Of several processes, each calls this with the same arguments.
 
     Args:
         data: see ``list_images``.
@@ -126,11 +140,14 @@ def train_transformer(
         codes: what ``training.tokenize`` has written for these images, tokenizer and settings; None makes it, in the
             run folder.
         text: makes a model that reads prompts, trained on the images' captions; None makes one without.
+        device: see ``processes.start``.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
     """
-    vae = load_tokenizer(tokenizer).requires_grad_(False)
+    accelerator = processes.start(device, training.precision, training.compile)
+    training.check_parts()
+    vae = load_tokenizer(tokenizer).requires_grad_(False).to(accelerator.device)
     work = tokenization(data, vae, training, stage)
     folder = work.folder
     unconditional = folder.classes == [""]
@@ -144,7 +161,7 @@ def train_transformer(
     if guidance != 1 and not layout.null_label and not (text and text.dropout):
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
-    sizes = {**transformer, "block_size": layout.max_length}
+    sizes = {**transformer, "block_size": layout.max_length, "given": stage.given > 0}
     config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
     settings = {"transformer": config, "training": training, "stage": stage, **({"text": text} if text else {})}
     before = None if init is None else load_checkpoint(init)
@@ -152,20 +169,23 @@ def train_transformer(
     if init is not None and before is not None:
         inputs["init"] = (init, digest(before.both()[1]))
     with open_run(run, resume, settings, folder, inputs, new_classes=unconditional) as (path, resumed):
-        check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer))
+        processes.on_first(lambda: check_tokenizer(vae, folder, stage.min_psnr, str(tokenizer)))
         torch.manual_seed(training.seed)
         if resumed:
             model = load_checkpoint(path / "checkpoint")
         else:
             names = () if unconditional else tuple(folder.classes)
-            source, reads = (BYTES, None) if text is None else read_captions(folder, text)
+            frozen = load_frozen(text.encoder) if text and text.encoder else None
+            source, reads = (BYTES, None) if text is None else read_captions(folder, text, frozen)
             model = Model(vae, StackedTransformer(config, layout, reads), names, stage.defaults, source)
+            model.text_encoder = {} if frozen is None else describe_frozen(frozen)
         if before is not None and not resumed:
             begin_from(model, before, str(init))
         model.both()[0].requires_grad_(False)
         if codes is None:
             make_codes(path / "codes", work)
-        return fit(learning(model, work, Path(codes or path / "codes"), training, stage, text), training, path, resumed)
+        stages = learning(model, work, Path(codes or path / "codes"), training, stage, accelerator.device, text)
+        return fit(stages, training, path, resumed, accelerator)
 
 
 def tokenization(
@@ -178,21 +198,28 @@ def tokenization(
     hold_out(folder, stage.hold_out)
     folder.check_held_out()
     directed = directed_images(folder, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), training.crop, directed)
-    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
+    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
+    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size, stage.given > 0)
 
 
 def make_codes(out: Path, work: Tokenization) -> None:
-    """Tokenize all images into a folder, which is made anew where it holds codes of something else."""
-    try:
-        begin(out, work)
-    except DataError as error:
-        say(f"tokenizing again: {error}")
-        shutil.rmtree(out)
-        begin(out, work)
-    with progress_bar(total=sum(part.count for part in work.parts()), desc="tokenizing", unit="image") as bar:
-        for part in work.parts():
+    """Tokenize all images into a folder, which is made anew where it holds codes of something else. Processes that
+    train together share the parts."""
+
+    def started() -> None:
+        try:
+            begin(out, work)
+        except DataError as error:
+            say(f"tokenizing again: {error}")
+            shutil.rmtree(out)
+            begin(out, work)
+
+    processes.on_first(started)
+    own = work.parts()[processes.number() :: processes.count()]
+    with progress_bar(total=sum(part.count for part in own), desc="tokenizing", unit="image") as bar:
+        for part in own:
             work.write(out, part, bar.update)
+    processes.on_first(lambda: None)  # all are done
 
 
 def begin_from(model: Model, before: Model, source: str) -> None:
@@ -217,6 +244,7 @@ def learning(
     codes: Path,
     training: TrainConfig,
     stage: StageTwoConfig,
+    device: torch.device,
     text: TextSettings | None = None,
 ) -> Stage:
     """What ``fit`` does to a transformer, on the codes in a folder.
@@ -226,16 +254,15 @@ def learning(
     """
     net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
-    check(codes, work)
-    train, val = Codes(codes, work, "train"), Codes(codes, work, "val")
-    prompts = None if text is None else Prompts(model, folder, text)
+    train, val = open_codes(codes, work)
+    prompts = None if text is None else Prompts(model, folder, text, codes.with_name("features"))
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
     weights /= weights.sum()
     lengths = train.lengths(layout)
 
-    def stream(step: int) -> Iterator[dict[str, Tensor]]:
+    def stream(step: int) -> Iterator[list[dict[str, Tensor]]]:
         size = training.batch_size
         while True:
             bucket, place = divmod(step, BUCKET)
@@ -248,45 +275,86 @@ def learning(
             for row in range(place, BUCKET):
                 given = train.labels[drawn[row]]
                 given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                batch = collate(layout, train, drawn[row], given)
-                if prompts is not None:
-                    silent = silence[row] < prompts.text.dropout
-                    batch |= prompts.collate(train.images[drawn[row]], numbers[row], silent)
-                yield batch
+                edits = holes(step, size) if stage.given else None
+                yield own_parts(drawn[row], given, numbers[row], silence[row], edits)
                 step += 1
 
-    def validate() -> dict[str, float]:
+    def holes(step: int, size: int) -> list[tuple[int, int] | None]:
+        """Of each image of a step the key of its edit, or None."""
+        rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, step], dtype=np.uint64)).jumped())
+        return [
+            (training.seed, step * size + i) if share < stage.given else None
+            for i, share in enumerate(rng.random(size))
+        ]
+
+    def own_parts(
+        images: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        numbers: NDArray[Any],
+        silence: NDArray[Any],
+        edits: list[tuple[int, int] | None] | None,
+    ) -> list[dict[str, Tensor]]:
+        """This process's rows of the parts of a batch, each part as long as its longest sequence anywhere."""
+        made = []
+        for rows in np.split(np.arange(len(images)), training.accumulate):
+            own = np.split(rows, processes.count())[processes.number()]
+            length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
+            keys = None if edits is None else [edits[i] for i in own]
+            part = padded_to(collate(layout, train, images[own], labels[own], keys, train.coarse), int(length))
+            if prompts is not None:
+                silent = silence[rows] < prompts.text.dropout
+                told = prompts.collate(train.images[images[rows]], numbers[rows], silent)
+                part |= {name: values[own - rows[0]] for name, values in told.items()}
+            made.append({name: processes.moved(values, device) for name, values in part.items()})
+        targets = ((p["target_position"], p["target_content"], p["target_segment"]) for p in made)
+        counted = torch.stack([target_counts(*each, layout.segments) for each in targets]).sum(0)
+        counts = processes.total(counted) / (len(made) * processes.count())
+        return [{**part, "counts": counts} for part in made]
+
+    def validate(model: Model) -> dict[str, float]:
         sums: dict[str, float] = {}
         for start in range(0, len(val.labels), 16):
             rows = np.arange(start, min(start + 16, len(val.labels)))
             batch = collate(layout, val, rows, val.labels[rows])
             if prompts is not None:
                 batch |= prompts.collate(val.images[rows], np.zeros(len(rows)), np.zeros(len(rows), bool))
-            for name, value in batch_losses(net, batch).items():
+            batch = {name: x.to(device) for name, x in batch.items()}
+            for name, value in batch_losses(transformer_of(model), batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(val.labels)
         return sums
 
-    def pictures() -> dict[str, np.ndarray]:
+    def pictures(model: Model) -> dict[str, np.ndarray]:
         count = min(max(1, len(names)), 10)
         shown = [i % count for i in range(2 * count)]
         params = SamplingParams.from_dict(stage.defaults)
+        model = model if device.type == "cpu" else copy.deepcopy(model).cpu()  # where the decode loop's arrays are
+        net = transformer_of(model)
         if prompts is None:
             images = decode_cells(model, [event.cells for event in sample_events(net, shown, params)])
             return {"samples": np.asarray(grid(images, columns=count))}
         held = folder.val[np.linspace(0, len(folder.val) - 1, min(SHOWN_PROMPTS, len(folder.val))).astype(int)]
-        given = embed_prompts(net, [prompts.ids(prompts.caption(i)) for i in held])
+        given = embed_prompts(net, [prompts.read(prompts.caption(i)) for i in held])
         labels = folder.labels[held].tolist()
         images = decode_cells(model, [event.cells for event in sample_events(net, labels, params, prompts=given)])
         pairs = np.concatenate([folder.load(held)[0], images])  # held-out images above what their captions give
         return {"samples": np.asarray(grid(pairs, columns=len(held)))}
 
-    def count(batch: dict[str, Tensor]) -> int:
-        return len(batch["content"])
+    def loss(net: nn.Module, part: dict[str, Tensor], step: int, scale: float | Tensor) -> dict[str, Tensor]:
+        return batch_losses(net, part)
 
-    def loss(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        return batch_losses(net, batch)
+    return Stage(model, transformer_of, stream, loss, validate, pictures)
 
-    return Stage(model, net, stream, loss, validate, pictures, count)
+
+def transformer_of(model: Model) -> StackedTransformer:
+    """The transformer of a whole model."""
+    return model.both()[1]
+
+
+def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A collated batch with sequences of a length, or longer ones as they are."""
+    more = max(0, length - batch["content"].shape[1])
+    without = ("target_content", "target_position")  # -1 where there is none
+    return {name: F.pad(x, (0, more), value=-1 if name in without else 0) for name, x in batch.items()}
 
 
 def check_labels(folder: ImageFolder, train: NDArray[np.int64], val: NDArray[np.int64]) -> None:
@@ -322,7 +390,7 @@ def check_tokenizer(vae: Tokenizer, folder: ImageFolder, least: float, name: str
     Raises:
         CheckpointError: its PSNR on held-out images is below ``least`` dB.
     """
-    x = to_float(folder.load(folder.val[:32])[0])
+    x = to_float(folder.load(folder.val[:32])[0]).to(next(vae.parameters()).device)
     measured = float(psnr(x, vae.decode_maps(vae.encode_maps(x)[0])).mean())
     if not measured >= least:
         raise CheckpointError(
@@ -348,13 +416,18 @@ def main(argv: list[str] | None = None) -> None:
         "--codes", metavar="CODES", help="what training.tokenize wrote with the same settings; otherwise it is made"
     )
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; by default the first of these that is there")
     args = parser.parse_args(argv)
     sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
     config = read_config(args.config, sections, args.set)
     settings = config["transformer"], config["training"], config["stage"]
     text = read_dataclass(TextSettings, config["text"], "section 'text'", defaults=True) if config["text"] else None
-    train_transformer(args.data, args.out, args.tokenizer, *settings, args.resume, args.init, args.codes, text)
-    print(Path(args.out) / "best")
+    where = args.resume, args.init, args.device
+    try:
+        train_transformer(args.data, args.out, args.tokenizer, *settings, *where, args.codes, text)
+        say(str(Path(args.out) / "best"))
+    finally:
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dvq_rt.bench import step_bytes
-from dvq_rt.engine import GRAPHS, Engine
+from dvq_rt.engine import Engine
 from export.coverage.check import Coverage, check_coverage
 from runtimes.errors import InputError
 from training.cli import guarded
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         engine = Engine.open(folder, device="cpu")
         if engine.manifest.target != "cuda" or engine.manifest.backend != "onnxruntime":
             raise InputError(f"engine {folder} is not for ONNX Runtime on CUDA; export it with --target cuda")
-        covered = {part: check_coverage(Path(folder) / f"{part}.onnx") for part in GRAPHS}
+        covered = {part: check_coverage(Path(folder) / f"{part}.onnx") for part in engine.manifest.graphs}
         print(folder, *covered.values(), sep="\n")
         length = engine.layout.max_length // 2 if args.length is None else args.length
         calls = calls_of(covered["step"])

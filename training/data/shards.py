@@ -124,7 +124,11 @@ class Shards:
             path = _local(shard) if _is_remote(shard) else shard
             self.files.append(path)
             indices.append(index_of(path))
-        early = [f"{name} ({i.early})" for name, i in zip(shards, indices, strict=True) if i.early]
+        copied = [
+            f"{name}, copied to {file}," if name != file else name
+            for name, file in zip(shards, self.files, strict=True)
+        ]
+        early = [f"{name} ({index.early})" for name, index in zip(copied, indices, strict=True) if index.early]
         if early:
             warnings.warn(
                 f"{len(early)} shard(s) end early or are damaged; what is whole is used: {some(early)}", stacklevel=4
@@ -301,7 +305,7 @@ def _local(address: str) -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a file's lock, after whoever has it; where there are no locks, nothing is held."""
-    with path.open("a") as file:
+    with path.open("ab") as file:
         with suppress(ImportError, OSError):
             import fcntl
 

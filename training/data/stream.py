@@ -33,15 +33,15 @@ class Augment:
         shift: most pixels of a random translation, in x and in y apart, which repeats the outermost ones; 0 for none.
         flip: mirror half of the images left to right.
         flip_exclude: names of classes that are never mirrored.
-        crop: which square of an oblong image is taken: ``centre``, or ``random``, anywhere along its longer side.
         flip_exclude_images: indices of images that are never mirrored.
+        crop: which square of an oblong image is taken: ``centre``, or ``random``, anywhere along its longer side.
     """
 
     shift: int = 0
     flip: bool = False
     flip_exclude: frozenset[str] = frozenset()
-    crop: str = "centre"
     flip_exclude_images: frozenset[int] = frozenset()
+    crop: str = "centre"
 
     def __post_init__(self) -> None:
         if self.shift < 0:

@@ -1,1 +1,1 @@
-"""Judging of engines on real images: the classifier that is the judge, the numbers, the pictures and tables."""
+"""Judging of tokenizers and engines on real images: the judges, the numbers, the pictures and tables."""

@@ -77,8 +77,12 @@ def read_samples(folder: str | Path, size: int) -> tuple[Iterator[Pixels], int, 
                     assert member is not None, "a picture is a file"
                     yield open_rgb(io.BytesIO(member.read()))
 
-    squares = (square(picture, size) for picture in pictures())
-    return iter(lambda: _stacked(squares), None), count, plan
+    def chunks() -> Iterator[Pixels]:
+        squares = (square(picture, size) for picture in pictures())
+        while batch := list(islice(squares, BATCH)):
+            yield np.stack(batch)
+
+    return chunks(), count, plan
 
 
 def _members(path: Path) -> list[str]:
@@ -89,12 +93,6 @@ def _members(path: Path) -> list[str]:
 
 def _reading(path: Path) -> AbstractContextManager[None]:
     return guard(InputError, f"cannot read the shard {path}", "draw it again")
-
-
-def _stacked(squares: Iterator[NDArray[np.uint8]]) -> Pixels | None:
-    """The next batch, None after the last one."""
-    batch = list(islice(squares, BATCH))
-    return np.stack(batch) if batch else None
 
 
 def compare_samples(

@@ -233,7 +233,7 @@ def rate_table(rows: Sequence[dict[str, Any]], extractor: Extractor) -> tuple[li
         "ssim": "SSIM",
         "lpips": "LPIPS",
         "feature_distance": "feature distance (EfficientNet-Lite0)",
-        "frechet": extractor.frechet,
+        "frechet": "rFID" if extractor.frechet == "FID" else extractor.frechet,
         "codes_used": "codebook used",
         "perplexity": "perplexity",
     }

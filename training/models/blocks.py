@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtimes.errors import ConfigError, short
+from training.models.whole_batch import Dropout
 
 SIZES = (
     *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),
@@ -70,7 +71,7 @@ class ResBlock(nn.Module):
         self.norm1 = group_norm(c_in, groups)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = group_norm(c_out, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 

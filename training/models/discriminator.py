@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from training.models.whole_batch import BatchNorm2d
+
 
 class PatchDiscriminator(nn.Module):
     """Convolutional network that says of every patch of an image whether it is real.
@@ -22,7 +24,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if n < layers else 1
             steps += [
                 nn.Conv2d(widths[n - 1], widths[n], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[n]),
+                BatchNorm2d(widths[n]),
                 nn.LeakyReLU(0.2),
             ]
         self.main = nn.Sequential(*steps, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))

@@ -26,6 +26,7 @@ from training.models.router import (
     patch_entropy,
 )
 from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
+from training.models.whole_batch import in_float32
 
 ROUTERS = ("entropy", "feature")
 ROUTER_GRADIENTS = ("chosen", "every")
@@ -346,11 +347,11 @@ class DQVAE(Tokenizer):
         """Route [B, 3, H, W] images and merge the grains; in training a feature router draws."""
         logits, gate = None, None
         if self.config.router == "entropy":
-            grain, scores = self.route(images)
+            grain, scores = in_float32(self.route, images)
             maps = self.encoder(images)
         else:
             maps = self.encoder(images)
-            logits = self.router(maps)
+            logits = in_float32(lambda *maps: self.router(maps), *maps)
             gate = draw_gate(logits, gumbel_noise(logits)) if self.training else None
             grain = (logits + self.router_biases if gate is None else gate).argmax(-1)
             scores = logits[..., -1] - logits[..., 0]
@@ -403,7 +404,7 @@ class DQVAE(Tokenizer):
             own = self.quantizer.search(to_vectors(self.quant_conv(h))).view(images.shape[0], *h.shape[2:])
             grain_codes.append(spread(own, times - s))
         # a region of twice the entropy needs a finer grain twice as much
-        steps = torch.arange(times + 1, dtype=routed.scores.dtype)
+        steps = torch.arange(times + 1, dtype=routed.scores.dtype, device=routed.scores.device)
         scores = routed.scores[..., None] * steps if routed.logits is None else routed.logits.float()
         return EveryGrain(codes, routed.grain, scores, torch.stack(grain_codes, 1))
 
@@ -423,7 +424,7 @@ class DQVAE(Tokenizer):
     def copy_weights(self, grain: Tensor) -> Tensor:
         """1 / the number of copies of each vector in the merged map: int64 [B, hc, wc] -> float [B, hf, wf]."""
         times = self.config.grains - 1
-        return torch.tensor([4.0 ** (s - times) for s in range(times + 1)])[spread(grain, times)]
+        return 4.0 ** (spread(grain, times) - times)
 
     def forward(self, images: Tensor, *, quantize: bool = True, noise: torch.Generator | None = None) -> Reconstruction:
         h, grain, scores, _, _, gate = self.features(images)

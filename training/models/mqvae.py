@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
+from training import processes
 from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
 from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
+from training.models.whole_batch import BatchNorm2d, in_float32
 
 SCORERS = ("conv", "token", "random")
 
@@ -151,7 +153,7 @@ class Masker(nn.Module):
         c, self.kept = config.z_channels, config.kept
         self.score_pred_net: nn.Module | None = None
         if config.scorer == "conv":
-            conv = [nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, 1, 1), nn.BatchNorm2d(1)]
+            conv = [nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, 1, 1), BatchNorm2d(1)]
             self.score_pred_net = nn.Sequential(JointNorm(), *conv)
         elif config.scorer == "token":
             self.score_pred_net = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, 1))
@@ -163,14 +165,16 @@ class Masker(nn.Module):
     def score(self, h: Tensor) -> Tensor:
         """Importance of each cell, [B, C, h, w] -> [B, h * w]; in 0..1 but for ``random``."""
         if self.score_pred_net is None:
-            return torch.randn_like(h[:, 0]).flatten(1) if self.training else self.random_scores.expand(h.shape[0], -1)
+            if not self.training:
+                return self.random_scores.expand(h.shape[0], -1)
+            return processes.drawn(h[:, 0].detach(), torch.Tensor.normal_).flatten(1)
         if self.scorer == "conv":
             return torch.sigmoid(self.score_pred_net(h)).flatten(1)
         return torch.sigmoid(self.score_pred_net(h.flatten(2).transpose(1, 2))).squeeze(2)
 
     def forward(self, h: Tensor) -> Kept:
         """Features [B, C, h, w] -> Kept."""
-        scores = self.score(h)
+        scores = in_float32(self.score, h)  # of equal ones, which narrower numbers have many of, the lower is kept
         positions = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, : self.kept]
         tokens = F.layer_norm(h.flatten(2).transpose(1, 2), h.shape[1:2])  # [B, h * w, C]
         kept = tokens.gather(1, positions[..., None].expand(-1, -1, h.shape[1]))

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from training import processes
+from training.models.whole_batch import in_float32
+
 
 class Quantized(NamedTuple):
     """``values`` [.., d] straight-through, ``codes`` int64 [..], ``loss`` scalar."""
@@ -28,6 +31,9 @@ class EMAQuantizer(nn.Module):
             code, 0 switches it off.
         mask_weighted: count a vector by its mask weight, so that a coarse vector and its copies count as one. The
             released code counts every copy (spec Q18); ``False`` reproduces that.
+
+    Under autocast it computes in float32. Where several processes train, counts and sums are those of all vectors and
+    restarts draw from all, so that the codebook stays the same everywhere.
 
     The codebook carries no gradient. Its moving averages start from the codebook itself (spec Q17, fixed form).
     """
@@ -73,9 +79,12 @@ class EMAQuantizer(nn.Module):
         Returns:
             Quantized; its loss is (beta + 1) * mean(mask * (x - q) ** 2), of which only beta's part has a gradient.
         """
+        weight = x.new_ones(len(x)) if mask is None else mask
+        return in_float32(lambda x, weight: self._quantize(x, weight, noise), x, weight)
+
+    def _quantize(self, x: Tensor, weight: Tensor, noise: torch.Generator | None) -> Quantized:
         codes = self.search(x.detach())
         q = self.lookup(codes)
-        weight = x.new_ones(len(x)) if mask is None else mask
         loss = (self.beta * (q - x) ** 2 + (q - x.detach()) ** 2).mul(weight[:, None]).mean()
         if self.training:
             self.update(x.detach(), codes, weight, noise)
@@ -86,15 +95,15 @@ class EMAQuantizer(nn.Module):
         """One step of the moving averages, restarts, and the refresh of the codebook."""
         if not self.mask_weighted:
             weight = torch.ones_like(weight)
-        count = torch.zeros_like(self.cluster_size).index_add_(0, codes, weight)
-        total = torch.zeros_like(self.embed_sum).index_add_(0, codes, x * weight[:, None])
+        count = processes.total(torch.zeros_like(self.cluster_size).index_add_(0, codes, weight))
+        total = processes.total(torch.zeros_like(self.embed_sum).index_add_(0, codes, x * weight[:, None]))
         self.cluster_size.mul_(self.decay).add_(count, alpha=1 - self.decay)
         self.embed_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
         if self.restart_below:
             pool = self._pool(x, noise)
             dead = self.cluster_size < self.restart_below
-            self.embed_sum[dead] = pool[dead]
-            self.cluster_size[dead] = 1.0
+            self.embed_sum.copy_(torch.where(dead[:, None], pool, self.embed_sum))
+            self.cluster_size.masked_fill_(dead, 1.0)
         self.refresh()
 
     def refresh(self) -> None:
@@ -104,12 +113,13 @@ class EMAQuantizer(nn.Module):
         self.codebook.copy_(self.embed_sum / smooth[:, None])
 
     def _pool(self, x: Tensor, noise: torch.Generator | None) -> Tensor:
-        """K random input vectors; too few inputs are repeated with a little noise."""
-        k, dim = self.codebook.shape
-        if len(x) < k:
-            x = x.repeat(-(-k // len(x)), 1)
-            x = x + torch.rand(x.shape, generator=noise) * (0.01 / dim**0.5)
-        return x[torch.randperm(len(x), generator=noise)[:k]]
+        """K random input vectors of all processes; too few inputs are repeated with a little noise."""
+        (k, dim), n = self.codebook.shape, len(x) * processes.count()
+        device, copies = x.device if noise is None else noise.device, max(1, -(-k // n))
+        jitter = torch.rand((copies * n, dim), generator=noise, device=device) if copies > 1 else None
+        drawn = torch.randperm(copies * n, generator=noise, device=device)[:k]
+        pool = processes.gathered(x, (drawn % n).to(x.device))
+        return pool if jitter is None else pool + (jitter[drawn] * (0.01 / dim**0.5)).to(x.device)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, per_step: float, rounds: int = 10, noise: torch.Generator | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training import processes
 from training.models.blocks import group_norm
 
 GREY = (0.2989, 0.5870, 0.1140)  # adds to 0.9999, as released (spec Q16)
@@ -79,7 +80,7 @@ class FeatureRouter(nn.Module):
 
 def gumbel_noise(like: Tensor) -> Tensor:
     """What makes the largest of logits a draw of probability softmax(logits): standard Gumbel numbers."""
-    return -torch.empty_like(like).exponential_().log()
+    return -processes.drawn(like.detach(), torch.Tensor.exponential_).log()
 
 
 def draw_gate(logits: Tensor, noise: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ def draw_gate(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def budget_loss(gate: Tensor, ratios: Sequence[float], factors: Sequence[float]) -> Tensor:
-    """Squared distances of a batch's shares of finer grains from what they shall be, a scalar.
+    """Squared distances of a batch's shares of finer grains from what they shall be, a scalar. The batch is that of all
+    processes.
 
     Args:
         gate: one-hot, as ``draw_gate`` gives it.
@@ -100,7 +102,7 @@ def budget_loss(gate: Tensor, ratios: Sequence[float], factors: Sequence[float])
     for s, (ratio, factor) in enumerate(zip(ratios, factors, strict=True), 1):
         more = 4**s - 1  # codes that such a cell has beyond one
         codes = gate.sum(-1) + more * gate[..., s]
-        share = (codes.mean() - 1) / more
+        share = (processes.mean(codes.mean()) - 1) / more
         loss = loss + factor * (share - ratio) ** 2
     return loss
 

@@ -97,14 +97,24 @@ class TextEncoder(nn.Module):
         Returns:
             float [B, P, C].
         """
-        if self.project is not None:
-            x = self.project(prompt)
-        else:
-            assert self.token_emb is not None and self.place_emb is not None
-            x = self.token_emb(prompt) + self.place_emb[: prompt.shape[1]]
-        places = torch.arange(prompt.shape[1], device=prompt.device)
-        used = (places < length[:, None])[:, None]
-        mask = (used | (places == places[:, None]))[:, None]
+        x, mask = self.embed(prompt), self.mask(prompt, length)
         for block in self.blocks:
             x = block(x, mask)
+        return self.close(x)
+
+    def embed(self, prompt: Tensor) -> Tensor:
+        """What the first block reads, float [B, P, C]."""
+        if self.project is not None:
+            return self.project(prompt)
+        assert self.token_emb is not None and self.place_emb is not None
+        return self.token_emb(prompt) + self.place_emb[: prompt.shape[1]]
+
+    def mask(self, prompt: Tensor, length: Tensor) -> Tensor:
+        """Which places each one reads, bool [B, 1, P, P]: those in use, and itself."""
+        places = torch.arange(prompt.shape[1], device=prompt.device)
+        used = (places < length[:, None])[:, None]
+        return (used | (places == places[:, None]))[:, None]
+
+    def close(self, x: Tensor) -> Tensor:
+        """Rows from what the last block gives."""
         return self.norm(x) + self.segment_emb

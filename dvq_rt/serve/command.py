@@ -1,0 +1,106 @@
+"""``dvq-rt serve``: from options to a listening server."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+from functools import partial
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from dvq_rt.serve.app import create_app
+from dvq_rt.serve.gate import Gate, JsonLines
+from dvq_rt.serve.metrics import FOLDER_VARIABLE
+from dvq_rt.serve.protocol import PatientProtocol
+from dvq_rt.serve.settings import KEY_VARIABLE, Settings
+from runtimes.errors import InputError
+
+LOG = logging.getLogger("dvq_rt.serve")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+BACKLOG = 256
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal ends it: no new requests are taken then, and those under way are finished.
+
+    Returns:
+        Exit status: 0, or 1 if the server could not start.
+
+    Raises:
+        InputError: the address cannot be listened on.
+    """
+    config = configuration(settings)
+    log_json()
+    listener = listen(settings)
+    host, port = listener.getsockname()[:2]
+    if settings.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
+        LOG.warning("everybody who reaches %s may use this server; set %s to a key", host, KEY_VARIABLE)
+    LOG.info("serving %s on http://%s:%d", ", ".join(name for name, _ in settings.engines), host, port)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has ended well
+    if settings.workers == 1:
+        server = uvicorn.Server(config)
+        server.run([listener])
+        return 0 if server.started else 1
+    with tempfile.TemporaryDirectory(prefix="dvq-rt-metrics-") as folder:
+        os.environ[FOLDER_VARIABLE] = folder  # read by the workers
+        Multiprocess(config, sockets=[listener]).run()
+    return 0
+
+
+def configuration(settings: Settings) -> uvicorn.Config:
+    """Of uvicorn, for one process."""
+    return uvicorn.Config(
+        partial(application, settings),
+        factory=True,
+        http=PatientProtocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        workers=settings.workers,
+        timeout_graceful_shutdown=math.ceil(settings.timeout),
+    )
+
+
+def application(settings: Settings) -> Gate:
+    """The application of one process."""
+    if settings.workers > 1:
+        log_json()  # a worker is a process that has no log yet
+    return create_app(settings)
+
+
+def log_json() -> None:
+    """Everything at level INFO as lines of JSON on the standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that listens on the address.
+
+    Raises:
+        InputError: it is taken, or is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return listener

@@ -1,0 +1,512 @@
+"""Prompts: a prefix of text in front of the image, in PyTorch, in the traced step, in engines and in training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import BOUND, MASKED, TOKENIZER, full_logits, ragged_tokens, relative_error, small_model
+
+from dvq_rt import prompts as texts
+from dvq_rt.__main__ import main
+from dvq_rt.codes import Codes, load_codes, save_codes
+from dvq_rt.decoding import DecodeLoop, Event, Request, Scheduler
+from dvq_rt.engine import LOGITS, run_alone
+from dvq_rt.generator import Generator
+from dvq_rt.layout import HEADS, TokenLayout
+from dvq_rt.manifest import read_engine
+from dvq_rt.prompts import BYTES, TextTokenizer
+from dvq_rt.sampling import SamplingParams
+from dvq_rt.step import PROMPT_PORTS
+from export.graphs import TextGraph
+from export.lowering import LOWERINGS, TENSORRT_OPSET, scatter_attention
+from export.tensorrt.check import check_graph
+from export.to_onnx import export_onnx
+from export.tracing import load_graph, trace
+from runtimes.errors import BackendError, CheckpointError, ConfigError, DataError, DvqError, ExportError, InputError
+from runtimes.onnxruntime import OnnxRuntimeBackend
+from training.checkpoint import Model, load_checkpoint, save_checkpoint
+from training.data.captions import choose_caption, holds, train_bpe
+from training.data.folder import ImageFolder
+from training.evaluate_prompts import main as judge_prompts
+from training.frozen_text import describe_frozen, frozen_of, load_frozen
+from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
+from training.models.text import TextConfig
+from training.models.transformer import StackedTransformer, TransformerConfig
+from training.prepare_coco import main as prepare_coco
+from training.prepare_coco import prepare
+from training.prompts import directed_images, hold_out
+from training.sampling import embed_prompts, sample_tokens
+from training.step import Step, example_inputs, step_table
+from training.torch_program import decode_loop, drawn_tokens, sample_events, teacher_forced
+from training.train_transformer import main as train
+
+LENGTHS = (12, 0, 16, 1)
+"""Tokens of prompts side by side; 16 is the most."""
+LAYOUTS = {
+    "two grains": TokenLayout(32, TOKENIZER.sides, classes=2, null_label=True),
+    "three grains": TokenLayout(32, (2, 4, 8)),
+    "kept cells": TokenLayout(**MASKED.layout()),
+}
+GUIDED = SamplingParams(temperature=0.9, guidance=2.0)
+
+
+def text_transformer(layout: TokenLayout, text: TextConfig | None = None) -> StackedTransformer:
+    """Random weights, large enough that a prompt changes every draw."""
+    torch.manual_seed(0)
+    config = TransformerConfig(width=32, heads=4, position_blocks=1, content_blocks=1, block_size=layout.max_length)
+    net = StackedTransformer(config, layout, text or TextConfig(length=16, vocabulary=256, blocks=1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(4) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.1)
+        for table in (net.index_emb, net.text and net.text.place_emb):
+            if table is not None:
+                table.normal_(std=0.1)
+    return net.eval().requires_grad_(False)
+
+
+def token_ids(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(256, size=length) for length in lengths]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def net(request: pytest.FixtureRequest) -> StackedTransformer:
+    return text_transformer(LAYOUTS[request.param])
+
+
+def labels_of(net: StackedTransformer, count: int = 4) -> list[int]:
+    return [i % net.layout.starts for i in range(count)]
+
+
+# --- PyTorch -------------------------------------------------------------------------------------------------------
+def test_a_row_does_not_depend_on_the_batch(net: StackedTransformer) -> None:
+    """The uncached forward gives a sequence the same logits alone and beside longer prompts; the empty prompt those of
+    the model without any; and a prompt changes them."""
+    rows, ids = ragged_tokens(net.layout, 4), token_ids(LENGTHS)
+    plain = full_logits(net, rows[1])
+    for row, prompt in zip(rows, ids, strict=True):
+        alone = teacher_forced(net, row, prompt)
+        wide = teacher_forced(net, row, np.concatenate([prompt, np.zeros(16 - len(prompt), np.int64)]))
+        padded = net(
+            *(torch.from_numpy(part)[None, :-1] for part in row),
+            torch.from_numpy(net.layout.following(row))[None],
+            torch.from_numpy(np.pad(prompt, (0, 16 - len(prompt)), constant_values=7))[None],
+            torch.tensor([len(prompt)]),
+        )
+        for head, values in zip(HEADS, padded, strict=True):
+            assert relative_error(values[0].numpy(), alone[head].numpy()) < 1e-5
+            assert len(prompt) == 16 or relative_error(wide[head].numpy(), alone[head].numpy()) > 1e-3
+    for head, values in teacher_forced(net, rows[1], ids[1]).items():
+        assert relative_error(values[: len(plain[head])].numpy(), plain[head]) < 1e-5
+
+
+def test_cached_equals_full(net: StackedTransformer) -> None:
+    """With caches, prompts of all lengths side by side: the logits of the uncached forward at every image token."""
+    rows, ids = ragged_tokens(net.layout, 4), token_ids(LENGTHS)
+    requests = [
+        Request.along(net.layout, row, record=LOGITS, key=i, prompt=prompt)
+        for i, (row, prompt) in enumerate(zip(rows, embed_prompts(net, ids), strict=True))
+    ]
+    events = {event.request.key: event for event in run_alone(decode_loop(net, 4), requests)}
+    for i, (row, prompt) in enumerate(zip(rows, ids, strict=True)):
+        full = teacher_forced(net, row, prompt)
+        for head, name in zip(HEADS, LOGITS, strict=True):
+            got = events[i].records[name]
+            assert relative_error(got, full[head][: len(got)].numpy()) < BOUND
+
+
+def test_without_text_nothing_changes() -> None:
+    """A model without text has the step it had: no prompt among its tensors, caches as long as an image."""
+    plain = step_table(small_model().both()[1])
+    assert not {port.name for port in PROMPT_PORTS} & {port.name for port in plain.ports}
+    assert plain.inputs[-1].shape[2] == plain.layout.max_length
+    table = step_table(text_transformer(LAYOUTS["two grains"]))
+    assert [p.shape for p in table.ports if p.name == "prefix"] == [("B", 16, 32)]
+    assert table.inputs[-1].shape[2] == table.layout.max_length + 16
+    assert type(table).from_dict(table.layout, table.to_dict(), 16) == table
+
+
+# --- the traced step -----------------------------------------------------------------------------------------------
+def traced_loop(net: StackedTransformer, folder: Path, slots: int, tensorrt: bool = False) -> DecodeLoop:
+    """The decode loop over a step that ONNX Runtime runs: fused attention, or what TensorRT gets."""
+    table, path = step_table(net), folder / "step.onnx"
+    attention = scatter_attention if tensorrt else LOWERINGS["cpu"]
+    options: dict[str, Any] = {"fixed": True, "opset": TENSORRT_OPSET} if tensorrt else {}
+    inputs = example_inputs(table, slots)
+    names = {"outputs": [port.output for port in table.outputs], "names": [port.name for port in table.inputs]}
+    trace(Step(net, attention).eval(), inputs, path=path, **names, **options)
+    if tensorrt:
+        check_graph(load_graph(path), table.to_dict()["caches"])
+    backend = OnnxRuntimeBackend(threads=1)
+    return DecodeLoop(backend, backend.load(path), table, slots)
+
+
+@pytest.fixture(scope="module")
+def loop(net: StackedTransformer, tmp_path_factory: pytest.TempPathFactory) -> DecodeLoop:
+    """Four slots; of three grains the graph that TensorRT gets."""
+    return traced_loop(net, tmp_path_factory.mktemp("step"), 4, tensorrt=net.layout.segments == 3)
+
+
+def drawn(loop: DecodeLoop, requests: Sequence[Request]) -> list[Event]:
+    return sorted(run_alone(loop, requests), key=lambda event: event.request.key)
+
+
+def prompted(
+    net: StackedTransformer, params: SamplingParams, lengths: Sequence[int], others: Sequence[int] = ()
+) -> list[Request]:
+    prompts = embed_prompts(net, token_ids(lengths))
+    negatives = embed_prompts(net, token_ids(others, seed=1)) or [None] * len(prompts)
+    rows = zip(labels_of(net, len(prompts)), prompts, negatives, strict=True)
+    record: dict[str, Any] = {"record": ("content", "position", *LOGITS)}
+    return [
+        Request(label, params, 5, i, key=i, prompt=prompt, negative=negative, **record)
+        for i, (label, prompt, negative) in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("others", [None, (), (3, 16, 0, 12)], ids=["unguided", "guided", "negative prompts"])
+def test_engine_equals_oracle(net: StackedTransformer, loop: DecodeLoop, others: Sequence[int] | None) -> None:
+    """Tokens of the traced step are those of the uncached sampler: alone, guided against the empty prompt, and guided
+    against prompts that are shorter and longer, so that either slot of a pair starts later."""
+    params = SamplingParams() if others is None else GUIDED
+    limit = 14
+    requests = [replace(r, limit=limit) for r in prompted(net, params, LENGTHS, others or ())]
+    events = drawn(loop, requests)
+    labels = labels_of(net)
+    prompts = embed_prompts(net, token_ids(LENGTHS))
+    negatives = embed_prompts(net, token_ids(others or (), seed=1))
+    expected = sample_tokens(net, labels, params, seed=5, limit=limit, prompts=prompts, negatives=negatives)
+    for event, (content, position) in zip(events, expected, strict=True):
+        tokens = drawn_tokens(net.layout, event)
+        assert len(tokens.content) > 4  # the engine ends with the last code, the oracle with the tokens after it
+        for got, want in ((tokens.content, content), (tokens.position, position)):
+            assert got.tolist()[: len(want)] == want[: len(got)]
+    unprompted = sample_tokens(net, labels, params, seed=5, limit=limit)
+    assert [a != b for a, b in zip(expected, unprompted, strict=True)] == [bool(n) for n in LENGTHS] or others
+
+
+def test_slots_are_independent(net: StackedTransformer, loop: DecodeLoop) -> None:
+    """An image and its logits are the same, to the bit, alone and beside others of other prompts, guided or not, and
+    when it takes slots of images that were left half-way."""
+    guided = prompted(net, GUIDED, LENGTHS, (3, 16, 0, 12))
+    plain = prompted(net, SamplingParams(), LENGTHS)
+    wanted = [drawn(loop, [request])[0] for request in (*guided, *plain)]
+    scheduler = Scheduler(loop)
+    left = [scheduler.submit(replace(request, key=-1)) for request in (guided[2], guided[1])]
+    for _ in range(20):
+        scheduler.step()
+    for handle in left:
+        scheduler.cancel(handle)
+    mixed = [replace(r, key=i) for i, r in enumerate((*guided, *plain))]
+    for i in (0, 4, 1, 5, 6, 2, 7, 3):
+        scheduler.submit(mixed[i])
+    events = []
+    while scheduler.busy:
+        events += scheduler.step()
+    assert len(events) == 8
+    for event in events:
+        want = wanted[event.request.key]
+        assert (event.cells == want.cells).all()
+        for name, values in event.records.items():
+            assert np.array_equal(values, want.records[name]), name
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+CAPTIONS = ["red heart", "blue heart", "two-thirty", "woman singer: dark skin tone", "man singer: light skin tone"]
+
+
+def test_tokenizers() -> None:
+    """The trained BPE does not depend on the captions' order, has tokens for any text, and like bytes ignores case and
+    spaces; a text that is too long is refused with both numbers, or cut if asked."""
+    source = train_bpe(CAPTIONS, 300)
+    assert train_bpe(CAPTIONS[::-1], 300) == source
+    for tokenizer in (TextTokenizer(source, 16), TextTokenizer(BYTES, 16)):
+        assert tokenizer.encode("  Red\tHEART ").tolist() == tokenizer.encode("red heart").tolist()
+        assert len(tokenizer.encode("")) == len(tokenizer.encode(" \n")) == 0
+        assert len(tokenizer.encode("愛🙂")) and max(tokenizer.encode("愛🙂")) < tokenizer.vocabulary
+        long = "abcdefgh " * 4
+        with pytest.raises(InputError, match=r"has \d\d tokens; this model reads at most 16.*truncate=True"):
+            tokenizer.encode(long)
+        assert tokenizer.encode(long, truncate=True).tolist() == tokenizer.encode(long[:30], truncate=True).tolist()
+        assert len(tokenizer.encode(long, truncate=True)) == 16
+    assert len(TextTokenizer(source, 16).encode("red heart")) < 9
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes need nothing; a BPE names the extra."""
+    source = train_bpe(CAPTIONS, 300)
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    assert TextTokenizer(BYTES, 8).encode("ab").tolist() == [97, 98]
+    with pytest.raises(BackendError, match=r"pip install 'dvq-rt\[text\]'"):
+        TextTokenizer(source, 8)
+
+
+def test_captions() -> None:
+    """Phrases are held by captions that have all their words, hyphens included; the number chooses among captions and
+    templates alike."""
+    assert holds("woman elf: medium-dark skin tone", ["elf woman"])
+    assert not holds("woman elf: medium-dark skin tone", ["dark elf"])
+    chosen = {choose_caption(("a", "b"), ("x {name}", "{name}"), n / 8) for n in range(8)}
+    assert chosen == {"x a", "a", "x b", "b"} and choose_caption(("a",), (), 0.99) == "a"
+
+
+# --- from images to pictures ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images with captions: a colour and a side that is bright."""
+    folder = tmp_path_factory.mktemp("captioned")
+    captions = {}
+    for i in range(24):
+        name, side = ("red", "green", "blue")[i % 3], ("left", "both")[i % 2]
+        pixels = np.full((16, 16, 3), 40, np.uint8)
+        pixels[:, : 8 if side == "left" else 16, i % 3] = 200 + i
+        path = folder / ("even" if i % 2 else "odd") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        captions[path.relative_to(folder).as_posix()] = f"{name} {side}"
+    (folder / "captions.json").write_text(json.dumps(captions))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a few steps of training with labels and text."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(Model(small_model().tokenizer), folder / "tokenizer")
+    config = {
+        "transformer": {"width": 32, "heads": 4, "position_blocks": 1, "content_blocks": 1},
+        "training": {"steps": 3, "batch_size": 4, "validate_every": 3, "picture_every": 3, "checkpoint_every": 2},
+        "text": {"length": 16, "vocabulary": 300, "blocks": 1, "templates": ["{name}", "a {name} one"]},
+        "stage": {"min_psnr": -100, "val_fraction": 0.1, "hold_out": ["blue both"], "defaults": {"guidance": 2.0}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = [str(data), "--tokenizer", str(folder / "tokenizer"), "--config", str(folder / "config.json")]
+    assert train([*arguments, "--out", str(folder / "run")]) is None
+    assert train([*arguments, "--out", str(folder / "run"), "--resume", "--set", "training.steps=4"]) is None
+    return folder / "run"
+
+
+def test_what_training_leaves(run: Path, data: Path) -> None:
+    """The checkpoint has the tokenizer of the training captions, with its hash; held-out captions were not seen."""
+    model = load_checkpoint(run / "checkpoint")
+    assert model.text == TextConfig(16, model.prompts().vocabulary, 1, empty=True)
+    split = {Path(path).stem: side for path, _, side in map(json.loads, (run / "images.jsonl").open())}
+    captions = json.loads((data / "captions.json").read_text())
+    blue_both = {Path(path).stem for path, text in captions.items() if text == "blue both"}
+    assert len(blue_both) == 4 and {split[stem] for stem in blue_both} == {"val"}
+    damaged = run / "checkpoint" / "tokenizer.json"
+    text = damaged.read_text()
+    damaged.write_text(text + " ")
+    with pytest.raises(DvqError, match=r"tokenizer\.json is damaged"):
+        load_checkpoint(run / "checkpoint")
+    damaged.write_text(text)
+
+
+def test_images_by_their_captions(data: Path) -> None:
+    """What is held out leaves training and joins the held-out images; directed images are named; a phrase that no
+    caption has is an error."""
+    folder = ImageFolder(data, 16, val_fraction=0.1)
+    before = set(folder.val.tolist())
+    hold_out(folder, ["green left"])
+    assert not set(folder.train.tolist()) & set(folder.val.tolist()) and len(folder.train) + len(folder.val) == 24
+    assert {folder.captions(i)[0] for i in set(folder.val.tolist()) - before} == {"green left"}
+    assert {folder.captions(i)[0] for i in directed_images(folder, ["left"])} == {"red left", "green left", "blue left"}
+    with pytest.raises(DataError, match=r"hold_out names 'purple', which no caption"):
+        hold_out(folder, ["purple"])
+
+
+@pytest.fixture(scope="module")
+def generator(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    """The trained model's engine; the export compared it with PyTorch."""
+    folder = tmp_path_factory.mktemp("engines") / "text"
+    export_onnx(load_checkpoint(run / "checkpoint"), folder, slots=4)
+    return Generator(folder, slots=4, threads=1)
+
+
+def test_sampling_with_prompts(generator: Generator, tmp_path: Path) -> None:
+    """An image depends on its own prompt, label and number alone; its prompt goes with its codes, into files and into
+    scores."""
+    words = ["red left", "", "blue both", "green"]
+    samples = generator.sample(prompts=words, labels=[0, 1, None, 1], negative_prompts=["a b c d e", None, "x", ""])
+    assert samples.prompts == words == [c.prompt for c in samples.codes]
+    alone = generator.sample(prompts="blue both", negative_prompts="x", first=2)
+    assert alone.codes[0] == samples.codes[2]
+    assert generator.sample(prompts="red", negative_prompts="x", first=2).codes[0] != samples.codes[2]
+    last = list(generator.stream(prompts="blue both", negative_prompts="x", first=2, every=8))[-1]
+    assert last.codes == samples.codes[2]
+    for name in ("codes.npz", "codes.json"):
+        save_codes(tmp_path / name, samples.codes)
+        assert load_codes(tmp_path / name) == samples.codes
+    own, other = (generator.score(samples, prompts=given) for given in (None, "green"))
+    assert own[3].total == other[3].total and own[0].total != other[0].total
+    assert generator.takes_prompts and "at most 16 tokens" in str(generator.sample.__doc__) + "at most 16 tokens"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"prompts": "a\0b"}, "NUL"),
+    ({"prompts": "a\ud800"}, "surrogate"),
+    ({"prompts": "x" * 10_000_000}, "10000000 characters; at most 10000"),
+    ({"prompts": "x y z " * 30, "truncate": False}, "at most 16"),
+    ({"prompts": ["a", "b"], "n": 3}, "2 prompts for 3 images"),
+    ({"prompts": ["a", "b"], "labels": [0, 1, 0]}, "3 labels for 2 images"),
+    ({"prompts": [], "n": None}, "0 prompts"),
+    ({"prompts": 7}, "prompts is 7"),
+    ({"prompts": b"red"}, "prompts is b'red'"),
+    ({"prompts": ["a", 7]}, "a prompt is 7"),
+    ({"negative_prompts": "a", "params": SamplingParams()}, "guidance above 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_prompts(generator: Generator, arguments: dict[str, Any], words: str) -> None:
+    """What cannot be drawn is refused by name, before anything is drawn."""
+    calls: list[int] = []
+    with pytest.raises(InputError, match=words):
+        generator.sample(**arguments, on_token=lambda image, tokens: calls.append(tokens))
+    assert not calls
+
+
+def test_models_that_need_or_read_none(generator: Generator, class_engine: Path) -> None:
+    """Prompts to a model that reads none are refused; so is a missing one where the empty prompt was not trained."""
+    with pytest.raises(InputError, match="reads none"):
+        Generator(class_engine, threads=1).sample(prompts="a")
+    engine = generator.engine
+    engine.manifest, whole = (
+        replace(engine.manifest, conditioning={**engine.manifest.conditioning, "empty": False}),
+        (engine.manifest),
+    )
+    try:
+        with pytest.raises(InputError, match="needs prompts"):
+            generator.sample(params=SamplingParams())
+    finally:
+        engine.manifest = whole
+    with pytest.raises(ConfigError, match="conditioning"):
+        replace(whole, conditioning={"kind": "prefix"})
+    with pytest.raises(InputError, match="a prompt is 3"):
+        Codes(*(getattr(generator.sample().codes[0], name) for name in ("codes", "grain", "layout", "label")), 3)  # type: ignore[arg-type]
+
+
+def test_integers_are_refused(run: Path, tmp_path: Path) -> None:
+    """Caches of prompts have no calibrated ranges yet, so integer weights are refused rather than wrong."""
+    with pytest.raises(ExportError, match="int8 are not made for models that read prompts"):
+        export_onnx(load_checkpoint(run / "checkpoint"), tmp_path / "int8", weights="int8")
+
+
+def test_command_line(generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts by the command line, a row of pictures each; ``inspect`` says how many tokens; errors are told."""
+    engine, out = str(generator.path), tmp_path / "samples.png"
+    words = ["--prompt", "red left", "--prompt", "blue", "--negative", "both", "--n", "2"]
+    assert main(["sample", "--engine", engine, "--out", str(out), *words]) == 0 and out.exists()
+    assert main(["inspect", engine]) == 0
+    assert "at most 16 tokens of tokenizer.json; the empty one stands for anything" in capsys.readouterr().out
+    assert main(["sample", "--engine", engine, "--out", str(out), "--prompt", "a b c d " * 9]) == 2
+    assert "this model reads at most 16" in capsys.readouterr().err
+    assert read_engine(generator.path).conditioning == {
+        **{"kind": "prefix", "max": 16},
+        **{"tokenizer": "tokenizer.json", "empty": True},
+    }
+
+
+def test_rows_of_prompts_are_kept(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is encoded once, and not more than so many are kept."""
+    seen: list[int] = []
+    monkeypatch.setattr(texts, "KEPT_PROMPTS", 2)
+    reader = texts.PromptReader(TextTokenizer(BYTES, 8), lambda ids: (seen.append(len(ids)), np.zeros((1, 1)))[1])
+    for text in ("a", "a", "bb", "a", "ccc", "bb"):
+        reader.rows(text)
+    assert seen == [1, 2, 3, 2] and reader.rows("  ") is None
+
+
+def test_pictures_of_training_are_prompted(net: StackedTransformer) -> None:
+    """PyTorch's own sampler takes prompts, and says so where guidance has nothing to compare with."""
+    bare = text_transformer(TokenLayout(32, (4, 8)), TextConfig(16, 256, 1, empty=False))
+    with pytest.raises(InputError, match="null label or the empty prompt"):
+        sample_events(bare, [0], GUIDED)
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+def test_numbers_of_judging() -> None:
+    """Ranks and margins of captions, captions that differ in one word, and the colour that is nearest."""
+    scores = np.array([[-1.0, -5.0, -2.0], [-4.0, -3.0, -9.0]])
+    assert matching(scores) == {
+        **{"images": 2, "others": 2, "own_above_mean": 1.0, "margin": 2.25},
+        **{"recall_at_1": 0.5, "recall_at_10": 1.0},
+    }
+    captions = ["red heart", "Blue heart", "green heart", "blue car", "red car", "elf: medium-dark tone"]
+    assert families(captions, COLOURS) == {"{} heart": {"red": captions[0], "blue": captions[1], "green": captions[2]}}
+    image = np.full((4, 4, 3), 255, np.uint8)
+    image[0] = (200, 0, 0)
+    assert foreground_colour(image).tolist() == [200, 0, 0] and hue(np.array([[0.0, 90.0, 0.0]])) == pytest.approx(120)
+    real = {"red": np.array([255.0, 0, 0]), "blue": np.array([0.0, 0, 255])}
+    hit, told = nearest_word(real, {"red": np.array([[200.0, 9, 9], [10, 10, 200]])})
+    assert hit.tolist() == [True, False] and told["red"]["nearest"] == 0.5 and told["red"]["real_hue"] == 0
+
+
+def test_the_command(generator: Generator, run: Path, data: Path, tmp_path: Path) -> None:
+    """The command reads what the run held out, writes its numbers and a picture of the combinations."""
+    arguments = [str(generator.path), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
+    assert judge_prompts([*arguments, "--images", "2", "--samples", "1"]) is None
+    result = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
+    assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
+
+
+def test_coco(tmp_path: Path) -> None:
+    """A captions file as COCO has them becomes a list that training reads, with all captions of each image; what is
+    missing is named."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(images / f"{i}.png")
+    rows = [{"image_id": i, "caption": f" number {i}\n{j}"} for i in range(12) for j in range(2)]
+    names = [{"id": i, "file_name": f"{i}.png"} for i in range(13)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": names, "annotations": rows}))
+    assert prepare_coco([str(tmp_path / "captions.json"), str(images), str(tmp_path / "out")]) is None
+    folder = ImageFolder(tmp_path / "out" / "images.txt", 16)
+    assert len(folder) == 12 and folder.captions(3) in [(f"number {i} 0", f"number {i} 1") for i in range(12)]
+    rows.append({"image_id": 12, "caption": "no file"})
+    (tmp_path / "captions.json").write_text(json.dumps({"images": names, "annotations": rows}))
+    with pytest.raises(DataError, match=r"lacks 1 of 13 captioned images: 12\.png"):
+        prepare(tmp_path / "captions.json", images, tmp_path / "other")
+    (tmp_path / "captions.json").write_text("{}")
+    with pytest.raises(DataError, match="no file of captions"):
+        prepare(tmp_path / "captions.json", images, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
+    """A small CLIP or T5 with random weights, from its folder: features do not depend on what lies behind the prompt,
+    the traced graph gives PyTorch's rows, and another encoder in the folder is refused."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "clip":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.CLIPTextConfig(vocab_size=300, max_position_embeddings=16, **sizes)
+        encoder = transformers.CLIPTextModel(config)
+    else:
+        config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+        encoder = transformers.T5EncoderModel(config)
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(train_bpe(CAPTIONS, 300))
+    frozen = load_frozen(tmp_path)
+    net = text_transformer(LAYOUTS["three grains"], TextConfig(16, 0, 1, features=32))
+    model = Model(None, net, text_tokenizer=frozen.tokenizer)
+    model.text_encoder = describe_frozen(frozen)
+    ids = model.prompts().encode("a red heart")
+    (rows,) = embed_prompts(net, [frozen.of(ids)])
+    example = {"ids": torch.zeros(1, 16, dtype=torch.long), "length": torch.ones(1, dtype=torch.long)}
+    trace(TextGraph(net.text, frozen_of(model)).eval(), example, ["prefix"], tmp_path / "text.onnx", fixed=True)
+    table = np.full((1, 16), 7, np.int64)
+    table[0, : len(ids)] = ids
+    program = OnnxRuntimeBackend(threads=1).load(tmp_path / "text.onnx")
+    got = program.run({"ids": table, "length": np.array([len(ids)], np.int64)})["prefix"][0, : len(ids)]
+    assert relative_error(got, rows) < 1e-5
+    model.text_encoder["sha256"] = "0" * 64
+    with pytest.raises(CheckpointError, match="another text encoder"):
+        frozen_of(model)

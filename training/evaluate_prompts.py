@@ -1,0 +1,151 @@
+"""Judge an engine that reads prompts: ``python -m training.evaluate_prompts ENGINE_DIR DATA --run RUN --out DIR``.
+
+Everything is drawn, encoded and scored by the engine. ``prompts.json`` and pictures go into DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvq_rt import Generator
+from dvq_rt.files import open_regular, parse_json, read_json
+from dvq_rt.progress import progress_bar
+from runtimes.errors import DataError, InputError, guard
+from training.cli import guarded
+from training.data.captions import holds
+from training.data.folder import ImageFolder
+from training.judging.metrics import nearest_pixels
+from training.judging.prompts import COLOURS, TONES, families, foreground_colour, matching, nearest_word
+from training.judging.report import enlarged, save_json, save_picture, sheet
+from training.run import IMAGES, SETTINGS, say
+
+OTHERS = 50
+"""Captions that an image's own is compared with."""
+MOST_FAMILIES = 8
+"""Of captions that differ in one word, for each kind of word."""
+
+
+def read_split(folder: ImageFolder, run: Path) -> tuple[list[int], list[int], tuple[str, ...]]:
+    """Indices of the images that a run trained on and held out, and the phrases that it held out.
+
+    Raises:
+        DataError: the run's files cannot be read, or an image is gone.
+    """
+    with guard(DataError, f"{run / IMAGES} or {run / SETTINGS} cannot be read", "give the folder of the training run"):
+        with open_regular(run / IMAGES) as file:
+            side = {path: where for path, _, where in map(parse_json, file)}
+        phrases = tuple(read_json(run / SETTINGS)["stage"]["hold_out"])
+    sides = [side.get(folder.relative(i)) for i in range(len(folder))]
+    train, held = ([i for i, where in enumerate(sides) if where == name] for name in ("train", "val"))
+    if len(train) + len(held) != len(side):
+        raise DataError(f"{folder.root} lacks images that {run} was trained with; give the same data")
+    return train, held, phrases
+
+
+def score_captions(
+    generator: Generator, folder: ImageFolder, held: Sequence[int], images: int, seed: int
+) -> dict[str, float]:
+    """``matching`` of so many held-out images, each with its own caption and 50 captions of other held-out images."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(np.array(held))[:images]
+    texts = sorted({folder.captions(i)[0] for i in held})
+    if len(texts) < 2:
+        raise DataError("fewer than two captions are held out; hold more images out")
+    rows = []
+    for i in progress_bar(chosen, desc="scoring captions", unit="image"):
+        own = folder.captions(int(i))[0]
+        others = [text for text in rng.permutation(texts) if text != own][:OTHERS]
+        codes = generator.encode(folder.pixels(int(i)))
+        scores = generator.score(codes * (1 + len(others)), prompts=[own, *others], truncate=True)
+        rows.append([score.total for score in scores])
+    least = min(map(len, rows))
+    return matching(np.array([row[:least] for row in rows]))
+
+
+def test_words(
+    generator: Generator, folder: ImageFolder, attributes: Sequence[str], count: int, seed: int
+) -> dict[str, Any]:
+    """Draw captions that differ in one word, ``count`` times each, and see whether the samples' colour is nearest to
+    that of the real image with that word."""
+    images = {folder.captions(i)[0]: i for i in reversed(range(len(folder)))}
+    groups = families(list(images), attributes)
+    step = max(1, -(-len(groups) // MOST_FAMILIES))
+    hits: list[NDArray[np.bool_]] = []
+    told, chances = {}, []
+    for name in progress_bar(list(groups)[::step], desc="drawing words", unit="caption"):
+        members = groups[name]
+        real = {word: foreground_colour(folder.pixels(images[text])) for word, text in members.items()}
+        drawn = {}
+        for word, text in members.items():
+            samples = generator.sample(count, prompts=text, seed=seed)
+            drawn[word] = np.stack([foreground_colour(image) for image in samples.to_numpy()])
+        hit, told[name] = nearest_word(real, drawn)
+        hits.append(hit)
+        chances += [1 / len(members)] * len(hit)
+    if not hits:
+        return {}
+    return {"nearest": float(np.concatenate(hits).mean()), "chance": float(np.mean(chances)), "captions": told}
+
+
+def picture_combinations(
+    generator: Generator, folder: ImageFolder, train: Sequence[int], held: Sequence[int], count: int, seed: int
+) -> Any:
+    """For held-out images: the real one, samples of its caption, and the training image nearest to the first sample."""
+    training = np.stack([folder.pixels(i) for i in train])
+    texts = [folder.captions(i)[0] for i in held]
+    drawn = [
+        generator.sample(count, prompts=text, seed=seed).to_numpy()
+        for text in progress_bar(texts, desc="drawing what was held out", unit="caption")
+    ]
+    nearest = nearest_pixels(np.stack([images[0] for images in drawn]), training)[1]
+    rows = [
+        (text, [enlarged(image) for image in (folder.pixels(i), *images, training[near])])
+        for i, text, images, near in zip(held, texts, drawn, nearest, strict=True)
+    ]
+    return sheet(rows, ["held out", *["drawn"] * count, "nearest trained"])
+
+
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate_prompts", description="Judge prompts.")
+    parser.add_argument("engine", help="engine folder of a model that reads prompts")
+    parser.add_argument("data", help="the images it was trained on, with captions")
+    parser.add_argument("--run", type=Path, required=True, help="run folder of its training, which lists what it held")
+    parser.add_argument("--out", type=Path, required=True, help="folder for prompts.json and pictures")
+    parser.add_argument("--images", type=int, default=64, help="held-out images whose captions are scored")
+    parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slots", type=int, help="images drawn at once")
+    args = parser.parse_args(argv)
+    if args.images < 1 or args.samples < 1:
+        raise InputError(f"--images is {args.images}, --samples {args.samples}; both must be at least 1")
+    with Generator(args.engine, slots=args.slots) as generator:
+        if not generator.takes_prompts:
+            raise InputError(f"engine {args.engine} reads no prompts; give one of a model that was trained with text")
+        folder = ImageFolder(args.data, generator.manifest.image_size, val_fraction=0)
+        train, held, phrases = read_split(folder, args.run)
+        args.out.mkdir(parents=True, exist_ok=True)
+        result: dict[str, Any] = {"engine": str(args.engine), "seed": args.seed}
+        result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
+        result["colours"] = test_words(generator, folder, COLOURS, args.samples, args.seed)
+        result["skin_tones"] = test_words(generator, folder, TONES, args.samples, args.seed)
+        save_json(args.out / "prompts.json", result)
+        if novel := [i for i in held if holds(folder.captions(i)[0], phrases)]:
+            save_picture(
+                args.out / "combinations.png",
+                picture_combinations(generator, folder, train, novel, args.samples, args.seed),
+            )
+    for name in ("captions", "colours", "skin_tones"):
+        numbers = {k: round(v, 3) for k, v in result[name].items() if isinstance(v, int | float)}
+        say(f"{name}: {numbers}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
