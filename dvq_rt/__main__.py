@@ -1,5 +1,5 @@
-"""Command line: ``dvq-rt sample | edit | vary | reconstruct | inspect | verify | bench | serve`` and more (or ``python
--m dvq_rt``).
+"""Command line: ``dvq-rt sample | edit | vary | reconstruct | inspect | verify | accept | bench | serve`` and more (or
+``python -m dvq_rt``).
 
 The commands that train and export are entry points of the group ``dvq_rt.commands`` in the package's metadata, so that
 they can be called as ``dvq-rt train-tokenizer`` and so on, and the runtime still knows nothing of them.
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,36 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def accept(options: argparse.Namespace) -> int:
+    """Check and measure engines on a GPU, in under ten minutes; exit status 1 if a check fails."""
+    from dvq_rt import accept as tool
+
+    plan = tool.REHEARSAL if options.rehearse else tool.Plan()
+    plan = replace(plan, **{name: value for name, value in vars(options).items() if name in ("images", "soak")})
+    result = tool.accept(
+        options.engines,
+        device=options.device,
+        plan=plan,
+        threads=options.threads,
+        baselines=None if options.checkpoint is None else _baselines(options.checkpoint),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if options.out:
+        write_file(Path(options.out), (plain(result) + "\n").encode())
+    print(table(tool.rows(result)))
+    return 0 if result["ok"] else 1
+
+
+def _baselines(checkpoint: str) -> Any:
+    """PyTorch's times of a checkpoint, from the package that has PyTorch."""
+    for point in entry_points(group="dvq_rt.baselines"):
+        try:
+            return point.load()(checkpoint)
+        except ModuleNotFoundError as error:
+            raise InputError(f"--checkpoint needs the package {error.name}; pip install 'dvq-rt[train]'") from error
+    raise InputError("--checkpoint needs dvq-rt as it is installed by pip; leave it out")
+
+
 def serve(options: argparse.Namespace) -> int:
     """Answer requests over HTTP, with a page to try it; needs the extra [serve]."""
     from dvq_rt.serve.settings import Settings, named_engines
@@ -388,7 +419,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dvq-rt", description="Make pictures with an engine folder.")
     parser.epilog = (
         f"Also installed: {', '.join(sorted(_installed()))}; each has a --help of its own. Exit status: 0 done, 1 a "
-        "check of verify failed, 2 bad use or an error that is told, 130 interrupted, 141 whoever read the output left."
+        "check of verify or accept failed, 2 bad use or an error that is told, 130 interrupted, 141 whoever read the "
+        "output left."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -404,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
         talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")
         talk.add_argument("-q", "--quiet", action="store_true", help="neither warnings nor a progress bar")
         if runs:
-            command.add_argument("--device", choices=("cpu", "cuda"), help="the engine's own if left out")
+            command.add_argument("--device", help="cpu, cuda or cuda:N; the engine's own if left out")
             command.add_argument("--slots", type=int, help="images drawn at once; the engine's own number if left out")
             command.add_argument("--threads", type=int, help="processor threads")
         return command
@@ -464,6 +496,18 @@ def _parser() -> argparse.ArgumentParser:
     coding.add_argument("--out", default="reconstructions.png", help="picture, or a folder ending with /")
 
     checking = add(inspect, False, nargs="?"), add(verify, True, nargs="?")
+
+    words = (accept.__doc__ or "").strip()
+    acceptance = commands.add_parser("accept", help=words, description=words, allow_abbrev=False)
+    acceptance.set_defaults(command=accept)
+    acceptance.add_argument("engines", nargs="+", metavar="DIR", help="engine folder, demo:dq or demo:mq")
+    acceptance.add_argument("--device", default="cuda", help="cuda (the first GPU) or cuda:N")
+    acceptance.add_argument("--rehearse", action="store_true", help="run the same on the CPU, shortened")
+    acceptance.add_argument("--checkpoint", metavar="CKPT", help="also time PyTorch with this checkpoint there")
+    acceptance.add_argument("--images", type=int, default=argparse.SUPPRESS, help="with changed neighbours (200)")
+    acceptance.add_argument("--soak", type=float, default=argparse.SUPPRESS, help="seconds of drawing (120)")
+    acceptance.add_argument("--threads", type=int, help="processor threads of a rehearsal")
+    acceptance.add_argument("--out", help="write all numbers to this JSON file")
 
     timing = add(bench, True, nargs="?")
     for command in (*checking, timing):

@@ -52,19 +52,26 @@ class EngineStep:
     def run(self) -> None:
         self.loop.set_state(self._state)
         self.loop.step()
+        if self.loop.poll > 1:  # a GPU has only been told
+            self.loop.read("done")
 
 
 def step_bytes(engine: Engine, slots: int, length: int) -> dict[str, int]:
     """Bytes that one token of every slot must read: ``weights`` (without embedding tables) and ``caches``."""
     manifest = engine.manifest
+    narrow = manifest.precision != "fp32"
+    size = 2 if narrow or manifest.weights == "fp16" else 4
+    embeddings = manifest.parameters.get("embeddings", 0)
     stored = sum(entry["bytes"] for name, entry in manifest.files.items() if name.startswith("step.onnx"))
-    size = 2 if manifest.weights == "fp16" else 4
-    weights = stored - size * manifest.parameters.get("embeddings", 0)
+    # a plan holds more than weights
+    weights = stored - size * embeddings if stored else size * (manifest.parameters["transformer"] - embeddings)
+    if manifest.weights == "fp16" and not narrow:  # stored so, and read as float32
+        weights *= 2
     row = 0
     for port in engine.table.role(CACHE):
         _, heads, _, width = port.sized(slots)
         row += heads * width * np.dtype(port.dtype).itemsize
-    return {"weights": weights * (4 // size if size == 2 else 1), "caches": slots * row * (length + 1)}
+    return {"weights": weights, "caches": slots * row * (length + 1)}
 
 
 # --- whole images ----------------------------------------------------------------------------------------------

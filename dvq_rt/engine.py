@@ -76,7 +76,9 @@ class Engine:
             assert loop is not None, "who draws holds the engine"
             return loop(count)
 
-        self.batch = SharedBatch(open_loop, self.slots, slots is not None or manifest.fixed_slots)
+        # a GPU takes many slots in about the time of one, and every size would be captured anew
+        whole_batch = slots is not None or manifest.fixed_slots or backend.poll > 1
+        self.batch = SharedBatch(open_loop, self.slots, whole_batch)
 
     @classmethod
     def open(
@@ -174,12 +176,16 @@ class Engine:
 
     def decode(self, codes: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images uint8 [N, S, S, 3] of code maps int64 [N, h, w], each run alone."""
-        outputs = self.by_row("decoder", "codes", codes)
-        return outputs["pixels"] if "pixels" in outputs else to_uint8(outputs["images"])
+        if "pixels" in self.program("decoder").outputs:
+            return self.by_row("decoder", "codes", codes, ["pixels"])["pixels"]
+        return to_uint8(self.by_row("decoder", "codes", codes)["images"])
 
-    def by_row(self, name: str, key: str, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Outputs of a graph of one input ``key``, run on each row alone, so that its last bits depend on no other."""
-        rows = [self.program(name).run({key: row[None]}) for row in values]
+    def by_row(
+        self, name: str, key: str, values: NDArray[Any], names: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Outputs of a graph of one input ``key``, run on each row alone, so that its last bits depend on no other;
+        ``names`` of those that are wanted, None for all."""
+        rows = [self.program(name).run({key: row[None]}, names) for row in values]
         return {output: np.concatenate([row[output] for row in rows]) for output in rows[0]}
 
     # --- prompts -----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Generator(Edits):
     Args:
         engine_dir: engine folder, or ``demo:dq`` or ``demo:mq`` for a demo that ships with the package; None opens
             the first of these.
-        device: ``cpu`` or ``cuda``; None takes the CPU, or the GPU for an engine of TensorRT plans.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes the CPU, or the first GPU for an engine of TensorRT plans.
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the calls can use,
             up to the manifest's number. Pin it where last-bit equality between calls matters. TensorRT plans have
             their own fixed number.

@@ -49,7 +49,7 @@ BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "cuda")
 GPU_TARGETS = re.compile(r"sm\d{2,3}(,sm\d{2,3})*")
 CACHES = {"fp32": "float32", "fp16": "float16"}
-"""Number format of the caches by ``precision``; with weights of integers they are int8."""
+"""Number format of the caches by ``precision``; with weights of integers on a CPU they are int8."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 DTYPE_NAMES = tuple(np.dtype(code).name for code in DTYPES.values())
 
@@ -154,13 +154,18 @@ class Manifest:
         even = all(row == ["B"] for row in rows.values()) or all(row == [self.slots] for row in rows.values())
         even = even and all("B" not in spec["shape"][1:] for spec in specs.values())
         _check(even, "step", rows, f"must have 'B', or everywhere the {self.slots} of slots, as the first size alone")
-        number = "int8" if self.weights.startswith("int") else CACHES.get(self.precision)
+        number = "int8" if self.rounds_activations else CACHES.get(self.precision)
         for name, _ in self.step["caches"]:
             shape, dtype = specs[name]["shape"], specs[name]["dtype"]
             longest = self.layout.max_length + self.prompt
             long = shape[2:3] == [longest]
             _check(long, "step", specs[name], f"must have {longest}, the longest prompt and image, as 3rd size")
             _check(number in (None, dtype), "step", specs[name], f"must be {number}: see precision and weights")
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations, caches and the decoder's maps are integers too, as with integer weights on a CPU."""
+        return self.weights.startswith("int") and self.target == "cpu"
 
     @property
     def prompt(self) -> int:

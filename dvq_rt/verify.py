@@ -76,7 +76,7 @@ def verify(engine: Engine, limit: int | None = None) -> list[Check]:
     """
     golden = read_tensors(engine.path / "golden.safetensors")
     bounds = BOUNDS[engine.manifest.precision]
-    quantized = engine.manifest.weights.startswith("int")
+    quantized = engine.manifest.rounds_activations
     results = check_tokenizer(engine, golden, bounds, quantized)
     prompts = golden_prompts(engine, golden)
     if prompts:

@@ -19,7 +19,8 @@ OPSET, TENSORRT_OPSET = 20, 24
 def grouped_query_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, heads: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ONNX Runtime's ``GroupQueryAttention`` (CPU), the one form for quantized models, whose caches it holds as int8.
+    """ONNX Runtime's ``GroupQueryAttention``, on the CPU and in half precision on CUDA; the one form for models with
+    quantized caches, which it holds as int8.
 
     ``total_sequence_length`` is the whole cache, so that no slot's arithmetic depends on another slot's length.
     """
@@ -74,7 +75,13 @@ def scatter_attention(
     return y.reshape(b, 1, width // 3), grown[0], grown[1]
 
 
-LOWERINGS: dict[str, Attention] = {"cpu": grouped_query_attention, "cuda": reference_attention}
+TARGETS = ("cpu", "cuda")
+
+
+def attention_for(target: str, precision: str) -> Attention:
+    """The form for ONNX Runtime on a target. On CUDA ``GroupQueryAttention`` has kernels for half precision only, so
+    float32 is left to standard operators."""
+    return reference_attention if target == "cuda" and precision == "fp32" else grouped_query_attention
 
 
 def stable_sort(

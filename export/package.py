@@ -45,6 +45,7 @@ def write_graphs(
     slots: int | None = None,
     half_weights: bool = False,
     pixels: bool = False,
+    fused: bool = False,
     opset: int = OPSET,
 ) -> None:
     """Trace encoder, decoder and step into a folder; of a model that reads prompts also the text encoder.
@@ -55,6 +56,7 @@ def write_graphs(
         slots: fixes the step's batch to so many, and the other graphs' to 1; None leaves all three symbolic.
         half_weights: store weights as float16.
         pixels: whether the decoder also gives bytes.
+        fused: whether the step's residual sums and norms are one operator (``export.fusion``).
     """
     vae, net = model.both()
     size, side, rows = vae.config.image_size, vae.config.sides[-1], 1 if slots else 2
@@ -75,6 +77,7 @@ def write_graphs(
         [port.output for port in table.outputs],
         folder / "step.onnx",
         names=[port.name for port in table.inputs],
+        fused=fused,
         **options,
     )
     if net.text is not None:

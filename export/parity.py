@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from dvq_rt.editing import given_first
 from dvq_rt.engine import Engine
-from dvq_rt.files import write_tensors
+from dvq_rt.files import read_tensors, write_tensors
+from dvq_rt.labels import whole
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
 from dvq_rt.manifest import Manifest
 from dvq_rt.sampling import SamplingParams
-from dvq_rt.verify import free_params, verify
+from dvq_rt.verify import draw_tokens, free_params, free_request, verify
 from export.quantization.weights import QuantLinear
 from runtimes.errors import ExportError
 from runtimes.onnxruntime import OnnxRuntimeBackend
@@ -29,8 +30,31 @@ IMAGES, STEPS = 4, 24
 LARGE = 100_000_000
 """Parameters from which drawing takes minutes even with caches: two golden sequences then hold random codes, and there
 is one free run. Logits come from the uncached forward for every size."""
+LARGE_NARROW, FEW_TOKENS, MOST_TOKENS = 50_000_000, 24, 2**31 - 1
+"""Narrow engines of transformers of more parameters are compared on so few tokens, because this takes long on a CPU."""
 ORACLE_TOKENS = 16
 """Tokens of each free run that the uncached sampler draws too."""
+
+
+def check_limit(layout: TokenLayout, parameters: int, asked: int | None) -> int:
+    """Tokens after which the comparison of a narrow engine stops: as asked, else all, or FEW_TOKENS of large models."""
+    longest = layout.max_length
+    if asked is not None:
+        return min(whole("check_tokens", asked, 1, MOST_TOKENS), longest)
+    return min(FEW_TOKENS, longest) if parameters > LARGE_NARROW else longest
+
+
+def keep_drawn(engine: Engine) -> None:
+    """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the engine will."""
+    golden = read_tensors(engine.path / "golden.safetensors")
+    rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
+    for i in range(len(golden["free_labels"])):
+        count = int((golden["free_position"][i] >= 0).sum()) - 1
+        tokens = draw_tokens(engine, free_request(engine, golden, i), count)
+        for (name, runs), values in zip(rows.items(), tokens, strict=True):
+            runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
+    free = {name: padded(runs) for name, runs in rows.items()}
+    write_tensors(engine.path / "golden.safetensors", {**golden, **free})
 
 
 def check_engine(model: Model, folder: Path, manifest: Manifest, limit: int | None = None) -> Manifest:
@@ -159,7 +183,7 @@ def free_run(
     texts: dict[str, Any] = {"prompts": prompts[image : image + 1], "negatives": prompts[image + 1 : image + 2]}
     (event,) = sample_events(net, [label], params, first=image, limit=limit, **texts)
     tokens = drawn_tokens(net.layout, event)
-    if any(isinstance(layer, QuantLinear) for layer in net.modules()):
+    if any(isinstance(layer, QuantLinear) and layer.rounds for layer in net.modules()):
         return tokens, event.cells
     most = min(limit or ORACLE_TOKENS, ORACLE_TOKENS)
     (oracle,) = sample_tokens(net, [label], params, first_image=image, limit=most, **texts)

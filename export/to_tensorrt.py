@@ -12,23 +12,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dvq_rt.engine import Engine
-from dvq_rt.files import read_tensors, write_tensors
+from dvq_rt.files import write_tensors
 from dvq_rt.labels import whole
-from dvq_rt.layout import padded
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.step import StepTable
-from dvq_rt.verify import draw_tokens, free_request
 from export.lowering import TENSORRT_OPSET, scatter_attention
 from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
-from export.parity import check_engine, golden_values
+from export.parity import check_engine, check_limit, golden_values, keep_drawn
+from export.precision import PRECISIONS, narrow
 from export.tensorrt.check import check_graph
 from export.tensorrt.plans import AHEAD, Plan, build_plan, choose_targets, plans_table
-from export.tensorrt.precision import PRECISIONS, narrow
 from export.tracing import MOST_ROWS, load_graph
 from runtimes.cuda import driver_version
 from runtimes.errors import ConfigError
@@ -38,10 +33,6 @@ from training.checkpoint import Model, load_checkpoint
 from training.cli import guarded
 from training.import_published import import_published
 from training.step import step_table
-
-LARGE, FEW_TOKENS = 50_000_000, 24
-"""Transformers of more parameters are compared on so few tokens, because this takes long on a CPU."""
-MOST_TOKENS = 2**31 - 1
 
 
 def export_tensorrt(
@@ -62,7 +53,7 @@ def export_tensorrt(
         model: a whole model, tokenizer and transformer; it is put into eval mode.
         out: the folder's name.
         slots: rows of the step, at least 2 (guidance takes two an image); the plan takes exactly so many.
-        precision: ``fp32``, ``fp16`` or ``bf16``; see ``export.tensorrt.precision``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; see ``export.precision``.
         targets: such as ``sm86``, or ``current`` alone; empty takes the GPU of this machine or, without one, AHEAD.
         flavor: ``tensorrt``, ``tensorrt-rtx`` or ``auto``.
         overwrite: replace an existing engine folder.
@@ -84,12 +75,7 @@ def export_tensorrt(
     slots = whole("slots", slots, 1, MOST_ROWS)
     if slots < 2:
         raise ConfigError(f"slots is {slots}; a plan needs at least 2, since guidance takes two slots an image")
-    longest = net.layout.max_length
-    if check_tokens is not None:
-        limit = min(whole("check_tokens", check_tokens, 1, MOST_TOKENS), longest)
-    else:
-        large = sum(p.numel() for p in net.parameters()) > LARGE
-        limit = min(FEW_TOKENS, longest) if large else longest
+    limit = check_limit(net.layout, sum(p.numel() for p in net.parameters()), check_tokens)
     traced = narrow(model, precision)
     api = choose_flavor(flavor, driver_version() is not None)
     targets = choose_targets(api, targets)
@@ -140,19 +126,6 @@ def describe_plans(
     return describe(
         model, step, slots=slots, backend=backend, target=",".join(targets), precision=precision, weights=precision
     )
-
-
-def keep_drawn(engine: Engine) -> None:
-    """Replace the golden free runs by those of ONNX Runtime, which has the same number format as the plan."""
-    golden = read_tensors(engine.path / "golden.safetensors")
-    rows: dict[str, list[Any]] = {"free_position": [], "free_content": []}
-    for i in range(len(golden["free_labels"])):
-        count = int((golden["free_position"][i] >= 0).sum()) - 1
-        tokens = draw_tokens(engine, free_request(engine, golden, i), count)
-        for (name, runs), values in zip(rows.items(), tokens, strict=True):
-            runs.append(np.concatenate([golden[name][i, :1], values[values >= 0]]))
-    free = {name: padded(runs) for name, runs in rows.items()}
-    write_tensors(engine.path / "golden.safetensors", {**golden, **free})
 
 
 @guarded

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dvq_rt.files import guard
+from export.fusion import fuse_residual_norms
 from export.lowering import OPSET, TRANSLATIONS
 from runtimes.errors import ExportError
 
@@ -34,6 +35,7 @@ def trace(
     names: Sequence[str] = (),
     half_weights: bool = False,
     fixed: bool = False,
+    fused: bool = False,
     opset: int = OPSET,
 ) -> None:
     """Export a module as an ONNX file.
@@ -44,6 +46,7 @@ def trace(
         names: of the graph's inputs, one per tensor; those of ``forward`` if there are none.
         half_weights: see ``store_half``.
         fixed: keep the examples' batch size; otherwise all inputs have a symbolic batch ``B``.
+        fused: see ``export.fusion``.
 
     Raises:
         ExportError: PyTorch or onnx cannot trace or write it; names the file.
@@ -70,6 +73,8 @@ def trace(
     for node in proto.graph.node:  # stack traces with this machine's paths
         del node.metadata_props[:]
         node.doc_string = ""
+    if fused:
+        fuse_residual_norms(proto)
     if half_weights:
         store_half(proto)
     save(proto, path)

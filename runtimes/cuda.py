@@ -1,6 +1,6 @@
 """The CUDA driver; and memory, copies, events and graphs on one stream, by PyTorch if installed, else cuda-python.
 
-Written to the documented APIs; nothing here but the driver probe has run, for lack of a GPU.
+Written to the documented APIs; nothing here but the driver probe has run on a GPU, for lack of one.
 """
 
 from __future__ import annotations
@@ -8,19 +8,38 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import math
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from runtimes.errors import BackendError
+from runtimes.in_flight import IN_FLIGHT
+from runtimes.protocol import Array
 
 Bytes = NDArray[np.uint8]
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 OUT_OF_MEMORY = "out of GPU memory ({asked}): use fewer slots, or close what else uses the GPU"
+LOST = {46: "it is in use or not available", 214: "its memory had an error", 700: "a kernel touched wrong memory"}
+LOST |= {702: "a kernel took too long", 719: "a kernel failed"}
+"""CUDA errors after which a process can use the GPU no more."""
+LOST_WORDS = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "uncorrectable",
+    "device-side assert",
+    "launch timed out",
+    "devices unavailable",
+)
+RESTART = "start a new process; if it happens again, look into nvidia-smi and the kernel's log"
 
 
 class Gpu(NamedTuple):
@@ -39,14 +58,15 @@ def driver_version() -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
-def find_gpu(needed: int | None = None) -> Gpu:
-    """The first GPU.
+def find_gpu(needed: int | None = None, index: int = 0) -> Gpu:
+    """A GPU of this machine.
 
     Args:
         needed: CUDA version that the driver must have at least.
+        index: which one, in the driver's order.
 
     Raises:
-        BackendError: there is no driver or no GPU, or the driver is too old.
+        BackendError: there is no driver or no such GPU, or the driver is too old.
     """
     version = driver_version()
     if version is None:
@@ -56,9 +76,13 @@ def find_gpu(needed: int | None = None) -> Gpu:
             f"the NVIDIA driver is too old: it has CUDA {version[0]}.{version[1]}, CUDA {needed} is needed; update it"
         )
     library = _driver()
-    device, numbers, name = ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)], ctypes.create_string_buffer(256)
+    device, count, numbers = ctypes.c_int(0), ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
+    name = ctypes.create_string_buffer(256)
     assert library is not None
-    status = library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0)
+    status = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
+    if not status and 0 < count.value <= index:
+        raise BackendError(f"device is 'cuda:{index}', but the driver finds {count.value} GPU(s), counted from 0")
+    status = status or library.cuDeviceGet(ctypes.byref(device), index)
     if status:
         raise BackendError(f"the NVIDIA driver finds no usable GPU (CUDA error {status}); check nvidia-smi")
     library.cuDeviceGetName(name, len(name), device)
@@ -75,10 +99,15 @@ def _driver() -> Any:
 
 
 class Device(Protocol):
-    """Memory and order of work on one GPU. All but ``wait`` only queue work on the stream."""
+    """Memory and order of work on one stream of one GPU. All but ``wait`` only queue work on the stream."""
 
+    index: int
+    """Which GPU, as in ``cuda:1``."""
     stream: int
     """Handle of the stream."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make this GPU the calling thread's, for calls into other libraries."""
 
     def allocate(self, size: int) -> int:
         """Address of ``size`` zeroed bytes."""
@@ -98,6 +127,9 @@ class Device(Protocol):
     def wait(self, mark: Any) -> None:
         """Return once a download is complete."""
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes from one address of the GPU to another."""
+
     def capture(self, work: Callable[[], None]) -> Any:
         """The work as a CUDA graph, without doing it."""
 
@@ -105,8 +137,8 @@ class Device(Protocol):
         """Do a captured graph's work."""
 
 
-def open_device() -> Device:
-    """The first GPU's memory through PyTorch if that has CUDA, else through cuda-python.
+def open_device(index: int = 0) -> Device:
+    """A GPU with a stream of its own, through PyTorch if that has CUDA, else through cuda-python.
 
     Raises:
         BackendError: neither package is there.
@@ -114,11 +146,11 @@ def open_device() -> Device:
     try:
         torch = importlib.import_module("torch")  # by name: the runtime must not need it
         if torch.cuda.is_available():
-            return TorchDevice(torch)
+            return TorchDevice(torch, index)
     except ImportError:
         pass
     try:
-        return CudaPythonDevice(importlib.import_module("cuda.bindings.runtime"))
+        return CudaPythonDevice(importlib.import_module("cuda.bindings.runtime"), index)
     except ImportError as error:
         raise BackendError(
             f"GPU memory needs PyTorch with CUDA or cuda-python ({error}); pip install cuda-python"
@@ -128,27 +160,31 @@ def open_device() -> Device:
 class TorchDevice:
     """Device memory as PyTorch tensors of bytes."""
 
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
+    def __init__(self, torch: Any, index: int = 0) -> None:
+        self._torch, self.index = torch, index
         self._tensors: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device=f"cuda:{index}")
         self.stream: int = self._stream.cuda_stream
+
+    def current(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._torch.cuda.device(self.index)
+        return context
 
     @contextlib.contextmanager
     def _queue(self, work: str) -> Iterator[None]:
-        """The stream, with PyTorch's errors as ours."""
+        """The stream and its GPU, with PyTorch's errors as ours."""
         try:
             with self._torch.cuda.stream(self._stream):
                 yield
         except self._torch.cuda.OutOfMemoryError as error:
             raise BackendError(OUT_OF_MEMORY.format(asked=work)) from error
         except RuntimeError as error:
-            raise BackendError(f"CUDA failed in {work}: {error}") from error
+            raise BackendError(failed(work, str(error))) from error
 
     def allocate(self, size: int) -> int:
         with self._queue(f"allocating {size:,} bytes"):
-            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device="cuda")
+            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device=f"cuda:{self.index}")
         self._tensors[tensor.data_ptr()] = tensor
         return int(tensor.data_ptr())
 
@@ -177,6 +213,10 @@ class TorchDevice:
         with self._queue("work before a copy from the GPU"):
             mark.synchronize()
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        with self._queue("a copy on the GPU"):
+            self._tensors[target][:size].copy_(self._tensors[source][:size])
+
     def capture(self, work: Callable[[], None]) -> Any:
         with self._queue("capturing a graph"):
             graph = self._torch.cuda.CUDAGraph()
@@ -193,9 +233,10 @@ class TorchDevice:
 class CudaPythonDevice:
     """Device memory through NVIDIA's own bindings of the CUDA runtime."""
 
-    def __init__(self, runtime: Any) -> None:
-        self._cuda = runtime
-        self._stream = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+    def __init__(self, runtime: Any, index: int = 0) -> None:
+        self._cuda, self.index = runtime, index
+        with self.current():
+            self._stream = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
         self.stream = int(self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -204,45 +245,84 @@ class CudaPythonDevice:
             raise BackendError(cuda_error(name, int(error), getattr(error, "name", str(error))))
         return result[0] if result else None
 
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        before = self._call("cudaGetDevice")
+        self._call("cudaSetDevice", self.index)
+        try:
+            yield
+        finally:
+            if before != self.index:
+                self._cuda.cudaSetDevice(before)
+
     def allocate(self, size: int) -> int:
-        address = int(self._call("cudaMalloc", size))
-        self._call("cudaMemsetAsync", address, 0, size, self._stream)
+        with self.current():
+            address = int(self._call("cudaMalloc", size))
+            self._call("cudaMemsetAsync", address, 0, size, self._stream)
         return address
 
     def release(self, address: int) -> None:
-        self._call("cudaFree", address)
+        self._cuda.cudaFree(address)  # a lost GPU has freed it itself
 
     def pinned(self, size: int) -> Bytes:
-        address = int(self._call("cudaMallocHost", size))
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        with self.current():
+            address = int(self._call("cudaMallocHost", size))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        weakref.finalize(array, self._cuda.cudaFreeHost, address).atexit = False
+        return array
 
     def upload(self, address: int, values: Bytes) -> None:
         # from pageable memory: read before this returns
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, values.ctypes.data, values.size, kind, self._stream)
+        self._copy(address, values.ctypes.data, values.size, "HostToDevice")
 
     def download(self, address: int, into: Bytes) -> Any:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", into.ctypes.data, address, into.size, kind, self._stream)
-        event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
-        self._call("cudaEventRecord", event, self._stream)
+        with self.current():
+            self._copy(into.ctypes.data, address, into.size, "DeviceToHost")
+            event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+            self._call("cudaEventRecord", event, self._stream)
         return event
 
     def wait(self, mark: Any) -> None:
         self._call("cudaEventSynchronize", mark)
         self._call("cudaEventDestroy", mark)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        self._copy(target, source, size, "DeviceToDevice")
+
+    def _copy(self, target: int, source: int, size: int, way: str) -> None:
+        kind = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{way}")
+        self._call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
     def capture(self, work: Callable[[], None]) -> Any:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self._stream, mode)
-        try:
-            work()
-        finally:
-            graph = self._call("cudaStreamEndCapture", self._stream)
-        return self._call("cudaGraphInstantiate", graph, 0)
+        with self.current():
+            self._call("cudaStreamBeginCapture", self._stream, mode)
+            try:
+                work()
+            finally:
+                graph = self._call("cudaStreamEndCapture", self._stream)
+            return self._call("cudaGraphInstantiate", graph, 0)
 
     def launch(self, graph: Any) -> None:
         self._call("cudaGraphLaunch", graph, self._stream)
+
+
+def copy_bandwidth(device: Device, size: int = 2**29, copies: int = 16) -> float:
+    """Bytes per second that a GPU reads and writes while it copies ``size`` bytes, ``copies`` times."""
+    ends = [device.allocate(size) for _ in range(2)]
+    mark = device.pinned(1)
+    try:
+        times = []
+        for count in (1, 1 + copies):  # the difference leaves the wait out
+            began = time.perf_counter()
+            for _ in range(count):
+                device.copy(ends[1], ends[0], size)
+            device.wait(device.download(ends[1], mark))
+            times.append(time.perf_counter() - began)
+    finally:
+        for address in ends:
+            device.release(address)
+    return 2 * size * copies / max(times[1] - times[0], 1e-9)
 
 
 def cuda_error(call: str, number: int, name: str) -> str:
@@ -253,4 +333,56 @@ def cuda_error(call: str, number: int, name: str) -> str:
         return f"the NVIDIA driver is missing or too old for this CUDA runtime ({call}); update the driver"
     if name == "cudaErrorNoDevice" or number == 100:
         return f"the NVIDIA driver finds no GPU ({call}); check nvidia-smi"
+    if number in LOST:
+        return f"the GPU is lost to this process ({LOST[number]}; {call}: {name}, {number}): {RESTART}"
     return f"CUDA failed in {call}: {name} ({number})"
+
+
+def failed(work: str, words: str) -> str:
+    """The same for a library's own words: what it said when ``work`` failed."""
+    if any(sign in words.lower() for sign in ("out of memory", "memory allocation", "failed to allocate")):
+        return OUT_OF_MEMORY.format(asked=f"{work}; {words[:300]}")
+    if any(sign in words.lower() for sign in LOST_WORDS):
+        return f"the GPU is lost to this process ({work}; {words[:300]}): {RESTART}"
+    return f"CUDA failed in {work}: {words[:500]}"
+
+
+class GpuBuffer:
+    """A tensor at one address of the GPU.
+
+    Args:
+        device: whose memory and stream.
+        lock: held while the stream is used.
+        shape, dtype: of the tensor; bfloat16 passes as ``uint16``.
+    """
+
+    def __init__(self, device: Device, lock: threading.RLock, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self.size = math.prod(shape) * self.dtype.itemsize
+        self._device, self._lock = device, lock
+        self._host: Any = None
+        self._mark: Any = None
+        with lock:
+            self.address = device.allocate(max(1, self.size))
+        weakref.finalize(self, device.release, self.address).atexit = False
+
+    def write(self, values: Array) -> None:
+        array = np.array(np.broadcast_to(values, self.shape), dtype=self.dtype, order="C")
+        with IN_FLIGHT, self._lock:
+            self._mark = None
+            self._device.upload(self.address, array.reshape(-1).view(np.uint8))
+
+    def request(self) -> None:
+        with IN_FLIGHT, self._lock:
+            if self._host is None:
+                self._host = self._device.pinned(max(1, self.size))
+            self._mark = self._device.download(self.address, self._host)
+
+    def read(self) -> Array:
+        if self._mark is None:
+            self.request()
+        with IN_FLIGHT:
+            self._device.wait(self._mark)
+        self._mark = None
+        values: Array = self._host[: self.size].view(self.dtype).reshape(self.shape).copy()
+        return values

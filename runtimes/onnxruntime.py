@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU or a CUDA device, with every step tensor bound once and kept on the device."""
+"""ONNX Runtime on the CPU or a GPU (``runtimes.onnxruntime_cuda``), every step tensor bound once and kept there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from runtimes.cuda import Device, GpuBuffer, failed, find_gpu, open_device
+from runtimes.devices import read_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import AGAIN, external_files, identity, read_file
 from runtimes.in_flight import IN_FLIGHT
+from runtimes.onnxruntime_cuda import PROVIDER, CudaProgram, cuda_options
 from runtimes.protocol import Array, Buffer, Files, TensorSpec
 
-DEVICES = ("cpu", "cuda")
 FLOOR = (1, 19)
 """Oldest version that runs float engines rightly; ``tests/oldest_and_newest.sh`` tries it."""
 INTEGER_FLOOR = (1, 28)
@@ -33,8 +36,8 @@ INSTALL = "pip install 'dvq-rt[cpu]', or 'dvq-rt[gpu]' for CUDA"
 LEAST_CAP = 64
 """Threads that may be asked for on any machine, so that settings of a larger one work on a smaller one."""
 IN_MEMORY = "add_external_initializers_from_files_in_memory"
-DTYPES = {"float": "float32", "double": "float64"}
-"""numpy's names of number formats where ONNX Runtime's differ."""
+DTYPES = {"float": "float32", "double": "float64", "bfloat16": "uint16"}
+"""numpy's names of number formats where ONNX Runtime's differ; bfloat16, which numpy lacks, passes as its 16 bits."""
 Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
 
 
@@ -133,29 +136,6 @@ class CpuBuffer:
         return self.array
 
 
-class CudaBuffer:
-    """An OrtValue in device memory. Written to the documented API; not run for lack of a GPU."""
-
-    def __init__(self, ort: ModuleType, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        zeros = CpuBuffer(shape, dtype).array
-        try:
-            self.value = ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", 0)
-        except Exception as error:  # onnxruntime raises many kinds
-            raise BackendError(f"{out_of_memory(shape, dtype)} ({error})") from error
-        self.dtype = np.dtype(dtype)
-
-    def write(self, values: Array) -> None:
-        with IN_FLIGHT:
-            self.value.update_inplace(np.ascontiguousarray(values, dtype=self.dtype))
-
-    def request(self) -> None:
-        pass
-
-    def read(self) -> Array:
-        with IN_FLIGHT:
-            return self.value.numpy()
-
-
 def out_of_memory(shape: tuple[int, ...], dtype: DTypeLike) -> str:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return f"there is no memory for a buffer of {size:,} bytes, {list(shape)} {np.dtype(dtype)}; use fewer slots"
@@ -184,22 +164,25 @@ class OrtBinding:
 
 
 class OrtProgram:
-    """A loaded ONNX graph."""
+    """A loaded ONNX graph, over host arrays; ``gpu`` says where it runs."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, session: Any, gpu: bool = False) -> None:
+        self._session, self._gpu = session, gpu
         self.inputs, self.outputs = (
             {t.name: TensorSpec(_dtype(t.type), tuple(t.shape)) for t in side}
             for side in (session.get_inputs(), session.get_outputs())
         )
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
+        wanted = list(names or self.outputs)
         with IN_FLIGHT:
             try:
-                values = self._session.run(list(self.outputs), dict(inputs))
+                values = self._session.run(wanted, dict(inputs))
             except Exception as error:  # onnxruntime raises many kinds
+                if self._gpu:
+                    raise BackendError(failed("a graph", str(error))) from error
                 raise BackendError(f"onnxruntime failed while running a graph: {error}") from error
-        return dict(zip(self.outputs, values, strict=True))
+        return dict(zip(wanted, values, strict=True))
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtBinding:
         binding = self._session.io_binding()
@@ -210,12 +193,9 @@ class OrtProgram:
                 )
         for kind, bound in (("input", inputs), ("output", outputs)):
             for name, buffer in bound.items():
-                if isinstance(buffer, CudaBuffer):
-                    getattr(binding, f"bind_ortvalue_{kind}")(name, buffer.value)
-                else:
-                    assert isinstance(buffer, CpuBuffer)
-                    array = buffer.array
-                    getattr(binding, f"bind_{kind}")(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                assert isinstance(buffer, CpuBuffer)
+                array = buffer.array
+                getattr(binding, f"bind_{kind}")(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return OrtBinding(self._session, binding, [*inputs.values(), *outputs.values()])
 
 
@@ -228,9 +208,10 @@ class OnnxRuntimeBackend:
     """ONNX Runtime on one device.
 
     Args:
-        device: where the buffers are, ``cpu`` or ``cuda``; its execution provider runs the graphs.
+        device: where the buffers are, ``cpu``, ``cuda`` or ``cuda:N``; its execution provider runs the graphs.
         threads: threads of each operator on the CPU; None for one per core.
-        providers: execution providers in place of that one, as onnxruntime takes them: names, or (name, options).
+        providers: execution providers in place of that one, as onnxruntime takes them: names, or (name, options). On a
+            GPU options that ``CUDAExecutionProvider`` is not given are those of ``cuda_options``.
         session_options: attributes of ``onnxruntime.SessionOptions`` by name, e.g. ``{"enable_profiling": True}``,
             and its configuration entries, whose names have a dot. They are set last.
 
@@ -249,14 +230,13 @@ class OnnxRuntimeBackend:
         providers: Providers | None = None,
         session_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(device, str) or device not in DEVICES:
-            raise BackendError(f"device is {device!r}; it must be one of {DEVICES}")
+        name = read_device(device)
         check_threads(threads)
         self._ort = import_onnxruntime()
         self.device, self.threads = device, threads
-        self.poll = 1 if device == "cpu" else 8
+        self.poll = 1 if name.kind == "cpu" else 8
         self._buffers: list[weakref.ref[CpuBuffer]] = []
-        own = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+        own = {"cpu": "CPUExecutionProvider", "cuda": PROVIDER}[name.kind]
         available = self._ort.get_available_providers()
         if providers is None and own not in available:
             raise BackendError(
@@ -275,6 +255,11 @@ class OnnxRuntimeBackend:
             raise BackendError(f"session_options is {session_options!r:.200}; it must be a mapping of names to values")
         self._session_options = session_options or {}
         self._options(main=True)
+        self._gpu: Device | None = None
+        self._lock = threading.RLock()
+        if name.kind == "cuda":
+            find_gpu(None, name.number)
+            self._gpu = open_device(name.number)
 
     def _options(self, main: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -297,7 +282,7 @@ class OnnxRuntimeBackend:
                 ) from error
         return options
 
-    def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> OrtProgram:
+    def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> OrtProgram | CudaProgram:
         seen = identity(path)
         graph = read_file(path, files)
         assert isinstance(graph, bytes)
@@ -318,7 +303,7 @@ class OnnxRuntimeBackend:
             source = graph if beside else str(path)
             with IN_FLIGHT:
                 session = self._ort.InferenceSession(
-                    source, options, providers=list(self._providers), enable_fallback=0
+                    source, options, providers=self._for_program(main), enable_fallback=0
                 )
         except Exception as error:
             raise BackendError(f"onnxruntime cannot open {path} on {self.device}: {error}") from error
@@ -335,11 +320,21 @@ class OnnxRuntimeBackend:
                 f"asked for {', '.join(self._names)}, granted {granted}; check the driver and libraries of what is "
                 "missing"
             )
-        return OrtProgram(session)
+        if self._gpu is None:
+            return OrtProgram(session)
+        return CudaProgram(self._ort, session, OrtProgram(session, gpu=True), self._gpu, self._lock)
+
+    def _for_program(self, main: bool) -> list[Any]:
+        """The providers, on a GPU with their options."""
+        if self._gpu is None:
+            return list(self._providers)
+        own = cuda_options(self._gpu, main)
+        pairs = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in self._providers]
+        return [(name, {**own, **options} if name == PROVIDER else options) for name, options in pairs]
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        if self.device == "cuda":
-            return CudaBuffer(self._ort, shape, dtype)
+        if self._gpu is not None:
+            return GpuBuffer(self._gpu, self._lock, shape, dtype)
         # systems that promise more memory than there is would end the process when it is used
         alive = [buffer for reference in self._buffers if (buffer := reference())]
         held = sum(buffer.array.nbytes for buffer in alive)

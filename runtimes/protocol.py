@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -60,8 +60,8 @@ class Program(Bindable, Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]:
         """What it gives, by name."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Execute on host arrays."""
+    def run(self, inputs: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Execute on host arrays; ``names`` of the outputs that are wanted, None for all."""
 
 
 class Device(Protocol):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from runtimes.devices import DeviceName, read_device
 from runtimes.errors import BackendError
 from runtimes.onnxruntime import OnnxRuntimeBackend, Providers, check_threads, check_weights
 from runtimes.protocol import Backend
@@ -32,7 +33,7 @@ def open_backend(
         target: what its graphs were made for: ``cpu``, ``cuda``, or GPUs such as ``sm86,sm89``.
         weights: number format of its weights.
         tools: versions of the programs that made it.
-        device: ``cpu`` or ``cuda``; None takes the CPU, or the GPU for TensorRT plans.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes the CPU, or the first GPU for TensorRT plans.
         threads: of each operator on the CPU; None for one per core.
         providers, session_options: see ``OnnxRuntimeBackend``; not for TensorRT plans.
 
@@ -41,20 +42,21 @@ def open_backend(
             engine's, or an option is out of range.
     """
     check_threads(threads)
+    name = None if device is None else read_device(device)
     if kind == "onnxruntime":
-        backend = OnnxRuntimeBackend(
-            "cpu" if device is None else device, threads, providers=providers, session_options=session_options
-        )
-        check_weights(weights, engine)
-        if device == "cuda" and target != "cuda":
+        name = name or DeviceName("cpu")
+        if name.kind == "cuda" and target != "cuda":
             raise BackendError(f"engine {engine} was exported for the CPU; export it again with --target cuda")
+        backend = OnnxRuntimeBackend(str(name), threads, providers=providers, session_options=session_options)
+        check_weights(weights, engine)
         return backend
     if kind not in ("tensorrt", "tensorrt-rtx"):
         raise BackendError(f"engine {engine} is for {kind!r}; there are onnxruntime, tensorrt and tensorrt-rtx")
-    if device not in (None, "cuda"):
+    name = name or DeviceName("cuda")
+    if name.kind != "cuda":
         raise BackendError(f"engine {engine} holds TensorRT plans, which run on cuda only; device is {device!r}")
     if providers is not None or session_options is not None:
         raise BackendError(
             f"engine {engine} holds TensorRT plans; providers and session_options are of onnxruntime: leave them out"
         )
-    return TensorRTBackend(kind, tools.get(kind, "unknown"), target)
+    return TensorRTBackend(kind, tools.get(kind, "unknown"), target, name.number)

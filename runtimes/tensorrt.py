@@ -1,7 +1,8 @@
 """TensorRT plans on an NVIDIA GPU: caches that stay in place, and the step as CUDA graphs.
 
 A plan has fixed sizes. The step is bound twice, once for each direction of the double-buffered state, and each binding
-becomes a CUDA graph after its first run, so that a token is one launch. All work of a backend goes through one stream.
+becomes a CUDA graph after its first run, so that a token is one launch. Every program has a stream of its own, so that
+the image decoder runs beside the steps.
 
 Written to the documented API of TensorRT and TensorRT-RTX. What decides (which buffer goes where, what becomes a graph
 when, what an error means) is tested against a device and a context that compute on the host; no plan has been run.
@@ -9,19 +10,17 @@ when, what an error means) is tested against a device and a context that compute
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 import warnings
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, find_gpu, open_device
+from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, GpuBuffer, find_gpu, open_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import read_file
 from runtimes.in_flight import IN_FLIGHT
@@ -32,41 +31,6 @@ Specs = Mapping[str, Mapping[str, Any]]
 CAPTURE_TRIES = 4
 """Runs of a binding after which it stays without a CUDA graph if the context still cannot be captured."""
 REMAKE = "export it again on this machine: python -m export.to_tensorrt CKPT --target current"
-
-
-class GpuBuffer:
-    """A tensor at one address of the GPU."""
-
-    def __init__(self, device: Device, lock: threading.RLock, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self.size = math.prod(shape) * self.dtype.itemsize
-        self._device, self._lock = device, lock
-        self._host: Any = None
-        self._mark: Any = None
-        with lock:
-            self.address = device.allocate(max(1, self.size))
-        weakref.finalize(self, device.release, self.address).atexit = False
-
-    def write(self, values: Array) -> None:
-        array = np.array(np.broadcast_to(values, self.shape), dtype=self.dtype, order="C")
-        with IN_FLIGHT, self._lock:
-            self._mark = None
-            self._device.upload(self.address, array.reshape(-1).view(np.uint8))
-
-    def request(self) -> None:
-        with IN_FLIGHT, self._lock:
-            if self._host is None:
-                self._host = self._device.pinned(max(1, self.size))
-            self._mark = self._device.download(self.address, self._host)
-
-    def read(self) -> Array:
-        if self._mark is None:
-            self.request()
-        with IN_FLIGHT:
-            self._device.wait(self._mark)
-        self._mark = None
-        values: Array = self._host[: self.size].view(self.dtype).reshape(self.shape).copy()
-        return values
 
 
 def binding_table(
@@ -148,7 +112,7 @@ class TrtProgram:
         self._pointed: dict[str, int] | None = None
         self._own: tuple[dict[str, Buffer], dict[str, Buffer], TrtBinding] | None = None
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
         """Execute on host arrays, in parts of as many rows as the plan has."""
         with self.lock:
             if self._own is None:
@@ -163,9 +127,9 @@ class TrtProgram:
                 for name, values in part.items():
                     into[name].write(values)
                 binding.run()
-                results.append({name: buffer.read() for name, buffer in out.items()})
+                results.append({name: out[name].read() for name in names or out})
             count = len(next(iter(inputs.values())))
-            return {name: np.concatenate([result[name] for result in results])[:count] for name in out}
+            return {name: np.concatenate([result[name] for result in results])[:count] for name in names or out}
 
     def _buffer(self, spec: Mapping[str, Any]) -> Buffer:
         return GpuBuffer(self.device, self.lock, tuple(spec["shape"]), spec["dtype"])
@@ -180,7 +144,9 @@ class TrtProgram:
             for name, address in table.items():
                 self._context.set_tensor_address(name, address)
             self._pointed = table
-        if not self._context.execute_async_v3(self.device.stream):
+        with self.device.current():
+            good = self._context.execute_async_v3(self.device.stream)
+        if not good:
             raise BackendError(f"{self._name} failed to run: {explain(self._api.complaint())}")
 
     def capturable(self, runs: int) -> bool:
@@ -204,12 +170,13 @@ def row_parts(inputs: Mapping[str, Array], rows: int) -> list[dict[str, Array]]:
 
 
 class TensorRTBackend:
-    """The first GPU.
+    """One GPU.
 
     Args:
         flavor: package that built the plans, ``tensorrt`` or ``tensorrt-rtx``.
         version: its version then.
         targets: GPUs that they were built for, e.g. ``sm86,sm89``.
+        index: which GPU, as in ``cuda:1``.
 
     Raises:
         BackendError: no driver, an old one, no package, or plans for another GPU or version; says which.
@@ -218,21 +185,23 @@ class TensorRTBackend:
     poll = 8
     suffix = ".plan"
 
-    def __init__(self, flavor: str, version: str, targets: str) -> None:
-        find_gpu()
+    def __init__(self, flavor: str, version: str, targets: str, index: int = 0) -> None:
+        find_gpu(None, index)
         self._api = TensorRT(flavor)
-        check_machine(self._api.flavor, version, targets, self._api.version, find_gpu(cuda_major(flavor)))
-        self.device = open_device()
+        check_machine(self._api.flavor, version, targets, self._api.version, find_gpu(cuda_major(flavor), index))
+        self.device = open_device(index)
         self.lock = threading.RLock()
 
     def load(self, path: Path, files: Files | None = None, *, main: bool = False) -> TrtProgram:
         plan = read_file(path, files)
         assert isinstance(plan, bytes)
-        with IN_FLIGHT:
+        device, lock = (self.device, self.lock) if main else (open_device(self.device.index), threading.RLock())
+        with IN_FLIGHT, device.current():
             runtime, engine = self._api.deserialize(plan)
         if engine is None:
             raise BackendError(f"{self._api.flavor} cannot open {path}: {explain(self._api.complaint())}")
-        return TrtProgram(path.name, self._api, engine, runtime, self.device, self.lock)
+        with device.current():
+            return TrtProgram(path.name, self._api, engine, runtime, device, lock)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         return GpuBuffer(self.device, self.lock, shape, dtype)

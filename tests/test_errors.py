@@ -130,7 +130,8 @@ def test_bad_slots(slots: Any, class_engine: Path) -> None:
         (["--slots", "0"], "slots is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--engine", "nowhere"], "engine folder nowhere does not exist; name none to use the bundled demo"),
-        (["--device", "cuda"], "install dvq-rt[gpu] instead of dvq-rt[cpu], or use device='cpu'"),
+        (["--device", "cuda"], "was exported for the CPU; export it again with --target cuda"),
+        (["--device", "tpu"], "device is 'tpu'; it must be 'cpu', 'cuda' (the first GPU) or 'cuda:N', N from 0"),
     ],
 )
 def test_bad_commands(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
+from standin import HostDevice
 
 import runtimes.onnxruntime as backend
 from dvq_rt.generator import Generator
@@ -163,7 +164,6 @@ def test_cuda_needs_cuda(class_engine: Path, plain_engine: Path, monkeypatch: py
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"needs CUDAExecutionProvider, but .* install dvq-rt\[gpu\] .*device='cpu'"):
         Generator(plain_engine, device="cuda")
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(BackendError, match="exported for the CPU; export it again with --target cuda"):
         Generator(class_engine, device="cuda")
 
@@ -181,6 +181,8 @@ def test_granted_providers_are_checked(plain_engine: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", Fallback)
+    monkeypatch.setattr(backend, "find_gpu", lambda needed, index: None)
+    monkeypatch.setattr(backend, "open_device", HostDevice)
     with pytest.raises(
         BackendError, match=r"asked for CUDAExecutionProvider, granted .*; check the driver and libraries"
     ):
@@ -206,7 +208,7 @@ def test_threads_that_can_be_had(class_engine: Path) -> None:
 def test_bad_options(class_engine: Path) -> None:
     """Devices and kinds that are none, and options of the other kind of engine."""
     for device in ("tpu", "", 3):
-        with pytest.raises(BackendError, match=rf"device is {device!r}; it must be one of \('cpu', 'cuda'\)"):
+        with pytest.raises(BackendError, match=rf"device is {device!r}; it must be 'cpu', 'cuda'"):
             Generator(class_engine, device=device)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"engine mine is for 'openvino'; there are onnxruntime, tensorrt and"):
         opened("openvino")

@@ -31,8 +31,8 @@ from dvq_rt.manifest import GRAPHS, Manifest, read_engine
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET
 from export.parity import golden_values
+from export.precision import narrow
 from export.tensorrt.check import check_graph, check_network, specs
-from export.tensorrt.precision import narrow
 from export.tracing import trace
 from runtimes.cuda import driver_version
 from runtimes.errors import BackendError, CheckpointError, ConfigError, EngineError, ExportError, InputError

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from standin import HostApi, HostDevice
 from test_tensorrt_export import SLOTS, TARGETS, Traced
 
 import runtimes.cuda as cuda
@@ -38,122 +37,6 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (13, 0))
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return Traced(tmp_path_factory.mktemp("tensorrt"))
-
-
-class HostDevice:
-    """A device whose memory is the host's, and whose stream does everything at once."""
-
-    stream = 7
-
-    def __init__(self) -> None:
-        self.memory: dict[int, NDArray[np.uint8]] = {}
-        self.log: list[str] = []
-        self.captured: list[Callable[[], None]] | None = None
-
-    def allocate(self, size: int) -> int:
-        array = np.zeros(size, dtype=np.uint8)
-        self.memory[array.ctypes.data] = array
-        return array.ctypes.data
-
-    def release(self, address: int) -> None:
-        del self.memory[address]
-
-    def pinned(self, size: int) -> NDArray[np.uint8]:
-        return np.zeros(size, dtype=np.uint8)
-
-    def upload(self, address: int, values: NDArray[np.uint8]) -> None:
-        self.memory[address][: values.size] = values
-
-    def download(self, address: int, into: NDArray[np.uint8]) -> object:
-        self.log.append("download")
-        into[:] = self.memory[address][: into.size]
-        return into
-
-    def wait(self, mark: object) -> None:
-        self.log.append("wait")
-
-    def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
-        self.captured = []
-        work()
-        graph, self.captured = self.captured, None
-        self.log.append("capture")
-        return graph
-
-    def launch(self, graph: list[Callable[[], None]]) -> None:
-        self.log.append("launch")
-        for work in graph:
-            work()
-
-
-class HostContext:
-    """Runs a graph from and to raw addresses, as a context of TensorRT does; while a capture is under way it only
-    notes what to do, with the addresses of that moment."""
-
-    def __init__(self, session: Any, device: HostDevice) -> None:
-        self.session, self.device = session, device
-        self.addresses: dict[str, int] = {}
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self.device.stream
-        binding = self.session.io_binding()
-        for kind, values in (("input", self.session.get_inputs()), ("output", self.session.get_outputs())):
-            for value in values:
-                dtype = HostApi.dtype(value)
-                getattr(binding, f"bind_{kind}")(value.name, "cpu", 0, dtype, value.shape, self.addresses[value.name])
-        if self.device.captured is not None:
-            self.device.captured.append(lambda: self.session.run_with_iobinding(binding))
-        else:
-            self.device.log.append("execute")
-            self.session.run_with_iobinding(binding)
-        return True
-
-
-class HostApi:
-    """What ``TensorRT`` offers the backend, over ONNX graphs."""
-
-    flavor, version = "tensorrt-rtx", "1.7.1"
-    ready_after = 0
-
-    def __init__(self, flavor: str) -> None:
-        assert flavor == self.flavor
-        self.device: Any = None
-        self.asked = 0
-
-    @staticmethod
-    def dtype(value: Any) -> Any:
-        names = {"float": "float32", "float16": "float16", "int64": "int64", "int32": "int32", "bool": "bool"}
-        return np.dtype({**names, "uint8": "uint8"}[value.type[len("tensor(") : -1]])
-
-    def deserialize(self, plan: bytes) -> tuple[Any, Any]:
-        if not plan:
-            return None, None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
-        return None, type("Engine", (), {"session": session, "create_execution_context": lambda e: self.context(e)})()
-
-    def context(self, engine: Any) -> HostContext:
-        return HostContext(engine.session, self.device)
-
-    def specs(self, engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        both = (engine.session.get_inputs(), engine.session.get_outputs())
-        sides = [{v.name: {"dtype": self.dtype(v).name, "shape": v.shape} for v in values} for values in both]
-        return sides[0], sides[1]
-
-    def aliases(self, engine: Any, outputs: list[str]) -> dict[str, str]:
-        return {name: name.removesuffix("_out") for name in outputs if name.startswith("cache_")}
-
-    def capturable(self, context: Any, stream: int) -> bool:
-        self.asked += 1
-        return self.asked > self.ready_after
-
-    def complaint(self) -> str:
-        return "incompatible device, expecting compute 8.6 got compute 8.9"
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +66,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
         made.device = device
         return made
 
-    monkeypatch.setattr(backend, "find_gpu", lambda needed=None: ADA)
-    monkeypatch.setattr(backend, "open_device", lambda: device)
+    monkeypatch.setattr(backend, "find_gpu", lambda needed=None, index=0: ADA)
+    monkeypatch.setattr(backend, "open_device", lambda index=0: device)
     monkeypatch.setattr(backend, "TensorRT", api)
     return device
 
@@ -397,6 +280,10 @@ class Driver:
     def cuInit(self, flags: int) -> int:
         return self.status
 
+    def cuDeviceGetCount(self, pointer: Any) -> int:
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = 2
+        return 0
+
     def cuDeviceGet(self, pointer: Any, index: int) -> int:
         return 0
 
@@ -421,7 +308,9 @@ def test_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BackendError, match=words):
             find_gpu(13)
     monkeypatch.setattr(cuda, "_driver", lambda: Driver(13010))
-    assert find_gpu(13) == Gpu("GPU", "sm120", (13, 1))
+    assert find_gpu(13) == find_gpu(13, 1) == Gpu("GPU", "sm120", (13, 1))
+    with pytest.raises(BackendError, match=r"device is 'cuda:2', but the driver finds 2 GPU\(s\), counted from 0"):
+        find_gpu(13, 2)
 
 
 def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +338,12 @@ class Runtime:
     def cudaMalloc(self, size: int) -> tuple[Any, None]:
         return self.error, None
 
+    def cudaGetDevice(self) -> tuple[int, int]:
+        return 0, 0
+
+    def cudaSetDevice(self, index: int) -> tuple[int]:
+        return (0,)
+
 
 class OutOfMemory(Exception):
     pass
@@ -468,6 +363,9 @@ def test_out_of_memory() -> None:
 
             class Stream:
                 cuda_stream = 3
+
+                def __init__(self, device: str) -> None:
+                    assert device == "cuda:0"
 
             @staticmethod
             def stream(stream: Any) -> Any:
@@ -504,7 +402,8 @@ def test_what_tensorrt_says(words: str, meaning: str) -> None:
         (2, "cudaErrorMemoryAllocation", "use fewer slots"),
         (35, "cudaErrorInsufficientDriver", "update the driver"),
         (100, "cudaErrorNoDevice", "check nvidia-smi"),
-        (700, "cudaErrorIllegalAddress", r"CUDA failed in cudaMalloc: cudaErrorIllegalAddress \(700\)"),
+        (700, "cudaErrorIllegalAddress", r"GPU is lost to this process \(a kernel touched wrong memory.* new process"),
+        (1, "cudaErrorInvalidValue", r"CUDA failed in cudaMalloc: cudaErrorInvalidValue \(1\)"),
     ],
 )
 def test_cuda_errors(number: int, name: str, words: str) -> None:

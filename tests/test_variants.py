@@ -20,7 +20,7 @@ from dvq_rt.images import grain_overlay, segment_colours
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.verify import verify
 from export.parity import golden_values
-from export.tensorrt.precision import narrow
+from export.precision import narrow
 from export.to_onnx import export_onnx
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model, load_checkpoint, save_checkpoint

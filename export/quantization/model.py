@@ -48,8 +48,27 @@ def quantize_model(model: Model, weights: str, calibrate: int, tuning: int) -> M
     )
 
 
+def quantize_weights(model: Model, weights: str, calibrate: int) -> Model:
+    """A copy of a model of which the transformer's linear layers alone have integer weights: activations, caches and
+    the decoder keep their format. This is what CUDA's ``MatMulNBits`` computes.
+
+    Raises:
+        ExportError: a layer is too narrow for blocks of integers.
+    """
+    vae, net = model.both()
+    check_widths(net, weights)
+    rows, _ = calibration_sequences(net, calibrate)
+    quantized = quantize_transformer(net, weights, rows, feed_back=calibrate > 0, weights_only=True)
+    return Model(copy.deepcopy(vae), quantized, model.class_names, model.defaults)
+
+
 def quantize_transformer(
-    model: StackedTransformer, weights: str, rows: Sequence[Tokens], *, feed_back: bool = True
+    model: StackedTransformer,
+    weights: str,
+    rows: Sequence[Tokens],
+    *,
+    feed_back: bool = True,
+    weights_only: bool = False,
 ) -> StackedTransformer:
     """A copy of a transformer with QuantLinear layers and int8 caches.
 
@@ -58,6 +77,7 @@ def quantize_transformer(
         rows: of typical images, which the caches' ranges come from.
         feed_back: feed rounding errors back along the inputs' second moments over ``rows``, as in GPTQ
             (arXiv 2210.17323); if not, weights are rounded to the nearest.
+        weights_only: leave activations and caches as they are.
     """
     net = copy.deepcopy(model)
     moments, scales_of_caches = observe(net, rows, moments=feed_back)
@@ -65,8 +85,9 @@ def quantize_transformer(
     def quantized(name: str, layer: nn.Linear) -> nn.Module:
         bits = layer_bits(name, weights, net.layout)
         levels, scales = quantize_weight(layer.weight.detach(), bits, moments.get(name))
-        integers = QuantLinear(levels, scales, bits, layer.bias)
-        return CachedProjection(integers, scales_of_caches[name]) if name.endswith("attn.qkv") else integers
+        integers = QuantLinear(levels, scales, bits, layer.bias, rounds=not weights_only)
+        cached = name.endswith("attn.qkv") and not weights_only
+        return CachedProjection(integers, scales_of_caches[name]) if cached else integers
 
     for name, layer in list(linear_layers(net)):
         replace_layer(net, name, quantized(name, layer))

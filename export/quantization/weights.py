@@ -25,7 +25,8 @@ class QuantLinear(nn.Module):
     """A linear layer with ``packed`` uint8 [N, K / block, block * bits / 8], ``scales`` float32 [N, K / block] and
     ``bias`` float32 [N]: x float [.., K] -> float [.., N].
 
-    ``weight`` float32 [N, K] is what the integers stand for; an exported graph does not hold it.
+    ``weight`` float32 [N, K] is what the integers stand for; an exported graph does not hold it. ``rounds`` says
+    whether the kernel also rounds activations to 8 bits, as on CPUs; on CUDA it does not.
     """
 
     packed: Tensor
@@ -33,9 +34,9 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     weight: Tensor
 
-    def __init__(self, levels: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> None:
+    def __init__(self, levels: Tensor, scales: Tensor, bits: int, bias: Tensor | None, rounds: bool = True) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.rounds = bits, rounds
         self.register_buffer("packed", pack(levels, bits))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -43,12 +44,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
-            return F.linear(round_activations(x), self.weight, self.bias)
+            return F.linear(round_activations(x) if self.rounds else x, self.weight, self.bias)
         n, k = self.weight.shape
         y: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             [x, self.packed, self.scales],
-            attrs={"K": k, "N": n, "bits": self.bits, "block_size": BLOCK, "accuracy_level": 4},
+            attrs={"K": k, "N": n, "bits": self.bits, "block_size": BLOCK, "accuracy_level": 4 if self.rounds else 0},
             dtype=x.dtype,
             shape=[*x.shape[:-1], n],
             version=1,

@@ -1,4 +1,4 @@
-"""Narrow number formats decided in the graph, as TensorRT's strongly typed networks want it.
+"""Narrow number formats decided in the graph, as TensorRT's strongly typed networks and ONNX Runtime on CUDA want it.
 
 The convolutional networks and the transformer compute in the narrow format. Around them stays float32 what decides
 between neighbours: entropy and routers, the masker's scores, distances to codes and the codebook, the softmax of the
@@ -46,8 +46,9 @@ class Constant(nn.Module):
         return self.value
 
 
-def narrow(model: Model, precision: str) -> Model:
-    """A copy of a whole model that computes in ``fp32`` (unchanged), ``fp16`` or ``bf16``; for tracing.
+def narrow(model: Model, precision: str, tokenizer: bool = True) -> Model:
+    """A copy of a whole model that computes in ``fp32`` (unchanged), ``fp16`` or ``bf16``; for tracing. ``tokenizer``
+    says whether its networks do too.
 
     Raises:
         ConfigError: the precision is another one.
@@ -61,12 +62,14 @@ def narrow(model: Model, precision: str) -> Model:
     vae, net = model.both()
     decoder = vae.get_submodule("decoder")
     for name, part in list(decoder.named_children()):
-        if name.startswith("position_bias"):  # a constant: computed wide, rounded once
+        if tokenizer and name.startswith("position_bias"):  # a constant: computed wide, rounded once
             setattr(decoder, name, Constant(part()))
     for name in NETWORKS:
-        if hasattr(vae, name):
+        if tokenizer and hasattr(vae, name):
             setattr(vae, name, Narrow(getattr(vae, name), dtype))
     net.to(dtype)
+    if net.text is not None:  # a graph of its own, once for each prompt
+        net.text.float()
     for name in ("position_head", "content_head"):
         setattr(net, name, Narrow(getattr(net, name), dtype))
     return model
