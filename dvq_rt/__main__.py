@@ -1,4 +1,5 @@
-"""Command line: ``dvq-rt sample | reconstruct | inspect | verify | bench | serve`` (or ``python -m dvq_rt``).
+"""Command line: ``dvq-rt sample | edit | vary | reconstruct | inspect | verify | bench | serve`` and more (or ``python
+-m dvq_rt``).
 
 The commands that train and export are entry points of the group ``dvq_rt.commands`` in the package's metadata, so that
 they can be called as ``dvq-rt train-tokenizer`` and so on, and the runtime still knows nothing of them.
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 
 from dvq_rt.completion import script
 from dvq_rt.describe import describe, plain, table
+from dvq_rt.editing import region_mask
 from dvq_rt.files import write_file
-from dvq_rt.images import grain_overlay, psnr, to_array, to_uint8
+from dvq_rt.images import grain_overlay, grid, open_rgb, psnr, square, to_array, to_uint8
 from dvq_rt.labels import MOST_IMAGES, whole
 from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.outputs import PICTURES, blocks, make_folder, picture_target, write_picture
@@ -139,6 +141,75 @@ def sample(options: argparse.Namespace) -> int:
     write_picture(target, samples.grid(columns=columns))
     print(target)
     return 0
+
+
+def edit(options: argparse.Namespace) -> int:
+    """Redraw a region of a picture and write the picture, what is redrawn, and the results side by side."""
+    target, generator, picture, shared = _edited(options)
+    if (options.mask is None) == (options.region is None):
+        raise InputError("give --mask or --region, and not both")
+    size = len(picture)
+    if options.mask is not None:  # a picture like any other: white is redrawn
+        mask = square(open_rgb(options.mask), size).max(-1) > 127
+    else:
+        mask = region_mask([int(word) for word in _numbers("--region", options.region, 4)], size)
+    samples = generator.edit(
+        picture, mask, grain=options.grain, dilate=options.dilate, candidates=options.candidates, **shared
+    )
+    cells = generator.edit_of(picture, mask, dilate=options.dilate).redraw.repeat(size // generator.layout.sides[0], 0)
+    redrawn = np.where(cells.repeat(size // generator.layout.sides[0], 1)[..., None], 255, picture // 2)
+    write_picture(target, grid(np.stack([picture, redrawn.astype(np.uint8), *samples.to_numpy()])))
+    print(f"drawn from the law of: {samples.law}")
+    print(target)
+    return 0
+
+
+def vary(options: argparse.Namespace) -> int:
+    """Draw pictures that begin as a given one does, and write it beside them."""
+    target, generator, picture, shared = _edited(options)
+    keep: Any = "coarse" if options.keep == "coarse" else _numbers("--keep", options.keep, 1)[0]
+    samples = generator.vary(picture, keep, **shared)
+    write_picture(target, grid(np.stack([picture, *samples.to_numpy()])))
+    print(target)
+    return 0
+
+
+def outpaint(options: argparse.Namespace) -> int:
+    """Draw what lies around a picture."""
+    target, generator, picture, shared = _edited(options)
+    sides = {name: getattr(options, name) for name in ("left", "top", "right", "bottom")}
+    image, _ = generator.outpaint(
+        picture, labels=shared["labels"], seed=shared["seed"], params=shared["params"], **sides
+    )
+    write_picture(target, image)
+    print(target)
+    return 0
+
+
+def _edited(options: argparse.Namespace) -> tuple[Path, Any, NDArray[np.uint8], dict[str, Any]]:
+    """What the commands share that start from a picture: output, generator, the picture at the model's size, and how to
+    draw."""
+    target, _ = picture_target(options.out)
+    generator = _generator(options)
+    picture = square(open_rgb(options.image), generator.manifest.image_size)
+    given = {name: getattr(options, name) for name in ("temperature", "guidance") if hasattr(options, name)}
+    params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
+    label = options.label
+    if label is not None and label not in generator.class_names and label.isdecimal():
+        label = int(label)
+    shared = {"labels": label, "seed": options.seed, "params": params}
+    return target, generator, picture, {**shared, "n": options.n} if hasattr(options, "n") else shared
+
+
+def _numbers(name: str, text: str, count: int) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise InputError(f"{name} is {text!r}; it must be {count} number{'s, separated by commas' * (count > 1)}")
+    return numbers
 
 
 def _sample_shards(options: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -359,6 +430,28 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("top-k", "top-k-position"):
         tuning.add_argument(f"--{name}", type=_top_k, default=argparse.SUPPRESS, help="a number, or none")
     tuning.add_argument("--positions", choices=POSITIONS, default=argparse.SUPPRESS)
+
+    for function, out in ((edit, "edited.png"), (vary, "varied.png"), (outpaint, "outpainted.png")):
+        command = add(function, True, name="--engine")
+        command.add_argument("image", metavar="IMAGE", help="cut to a square and resized to the model's size")
+        command.add_argument("--label", help="name or index; none if left out")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", default=out, help=f"picture ({out})")
+        for name in ("temperature", "guidance"):
+            command.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
+        if function is not outpaint:
+            command.add_argument("--n", type=int, default=4, help="number of results (4)")
+        if function is edit:
+            command.add_argument("--mask", metavar="PICTURE", help="white is redrawn; cut and resized as IMAGE is")
+            command.add_argument("--region", metavar="L,T,R,B", help="a rectangle in pixels of the model's size")
+            command.add_argument("--grain", choices=("free", "keep"), default="free", help="of what is redrawn")
+            command.add_argument("--dilate", type=int, default=0, help="rings of cells that are redrawn too")
+            command.add_argument("--candidates", type=int, default=1, help="images drawn for each result")
+        elif function is vary:
+            command.add_argument("--keep", default="coarse", help="coarse, or a share of the tokens from 0 to 1")
+        else:
+            for name in ("left", "top", "right", "bottom"):
+                command.add_argument(f"--{name}", type=int, default=0, help="pixels to add, whole coarsest cells")
 
     coding = add(reconstruct, True, name="--engine")
     coding.add_argument("images", nargs="+", metavar="IMAGE")

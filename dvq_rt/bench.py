@@ -36,6 +36,8 @@ def middle_state(table: StepTable, slots: int, length: int) -> dict[str, NDArray
     state = {port.name: port.idle_values(slots) for port in table.role(STATE)}
     state["position"][:] = layout.position_offset(layout.segments - 1)
     state["length"][:] = length
+    if "phase" in state:
+        state["phase"][:] = layout.segments - 1
     state["done"][:] = False
     return state
 

@@ -136,6 +136,11 @@ class Request:
         prompt, negative: rows float32 [l, C] in front of the image and, with guidance, in front of its partner; None
             for the empty prompt.
         text: what the prompt says.
+        pinned: int32 [cells], how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token; None
+            leaves them free. The step must have the control.
+        given: int64, the kinds of tokens 1, 2, ..., which ``forced`` has (``dvq_rt.editing.given_first``); None or 0
+            for tokens of the image's own sequence. The step must have the control.
+        uniforms: float32 [longest sequence, 2], random numbers in place of those of the seed.
     """
 
     label: int
@@ -150,13 +155,20 @@ class Request:
     prompt: NDArray[np.float32] | None = None
     negative: NDArray[np.float32] | None = None
     text: str | None = None
+    pinned: NDArray[np.int32] | None = None
+    given: NDArray[np.int64] | None = None
+    uniforms: NDArray[np.float32] | None = None
 
     @classmethod
-    def along(cls, layout: TokenLayout, tokens: Tokens, **values: Any) -> Request:
-        """A request that is forced along a whole sequence, whose first token gives the label."""
+    def along(
+        cls, layout: TokenLayout, tokens: Tokens, kind: NDArray[np.int64] | None = None, **values: Any
+    ) -> Request:
+        """A request that is forced along a whole sequence, whose first token gives the label; ``kind`` as
+        ``dvq_rt.editing.given_first`` gives it."""
         forced = (tokens.position[1:], tokens.content[1:])
         label = int(tokens.content[0]) - layout.content_sos
-        return cls(label, SamplingParams(positions="drawn"), forced=forced, **values)
+        given = None if kind is None else kind[1:]
+        return cls(label, SamplingParams(positions="drawn"), forced=forced, given=given, **values)
 
     @property
     def width(self) -> int:
@@ -335,7 +347,12 @@ class Scheduler:
         request, loop = handle.request, self.loop
         values: dict[str, Any] = dict(loop.table.settings(request.params))
         values |= {"reset": True, "forced_position": -1, "forced_content": -1}
-        values["uniforms"] = uniforms(request.seed, request.image, loop.layout.max_length)
+        numbers = request.uniforms
+        values["uniforms"] = (
+            uniforms(request.seed, request.image, loop.layout.max_length) if numbers is None else numbers
+        )
+        if loop.table.has("pinned"):
+            values["pinned"] = -1 if request.pinned is None else pins_at(request.pinned, 0)
         labels = (request.label, loop.layout.partner_label(request.label))
         rows = zip(handle.slots, handle.slots[::-1], labels, (request.prompt, request.negative), strict=False)
         for slot, partner, label, prompt in rows:
@@ -364,10 +381,23 @@ class Scheduler:
                 value = forced[handle.steps] if handle.steps < len(forced) else -1
                 for slot in handle.slots:
                     self.loop.control(name, slot, value)
+            pinned, given = handle.request.pinned, handle.request.given
+            if self.loop.table.has("given"):
+                kind = 0 if given is None or handle.steps >= len(given) else given[handle.steps]
+                for slot in handle.slots:
+                    self.loop.control("given", slot, kind)
+            if pinned is not None and pinned.ndim == 2:
+                for slot in handle.slots:
+                    self.loop.control("pinned", slot, pins_at(pinned, handle.steps))
 
     def _leave(self, handle: Handle) -> None:
         self._active.remove(handle)
         self._free += handle.slots
+
+
+def pins_at(pinned: NDArray[np.int32], step: int) -> NDArray[np.int32]:
+    """A request's pins [cells] for the token after so many."""
+    return pinned if pinned.ndim == 1 else pinned[min(step, len(pinned) - 1)]
 
 
 def cells_to_maps(layout: TokenLayout, cells: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

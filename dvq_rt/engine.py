@@ -40,6 +40,7 @@ MOST_SLOTS = 4096
 """Rows that exported graphs take at most."""
 LOGITS = ("position_logits", "content_logits")
 LOGPROBS = ("position_logprob", "content_logprob")
+LOGMASSES = ("position_logmass", "content_logmass")
 
 
 class Engine:
@@ -241,6 +242,7 @@ class Engine:
         *,
         slots: int | None = None,
         limit: int | None = None,
+        kinds: Sequence[NDArray[np.int64] | None] = (),
         prompts: Sequence[NDArray[np.float32] | None] = (),
     ) -> list[dict[str, NDArray[Any]]]:
         """Run along given sequences, each in its order.
@@ -251,14 +253,17 @@ class Engine:
             slots: draw in a loop of one's own with so many slots, row i in slot i as far as there are; None takes the
                 shared batch.
             limit: stop each sequence after so many tokens.
+            kinds: of each row's tokens, see ``dvq_rt.editing.given_first``; none for rows without given tokens.
             prompts: rows in front of each sequence; none at all for the empty prompt.
 
         Returns:
             for each row {name: [steps, ...]}; ``steps`` ends with the token that completes the image.
         """
         requests = [
-            Request.along(self.layout, row, record=tuple(record), limit=limit, key=i, prompt=prompt)
-            for i, (row, prompt) in enumerate(zip(rows, prompts or [None] * len(rows), strict=True))
+            Request.along(self.layout, row, kind, record=tuple(record), limit=limit, key=i, prompt=prompt)
+            for i, (row, kind, prompt) in enumerate(
+                zip(rows, kinds or [None] * len(rows), prompts or [None] * len(rows), strict=True)
+            )
         ]
         events = self.draw(requests) if slots is None else run_alone(self.loop(slots), requests)
         records: dict[int, dict[str, NDArray[Any]]] = {}

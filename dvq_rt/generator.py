@@ -14,6 +14,8 @@ from PIL import Image
 
 from dvq_rt.codes import Codes, codes_of
 from dvq_rt.decoding import Event, Request, cells_to_maps, preview_map
+from dvq_rt.editing import Edit
+from dvq_rt.edits import Edits
 from dvq_rt.engine import LOGPROBS, Engine
 from dvq_rt.images import ImageLike, image_list, to_array
 from dvq_rt.labels import MOST_IMAGES, Label, choose_labels, whole
@@ -32,7 +34,7 @@ CodesLike = Codes | Samples | Iterable[Codes]
 Prompts = Prompt | Iterable[Prompt]
 
 
-class Generator:
+class Generator(Edits):
     """A loaded engine. Safe to use from several threads, whose images share one batch; every call is independent of
     those before it. A context manager: ``close`` frees the engine. Pickling keeps the arguments and opens the folder
     anew.
@@ -128,8 +130,8 @@ class Generator:
 
     @property
     def edits(self) -> bool:
-        """Whether a part of an image can be drawn anew."""
-        return False
+        """Whether a part of an image can be drawn anew; engines that were exported before there was editing cannot."""
+        return self.engine.table.has("pinned")
 
     # --- drawing -----------------------------------------------------------------------------------------------
     def sample(
@@ -191,6 +193,7 @@ class Generator:
         every: int = 16,
         *,
         first: int = 0,
+        edit: Edit | None = None,
         prompts: Prompts = None,
         negative_prompts: Prompts = None,
         truncate: bool = False,
@@ -201,17 +204,24 @@ class Generator:
         decoded and looked at: one that is overtaken by a newer one of its image is left out. The last preview of an
         image has its codes and is never left out.
 
+        Args:
+            edit: of ``edit_of``; draws what ``edit`` draws, and labels are as there.
+
         Raises:
             InputError: an argument is out of range or unknown.
         """
         every = whole("every", every, 1, 2**31 - 1)
         texts = prompts, negative_prompts, truncate
+        if edit is not None and labels is None:
+            labels = edit.codes.label
         requests, engine = self._requests(n, labels, seed, params, first, every, texts)[2], self.engine
+        if edit is not None:
+            requests, _ = self.constrained(requests, edit)
 
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
                 for event in events:
-                    yield self.preview(event)
+                    yield self.preview(event, edit)
 
         return previews()
 
@@ -237,9 +247,11 @@ class Generator:
         texts = (prompts, negative_prompts, truncate)
         return self._requests(n, labels, seed, params, first, every, texts)[2]
 
-    def preview(self, event: Event) -> Preview:
+    def preview(self, event: Event, edit: Edit | None = None) -> Preview:
         """An event of such a request as ``stream`` gives it; the decoder runs in the caller's thread."""
-        image = Image.fromarray(self.engine.decode(preview_map(self.layout, event.cells)[None])[0])
+        cells = event.cells if edit is None else np.maximum(event.cells, edit.pinned)  # what is kept and to come too
+        pixels = self.engine.decode(preview_map(self.layout, cells)[None])[0]
+        image = Image.fromarray(pixels if edit is None else edit.shown(pixels))
         progress = float((event.cells >= 0).sum() / self.layout.filled_cells)
         return Preview(event.request.key, image, progress, self._codes(event) if event.finished else None)
 

@@ -22,7 +22,14 @@ from runtimes.errors import InputError
 @dataclass(frozen=True, slots=True, repr=False)
 class Samples:
     """Drawn images: ``images`` (PIL, RGB), their ``codes``, label indices and ``prompts`` (None: no label, no prompt),
-    and how they were drawn: image i is number ``first + i`` of ``seed``. Iterating gives the images."""
+    and how they were drawn: image i is number ``first + i`` of ``seed``. Iterating gives the images.
+
+    Of edits ``law`` says what was drawn from: ``prefix``, the model's own law given a beginning of the sequence;
+    ``given``, the law of a model that was trained to see what is kept first; ``pins``, step by step among what the kept
+    cells allow, which is not the model's law given them. ``log_weights`` float64 [N] are the logarithms of what
+    corrects the last (``dvq_rt.editing``), and ``effective`` float64 [N] says of how many candidates
+    each was really chosen.
+    """
 
     images: list[Image.Image]
     codes: list[Codes]
@@ -31,6 +38,9 @@ class Samples:
     params: SamplingParams
     first: int = 0
     prompts: list[str | None] = field(default_factory=list)
+    law: str | None = None
+    log_weights: NDArray[np.float64] | None = None
+    effective: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -36,6 +36,7 @@ class Port:
         shape: sizes; ``B`` is the number of slots, and in ``PORTS`` other names are sizes of the layout.
         idle: value of a slot that draws nothing, or ``OWN``.
         setting: of a control that sampling parameters decide, its value for a slot.
+        optional: whether engines may lack it, as those do that were exported before it was there.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Port:
     shape: tuple[int | str, ...] = (SLOTS,)
     idle: float | bool | str = 0
     setting: Setting | None = None
+    optional: bool = False
 
     @property
     def output(self) -> str:
@@ -66,6 +68,8 @@ PORTS: tuple[Port, ...] = (
     Port("length", STATE, "int32"),
     Port("done", STATE, "bool", idle=True),
     Port("cells", STATE, "int32", (SLOTS, "cells"), idle=-1),
+    Port("phase", STATE, "int64", optional=True),
+    Port("kind", STATE, "int64", optional=True),
     Port("reset", CONTROL, "bool", idle=False),
     Port("label", CONTROL, "int64"),
     Port("uniforms", CONTROL, "float32", (SLOTS, "length", 2)),
@@ -81,12 +85,18 @@ PORTS: tuple[Port, ...] = (
     Port("partner_weight", CONTROL, "float32", idle=1, setting=lambda p, _: p.guidance),
     Port("forced_position", CONTROL, "int64", idle=-1),
     Port("forced_content", CONTROL, "int64", idle=-1),
+    Port("pinned", CONTROL, "int32", (SLOTS, "cells"), idle=-1, optional=True),
+    Port("given", CONTROL, "int64", optional=True),
     Port("position_logits", REPORT, "float32", (SLOTS, "position")),
     Port("content_logits", REPORT, "float32", (SLOTS, "content")),
     Port("position_logprob", REPORT, "float32"),
     Port("content_logprob", REPORT, "float32"),
+    Port("position_logmass", REPORT, "float32", optional=True),
+    Port("content_logmass", REPORT, "float32", optional=True),
 )
 """All but the caches, in the order of the graph's inputs and outputs."""
+GIVEN_PORTS = ("phase", "kind", "given")
+"""Those of models alone that were trained with what is kept first (``dvq_rt.editing.given_first``)."""
 
 PROMPT_PORTS: tuple[Port, ...] = (
     Port("prefix", CONTROL, "float32", (SLOTS, "prompt", "width")),
@@ -106,7 +116,14 @@ class StepTable:
 
     @classmethod
     def of(
-        cls, layout: TokenLayout, caches: int, heads: int, width: int, dtype: str = "float32", prompt: int = 0
+        cls,
+        layout: TokenLayout,
+        caches: int,
+        heads: int,
+        width: int,
+        dtype: str = "float32",
+        prompt: int = 0,
+        given: bool = False,
     ) -> StepTable:
         """The table of a model.
 
@@ -116,14 +133,19 @@ class StepTable:
             heads, width: attention heads, and numbers per head and token.
             dtype: of the caches.
             prompt: most tokens of a prompt.
+            given: whether it has ``GIVEN_PORTS``.
         """
         shape = (SLOTS, heads, layout.max_length + prompt, width)
-        ports = _sized(layout, prompt, heads * width)
+        ports = (p for p in _sized(layout, prompt, heads * width) if given or p.name not in GIVEN_PORTS)
         return cls(layout, (*ports, *(Port(f"cache_{i}", CACHE, dtype, shape) for i in range(caches))), prompt)
 
     def role(self, *roles: str) -> tuple[Port, ...]:
         """The tensors of some roles, in order."""
         return tuple(port for port in self.ports if port.role in roles)
+
+    def has(self, name: str) -> bool:
+        """Whether the step has a tensor; engines may lack the optional ones."""
+        return any(port.name == name for port in self.ports)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -159,6 +181,7 @@ class StepTable:
             ConfigError: a tensor is missing, unknown, or of another kind than a step of this layout has.
         """
         names = {name for name, _ in interface["caches"]}
+        there = {spec["name"] for side in ("inputs", "outputs") for spec in interface[side]}
         specs = {spec["name"]: spec for spec in interface["inputs"]}
         first = specs.get("content", {"shape": [SLOTS]})["shape"][0]
         caches = tuple(
@@ -167,7 +190,9 @@ class StepTable:
             if name in names
         )
         width = max((int(port.shape[1]) * int(port.shape[3]) for port in caches if len(port.shape) == 4), default=0)
-        table = cls(layout, (*_sized(layout, prompt, width), *caches), prompt)
+        sized = _sized(layout, prompt, width)
+        own = (port for port in sized if not port.optional or {port.name, port.output} & there)
+        table = cls(layout, (*own, *caches), prompt)
         wanted = table.to_dict(None if first == SLOTS else first)
         for side in ("inputs", "outputs"):
             have, want = (

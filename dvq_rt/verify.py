@@ -70,8 +70,9 @@ def verify(engine: Engine, limit: int | None = None) -> list[Check]:
 
     Golden tensors (``golden.safetensors``, made by PyTorch at export): ``images``, ``codes``, ``grain``, ``decoded``;
     ``position`` and ``content`` int64 [N, T + 1] (joint ids, -1 after the end), ``steps`` int64 [S] and both heads'
-    logits [N, S, V] at those steps; ``free_labels`` [M] of free runs with seed 0 and either their ``free_cells`` [M,
-    cells] or their tokens, ``free_position`` and ``free_content`` as above.
+    logits [N, S, V] at those steps, of models that can be given tokens also the ``kind`` of each; ``free_labels`` [M]
+    of free runs with seed 0 and either their ``free_cells`` [M, cells] or their tokens, ``free_position`` and
+    ``free_content`` as above.
     """
     golden = read_tensors(engine.path / "golden.safetensors")
     bounds = BOUNDS[engine.manifest.precision]
@@ -82,18 +83,29 @@ def verify(engine: Engine, limit: int | None = None) -> list[Check]:
         results.append(check_prompts(golden, prompts, bounds))
 
     rows = [golden_tokens(engine.layout, golden, i) for i in range(len(golden["position"]))]
+    kinds = [golden["kind"][i][: len(row.content)] if "kind" in golden else None for i, row in enumerate(rows)]
     before: list[Array | None] = [*prompts] or [None] * len(rows)
     records = [
-        engine.force([row], slots=1, limit=limit, prompts=[prompt])[0] for row, prompt in zip(rows, before, strict=True)
+        engine.force([row], slots=1, limit=limit, kinds=[kind], prompts=[prompt])[0]
+        for row, kind, prompt in zip(rows, kinds, before, strict=True)
     ]
     results += check_logits(engine, golden, records, bounds, quantized)
 
     count = engine.manifest.slots if engine.manifest.fixed_slots else SLOTS
-    twins = engine.force([rows[0]] * count, slots=count, limit=limit, prompts=[before[0]] * count)
+
+    def forced(which: list[int]) -> list[dict[str, Array]]:
+        return engine.force(
+            [rows[i] for i in which],
+            slots=count,
+            limit=limit,
+            kinds=[kinds[i] for i in which],
+            prompts=[before[i] for i in which],
+        )
+
+    twins = forced([0] * count)
     same = max(difference(twins[0], twin) for twin in twins[1:])
     results.append(check("step: difference between identical slots", same, 0.0))
-    others = [0, *(len(rows) - 1 - i % (len(rows) - 1) for i in range(count - 1))]
-    beside = engine.force([rows[i] for i in others], slots=count, limit=limit, prompts=[before[i] for i in others])
+    beside = forced([0, *(len(rows) - 1 - i % (len(rows) - 1) for i in range(count - 1))])
     changed = difference(twins[0], beside[0])
     results.append(check("step: change of a slot when its neighbour changes", changed, 0.0))
 

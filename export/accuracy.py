@@ -136,7 +136,7 @@ def plain_draw(logits: Tensor, uniform: Tensor) -> Tensor:
     one, none = torch.ones(count), torch.zeros(count, dtype=torch.bool)
     everything = torch.full((count,), width)
     allowed = torch.ones(1, width, dtype=torch.bool)
-    return sample_token(logits, allowed, uniform, one, everything, one, everything, none)[0]
+    return sample_token(logits, allowed, allowed, uniform, one, everything, one, everything, none)[0]
 
 
 @torch.no_grad()

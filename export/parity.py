@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvq_rt.editing import given_first
 from dvq_rt.engine import Engine
 from dvq_rt.files import write_tensors
 from dvq_rt.layout import HEADS, TokenLayout, Tokens, padded
@@ -85,6 +86,11 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     else:
         drawn = SamplingParams(positions="drawn")
         rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1, prompts=embedded)]
+    kinds: list[NDArray[np.int64] | None] = [None] * len(rows)
+    if net.config.given:  # of every second sequence the left half comes first
+        keep = np.arange(layout.sides[0] ** 2).reshape(layout.sides[0], -1) % layout.sides[0] < layout.sides[0] // 2
+        for i in range(0, len(rows), 2):
+            rows[i], kinds[i] = given_first(layout, rows[i], keep)
     longest = max(len(row.content) for row in rows)
     steps = np.unique(np.linspace(0, longest - 2, STEPS).astype(np.int64))
     if limit is not None and short:
@@ -93,7 +99,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     logits = {head: np.zeros((len(rows), len(steps), widths[head]), np.float32) for head in HEADS}
     for i, row in enumerate(rows):
         reached = steps[steps < len(row.content) - 1]
-        for head, values in teacher_forced(net, row, texts[i] if texts else None).items():
+        for head, values in teacher_forced(net, row, texts[i] if texts else None, kinds[i]).items():
             logits[head][i, : len(reached)] = values[reached].numpy()
 
     # free runs
@@ -112,6 +118,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         "grain_codes": grain_codes.numpy(),
         "decoded": decoded.numpy(),
         **{head: padded([getattr(row, head) for row in rows]) for head in HEADS},
+        **({"kind": padded([np.zeros(1, np.int64) if k is None else k for k in kinds], 0)} if net.config.given else {}),
         "steps": steps,
         **{f"{head}_logits": values for head, values in logits.items()},
         "free_labels": np.array(free_labels, dtype=np.int64),

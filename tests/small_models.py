@@ -67,10 +67,10 @@ MASKED = MQVAEConfig(
 )
 
 
-def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
-    """Random weights, large enough that every draw matters, in eval mode."""
+def small_transformer(layout: TokenLayout, seed: int = 0, given: bool = False) -> StackedTransformer:
+    """Random weights, large enough that every draw matters, in eval mode; ``given``: tokens may be given first."""
     torch.manual_seed(seed)
-    config = TransformerConfig(width=32, heads=4, position_blocks=1, content_blocks=2, block_size=layout.max_length)
+    config = TransformerConfig(32, 4, 1, 2, block_size=layout.max_length, given=given)
     net = StackedTransformer(config, layout)
     with torch.no_grad():
         for p in net.parameters():
@@ -81,7 +81,11 @@ def small_transformer(layout: TokenLayout, seed: int = 0) -> StackedTransformer:
 
 
 def small_model(
-    class_names: Sequence[str] = (), order: str = "row-first", seed: int = 0, sizes: DQVAEConfig = TOKENIZER
+    class_names: Sequence[str] = (),
+    order: str = "row-first",
+    seed: int = 0,
+    sizes: DQVAEConfig = TOKENIZER,
+    given: bool = False,
 ) -> Model:
     """A whole model with random weights; with class names it also has a null label."""
     torch.manual_seed(seed + 100)
@@ -97,7 +101,7 @@ def small_model(
     vae.quantizer.codebook.normal_()
     layout = TokenLayout(32, sizes.sides, order, len(class_names), null_label=bool(class_names))
     defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
-    return Model(vae, small_transformer(layout, seed), tuple(class_names), defaults).eval()
+    return Model(vae, small_transformer(layout, seed, given), tuple(class_names), defaults).eval()
 
 
 def masked_model(class_names: Sequence[str] = (), seed: int = 0, **layout: Any) -> Model:

@@ -72,6 +72,13 @@ def test_threads(example) -> None:  # type: ignore[no-untyped-def]
     assert example("threads", "--n", 3, "--out", "threads.png") == "threads.png\n"
 
 
+def test_edit_regions(example) -> None:  # type: ignore[no-untyped-def]
+    """Protects editing of a bundled demo: three regions, and of MQ the lower half follows the model's own law."""
+    printed = example("edit_regions", "--engine", "demo:mq", "--n", 1, "--out", "edits.png")
+    assert "lower half: drawn from the law of prefix" in printed and "centre: drawn from the law of pins" in printed
+    assert Image.open("edits.png").size == (3 * 66 + 2, 3 * 66 + 2)
+
+
 def test_async_calls(example) -> None:  # type: ignore[no-untyped-def]
     """Protects asynchronous use: the stream ends with all codes, and three calls make a picture."""
     assert "100% of the codes" in example("async_calls", "--n", 3, "--out", "async.png")

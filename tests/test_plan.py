@@ -66,7 +66,7 @@ def test_a_published_model_is_planned_without_making_it(capsys: pytest.CaptureFi
     for arguments, message in (
         (["mq_class_transformer"], "--tokenizer"),
         (["mq_class_transformer", "--tokenizer", "mq_tokenizer"], "--labels"),
-        (["mq_tokenizer", "--processes", "5"], "cannot be divided by 5"),
+        (["mq_tokenizer", "--processes", "5"], "cannot be divided by 5 "),
         (["mq_tokenizer", "--days", "0"], "--days is 0"),
         (["nowhere"], "nowhere"),
     ):
@@ -82,7 +82,7 @@ def test_codes_of_a_mean_image() -> None:
 
 def test_the_plain_loop_learns_from_the_same_tokens() -> None:
     """Protects the comparison: both loops count the same tokens over a round, the plain one with all sequences as long
-    as the longest possible, and padding does not change the loss."""
+    as the longest possible."""
     model = small_model()
     vae, net = model.both()
     net.requires_grad_(True)

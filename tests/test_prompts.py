@@ -23,16 +23,19 @@ from dvq_rt.manifest import read_engine
 from dvq_rt.prompts import BYTES, TextTokenizer
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import PROMPT_PORTS
+from export.graphs import TextGraph
 from export.lowering import LOWERINGS, TENSORRT_OPSET, scatter_attention
 from export.tensorrt.check import check_graph
 from export.to_onnx import export_onnx
 from export.tracing import load_graph, trace
-from runtimes.errors import BackendError, ConfigError, DataError, DvqError, ExportError, InputError
+from runtimes.errors import BackendError, CheckpointError, ConfigError, DataError, DvqError, ExportError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model, load_checkpoint, save_checkpoint
 from training.data.captions import choose_caption, holds, train_bpe
 from training.data.folder import ImageFolder
 from training.evaluate_prompts import main as judge_prompts
+from training.frozen_text import describe_frozen, frozen_of, load_frozen
+from training.import_published import import_published
 from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
@@ -125,7 +128,6 @@ def test_without_text_nothing_changes() -> None:
     assert not {port.name for port in PROMPT_PORTS} & {port.name for port in plain.ports}
     assert plain.inputs[-1].shape[2] == plain.layout.max_length
     table = step_table(text_transformer(LAYOUTS["two grains"]))
-    assert {port.name: port.shape for port in PROMPT_PORTS if port in table.ports} == {}  # sized
     assert [p.shape for p in table.ports if p.name == "prefix"] == [("B", 16, 32)]
     assert table.inputs[-1].shape[2] == table.layout.max_length + 16
     assert type(table).from_dict(table.layout, table.to_dict(), 16) == table
@@ -316,7 +318,7 @@ def test_images_by_their_captions(data: Path) -> None:
     assert not set(folder.train.tolist()) & set(folder.val.tolist()) and len(folder.train) + len(folder.val) == 24
     assert {folder.captions(i)[0] for i in set(folder.val.tolist()) - before} == {"green left"}
     assert {folder.captions(i)[0] for i in directed_images(folder, ["left"])} == {"red left", "green left", "blue left"}
-    with pytest.raises(DataError, match=r"hold_out names 'purple', but no caption"):
+    with pytest.raises(DataError, match=r"hold_out names 'purple', which no caption"):
         hold_out(folder, ["purple"])
 
 
@@ -476,3 +478,49 @@ def test_coco(tmp_path: Path) -> None:
     (tmp_path / "captions.json").write_text("{}")
     with pytest.raises(DataError, match="no file of captions"):
         prepare(tmp_path / "captions.json", images, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
+    """A small CLIP or T5 with random weights, from its folder: features do not depend on what lies behind the prompt,
+    the traced graph gives PyTorch's rows, and another encoder in the folder is refused."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "clip":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.CLIPTextConfig(vocab_size=300, max_position_embeddings=16, **sizes)
+        encoder = transformers.CLIPTextModel(config)
+    else:
+        config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+        encoder = transformers.T5EncoderModel(config)
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(train_bpe(CAPTIONS, 300))
+    frozen = load_frozen(tmp_path)
+    net = text_transformer(LAYOUTS["three grains"], TextConfig(16, 0, 1, features=32))
+    model = Model(None, net, text_tokenizer=frozen.tokenizer)
+    model.text_encoder = describe_frozen(frozen)
+    ids = model.prompts().encode("a red heart")
+    (rows,) = embed_prompts(net, [frozen.of(ids)])
+    example = {"ids": torch.zeros(1, 16, dtype=torch.long), "length": torch.ones(1, dtype=torch.long)}
+    trace(TextGraph(net.text, frozen_of(model)).eval(), example, ["prefix"], tmp_path / "text.onnx", fixed=True)
+    table = np.full((1, 16), 7, np.int64)
+    table[0, : len(ids)] = ids
+    program = OnnxRuntimeBackend(threads=1).load(tmp_path / "text.onnx")
+    got = program.run({"ids": table, "length": np.array([len(ids)], np.int64)})["prefix"][0, : len(ids)]
+    assert relative_error(got, rows) < 1e-5
+    model.text_encoder["sha256"] = "0" * 64
+    with pytest.raises(CheckpointError, match="another text encoder"):
+        frozen_of(model)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "models.stage2_dynamic.dqtransformer_t2i.Dualformer",
+        "models.stage2.text2image_transformer.Text2ImageTransformer",
+    ],
+)
+def test_released_text_classes(target: str, tmp_path: Path) -> None:
+    """The released text-to-image classes are refused with the reason, before any file is read."""
+    with pytest.raises(ConfigError, match="released code lacks its transformer, and no checkpoint of one was released"):
+        import_published({"target": target, "params": {}}, tmp_path / "none.ckpt")

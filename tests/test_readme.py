@@ -26,7 +26,9 @@ PAGES = {
 README = PAGES["README.md"]
 FLOORS = ("runtimes", "dvq_rt", "training", "export")
 SOURCES = [path for top in (*FLOORS, "tests") for path in sorted((ROOT / top).rglob("*.py"))]
-MODULE = re.compile(r"python -m ((?:training|export|dvq_rt)[\w.]*(?: (?:sample|reconstruct|inspect|verify|bench)\b)?)")
+MODULE = re.compile(
+    r"python -m ((?:training|export|dvq_rt)[\w.]*(?: (?:sample|reconstruct|inspect|verify|bench|serve)\b)?)"
+)
 
 
 def commands(page: str) -> list[tuple[str, str]]:

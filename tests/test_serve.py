@@ -28,6 +28,7 @@ from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
 from dvq_rt.serve import bodies, protocol  # noqa: E402
 from dvq_rt.serve.command import listen  # noqa: E402
+from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
 from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
 from runtimes.errors import InputError  # noqa: E402
@@ -194,6 +195,19 @@ def test_a_full_queue_refuses(running: Running, steps: list[float]) -> None:
     assert running.post("/encode", params={"model": "mq"}, content=BIG_ENOUGH).status_code == 200
     thread.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 8
+
+
+def test_what_cannot_be_in_time_is_refused_at_once(running: Running) -> None:
+    """Where the images before would take longer than a request may, a new one is refused and not drawn in vain; alone
+    it is tried."""
+    served = running.server.engines.served["dq"]
+    before, served.pace = served.pace, 50.0
+    try:
+        served.check_room(2)
+        with served.admit(1, drawing=False), pytest.raises(ApiError, match="for 60 s of work; try again in 25 s"):
+            served.check_room(1)
+    finally:
+        served.pace = before
 
 
 SMALL = io.BytesIO()

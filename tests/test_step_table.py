@@ -29,7 +29,8 @@ def test_round_trip() -> None:
     assert StepTable.from_dict(LAYOUT, TABLE.to_dict()) == TABLE
     assert StepTable.from_dict(LAYOUT, TABLE.to_dict(slots=4)) == TABLE
     assert [port.output for port in TABLE.outputs if port.role == step.REPORT] == [
-        *("position_logits", "content_logits", "position_logprob", "content_logprob")
+        *("position_logits", "content_logits", "position_logprob", "content_logprob"),
+        *("position_logmass", "content_logmass"),
     ]
 
 

@@ -108,7 +108,7 @@ def stage_two(
     def plain(step: int) -> int:
         rows = np.arange(size) + step % BUCKET * size
         again = coded(vae, images[rows])
-        return learn(padded_to(collate(layout, again, np.arange(size), labels[rows]), layout.max_length - 1))
+        return learn(padded_to(collate(layout, again, np.arange(size), labels[rows]), layout.max_length))
 
     return ours, plain
 

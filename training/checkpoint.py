@@ -28,6 +28,7 @@ from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.text import TextConfig
 from training.models.tokenizer import Tokenizer
+from training.models.transformer import ADDED as ADDED_SIZES
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 FORMAT = 3
@@ -327,7 +328,9 @@ def build_model(config: Mapping[str, Any]) -> Model:
         tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])
-        sizes = read_dataclass(TransformerConfig, config["transformer"], "transformer")
+        values = config["transformer"]
+        values = {**ADDED_SIZES, **values} if isinstance(values, dict) else values
+        sizes = read_dataclass(TransformerConfig, values, "transformer")
         text = read_dataclass(TextConfig, config["text"], "text") if "text" in config else None
         transformer = StackedTransformer(sizes, layout, text)
     model = Model(tokenizer, transformer, tuple(names), defaults)

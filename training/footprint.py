@@ -58,6 +58,7 @@ class Footprint:
         step: most bytes that a step allocates beside these: activations, gradients, temporaries.
         gradients: bytes of the gradients, which are part of ``step`` at its end.
         buckets: bytes in which several processes exchange gradients.
+        average: bytes of the averaged copy of the weights, if there is one.
         flops: floating-point operations of the matrix products and convolutions of a step, a multiply-add being two.
     """
 
@@ -68,12 +69,15 @@ class Footprint:
     step: int
     gradients: int
     buckets: int
+    average: int
     flops: float
 
     @property
     def total(self) -> int:
         """Bytes of the process beyond Python, PyTorch and the data."""
-        return self.weights + self.frozen + self.optimizer + self.buckets + max(self.step, self.gradients)
+        return (
+            self.weights + self.frozen + self.optimizer + self.buckets + self.average + max(self.step, self.gradients)
+        )
 
 
 class Allocations(TorchDispatchMode):
@@ -96,10 +100,10 @@ class Allocations(TorchDispatchMode):
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 storage = tensor.untyped_storage()
-                self._seen[storage._cdata] = weakref.ref(storage)
+                self._seen[id(storage)] = weakref.ref(storage)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()  # storages keep their Python object as long as they live
         if key in self._seen:
             return
         self.now += size
@@ -153,7 +157,7 @@ def transformer_work(config: TransformerConfig, layout: TokenLayout, precision: 
     """A step of stage 2 whose sequences are all as long as the longest, without dropout in attention: the fused kernels
     of GPUs draw it on the way, those of CPUs would keep every weight for it."""
     net = make(lambda: StackedTransformer(replace(config, attention_dropout=0.0), layout)).train()
-    tokens = [torch.zeros(batch, layout.max_length - 1, dtype=torch.int64) for _ in range(4)]
+    tokens = [torch.zeros(batch, layout.max_length, dtype=torch.int64) for _ in range(4)]
 
     def step() -> None:
         with autocast(precision):
@@ -182,11 +186,12 @@ def of_sizes(make: Callable[[], Module]) -> Module:
     return module
 
 
-def footprint(work: Callable[[Maker], Work], processes: int) -> Footprint:
+def footprint(work: Callable[[Maker], Work], processes: int, averaged: bool = False) -> Footprint:
     """What a process takes of those that share the training.
 
     Args:
         work: given ``of_sizes``, the work of one process.
+        averaged: whether an average of the weights is kept too (``training.ema``), not that of a discriminator.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts, judges, step = work(of_sizes)
@@ -195,6 +200,7 @@ def footprint(work: Callable[[Maker], Work], processes: int) -> Footprint:
             step()
     trainable = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     gradients = ELEMENT * sum(trainable.values())
+    learning = [part for name, part in parts.items() if name != "discriminator"]
     return Footprint(
         parameters=trainable,
         weights=sum(map(size, parts.values())),
@@ -203,6 +209,7 @@ def footprint(work: Callable[[Maker], Work], processes: int) -> Footprint:
         step=allocated.most,
         gradients=gradients,
         buckets=gradients if processes > 1 else 0,
+        average=sum(map(size, learning)) if averaged else 0,
         flops=float(flops.get_total_flops()),
     )
 

@@ -46,6 +46,9 @@ ZERO_ENTROPY = 1e-30
 """Above the first percentile of a table made with bins from zero, which see nothing in dark patches; far below that of
 any made with bins from -1."""
 
+TEXT_TARGETS = ("t2i", "text2image")
+"""What the names of the released text-to-image classes hold."""
+
 
 def import_published(
     config: Mapping[str, Any] | str | Path, ckpt: str | Path, base: str | Path | None = None, bins: str = AUTO
@@ -85,6 +88,11 @@ def import_published(
     }
     if target in list(stage_1):
         return Model(stage_1[target](node, "config", read_state(ckpt), str(ckpt), folders, "")).eval()
+    if isinstance(target, str) and any(word in target for word in TEXT_TARGETS):
+        raise ConfigError(
+            f"config.target is {short(target)}, a text-to-image class: the released code lacks its transformer, and no "
+            "checkpoint of one was released; train one with the section 'text' (docs/prompts.md)"
+        )
     if target not in list(stage_2):
         raise ConfigError(f"config.target is {short(target)}, not one of the supported {[*stage_1, *stage_2]}")
     read_transformer, read_tokenizer = stage_2[target]

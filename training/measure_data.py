@@ -13,15 +13,22 @@ from training.cli import guarded
 from training.data.folder import ImageFolder
 from training.data.stream import CROPS, Augment, batches
 
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+"""Of /proc, in a second."""
 
-def resident_megabytes() -> float:
-    """Memory of this process and its worker processes by /proc; NaN where there is none. Shared pages count in each."""
+
+def used() -> tuple[float, float]:
+    """Resident memory in MB and processor time in s of this process and its workers by /proc, NaN where there is none.
+    Memory that they share counts in each."""
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    megabytes = seconds = 0.0
     try:
-        texts = [Path(f"/proc/{pid}/status").read_text(encoding="utf-8") for pid in pids]
+        for pid in pids:
+            megabytes += int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+            seconds += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
     except OSError:
-        return float("nan")
-    return sum(int(text.split("VmRSS:")[1].split()[0]) for text in texts) / 1024
+        return float("nan"), float("nan")
+    return megabytes, seconds
 
 
 @guarded
@@ -41,19 +48,20 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--epochs is {args.epochs}; choose 1 or more")
     began = time.perf_counter()
     folder = ImageFolder(args.data, args.size)
-    print(
-        f"{len(folder)} images listed in {time.perf_counter() - began:.1f} s; {resident_megabytes():.0f} MB", flush=True
-    )
+    print(f"{len(folder)} images listed in {time.perf_counter() - began:.1f} s, {used()[0]:.0f} MB", flush=True)
     augment = Augment(flip=True, crop=args.crop)
     stream = batches(folder, folder.train, args.batch, seed=0, augment=augment, workers=args.workers)
-    parts = 4 * args.epochs
+    next(stream)  # the workers have started
     steps = max(1, len(folder.train) // args.batch // 4)
-    for part in range(parts):
-        began = time.perf_counter()
+    for part in range(4 * args.epochs):
+        began, before = time.perf_counter(), used()[1]
         for _ in range(steps):
             next(stream)
-        speed = steps * args.batch / (time.perf_counter() - began)
-        print(f"epoch {(part + 1) / 4:.2f}: {speed:.0f} images/s, {resident_megabytes():.0f} MB", flush=True)
+        wall, (memory, after) = time.perf_counter() - began, used()
+        images = steps * args.batch
+        cost = 1000 * (after - before) / images
+        speed = f"{images / wall:.0f} images/s, {cost:.2f} ms of processor time an image"
+        print(f"epoch {(part + 1) / 4:.2f}: {speed}, {memory:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,21 @@ from training.train_transformer import StageTwoConfig
 GIB, DAY = 2**30, 86400
 
 
-def share(batch: int, processes: int) -> int:
-    """Images of one process.
+def share(batch: int, runs: int) -> int:
+    """Images that go through the networks of one process at once.
+
+    Args:
+        runs: processes times the parts of a batch (``training.accumulate``).
 
     Raises:
         InputError: the batch cannot be divided.
     """
-    if batch % processes:
-        raise InputError(f"a batch of {batch} images cannot be divided by {processes} processes; give another --batch")
-    return batch // processes
+    if batch % runs:
+        raise InputError(
+            f"a batch of {batch} images cannot be divided by {runs} (--processes times training.accumulate); give "
+            "another --batch"
+        )
+    return batch // runs
 
 
 def mean_codes(config: DQVAEConfig | MQVAEConfig) -> float:
@@ -59,28 +65,30 @@ def read_tokenizer(name: str, overrides: list[str]) -> tuple[DQVAEConfig | MQVAE
     return read_dataclass(family, sizes, "section 'tokenizer'", defaults=True), config
 
 
-def report(plan: Footprint, batch: int, units: float, unit: str, steps: int, processes: int, days: float) -> str:
+def report(plan: Footprint, batch: int, units: float, unit: str, steps: int, runs: int, days: float) -> str:
     """The plan as text.
 
     Args:
-        batch: images of a process's step; units: mean number of images or tokens in it, ``unit`` says of which.
+        runs: of so many images in an optimizer step, on all processes.
+        batch: images of a run; units: mean number of images or tokens in it, ``unit`` says of which.
     """
     memory = {
         "parameters and buffers": plan.weights,
         "networks that only judge": plan.frozen,
         "optimizer": plan.optimizer,
         "gradient exchange": plan.buckets,
+        "average of the weights": plan.average,
         f"a step of {batch} images: activations, gradients, temporaries": plan.step,
         "**together**": plan.total,
     }
     lines = [[name, f"{value / GIB:.3g}"] for name, value in memory.items() if value]
-    speed = units * processes * steps / (days * DAY)
-    flops = plan.flops * processes * steps
+    speed = units * runs * steps / (days * DAY)
+    flops = plan.flops * runs * steps
     rest = [
         *([f"parameters of the {name}", f"{count:,}"] for name, count in plan.parameters.items()),
         ["steps", f"{steps:,}"],
-        [f"{unit} in all", f"{units * processes * steps:.3g}"],
-        ["TFLOP of a step, all processes", f"{plan.flops * processes / 1e12:.3g}"],
+        [f"{unit} in all", f"{units * runs * steps:.3g}"],
+        ["TFLOP of a step, all processes", f"{plan.flops * runs / 1e12:.3g}"],
         ["FLOP in all", f"{flops:.3g}"],
         [f"{unit} a second, for {days:g} days", f"{speed:,.3g}"],
         ["TFLOP a second, for these", f"{flops / (days * DAY) / 1e12:.3g}"],
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="configuration of stage 1, for one of stage 2")
     parser.add_argument("--labels", type=int, help="number of labels, where every sub-folder is one")
     parser.add_argument("--batch", type=int, help="images of a step, of all processes (the configuration's)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument("--precision", choices=list(PRECISIONS), help="(the configuration's)")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--check", action="store_true", help="then take two real steps on the CPU, and compare")
     parser.add_argument("--days", type=float, default=7.0, help="time to train in (7)")
@@ -129,16 +137,17 @@ def main(argv: list[str] | None = None) -> None:
         )
         sizes = {**config["transformer"], "block_size": layout.max_length}
         net = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
-        work = partial(transformer_work, net, layout, args.precision)
+        work = partial(transformer_work, net, layout, args.precision or config["training"].precision)
         unit, per_image = "tokens", mean_codes(vae) + (2 * layout.segments - 1 if layout.covering else 0)
     else:
         vae, config = read_tokenizer(args.config, args.set)
-        work = partial(tokenizer_work, vae, config["stage"], args.precision)
+        work = partial(tokenizer_work, vae, config["stage"], args.precision or config["training"].precision)
         unit, per_image = "images", 1.0
     training: TrainConfig = config["training"]
-    batch = share(args.batch or training.batch_size, args.processes)
-    plan = footprint(partial(work, batch), args.processes)
-    print(report(plan, batch, batch * per_image, unit, training.steps, args.processes, args.days))
+    batch = share(args.batch or training.batch_size, args.processes * training.accumulate)
+    plan = footprint(partial(work, batch), args.processes, training.ema > 0)
+    runs = args.processes * training.accumulate
+    print(report(plan, batch, batch * per_image, unit, training.steps, runs, args.days))
     if args.check:
         grown = measured(partial(work, batch), training)
         print(f"\nmeasured on this CPU: {grown / GIB:.3g} GiB, {grown / plan.total:.2f} times the plan")

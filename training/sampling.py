@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq_rt.layout import TokenLayout
+from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.sampling import SamplingParams, uniforms
 from runtimes.errors import InputError
 from training.data.tokens import collate_prompts
@@ -57,17 +57,56 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None,
 
 
 class Grammar:
-    """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time."""
+    """Which positions one image may take next, under the corrected rules. Plain Python, one image at a time.
 
-    def __init__(self, layout: TokenLayout, ordered: bool) -> None:
-        self.layout, self.ordered = layout, ordered
+    ``pinned``, int [cells], says how cells must end (``dvq_rt.editing.pins``), or [steps, cells] for each token.
+    """
+
+    def __init__(self, layout: TokenLayout, ordered: bool, pinned: NDArray[Any] | None = None) -> None:
+        self.layout, self.ordered, self.pinned, self.step = layout, ordered, pinned, 0
         self.segment, self.done, self.starting = 0, False, False
         self.free = np.ones(layout.cells, dtype=bool)
         self.last = -1  # rank of the segment's last position in its order
         self.filled = np.zeros(layout.sides[0] ** 2, dtype=np.int64)  # positions of each coarsest cell it has taken
 
+    def pins(self) -> list[int]:
+        """How the cells must end that the current segment's positions cover, by position."""
+        assert self.pinned is not None
+        now = self.pinned if self.pinned.ndim == 1 else self.pinned[min(self.step, len(self.pinned) - 1)]
+        return now[self.layout.covered_cells(self.segment)[:, 0]].tolist()
+
+    def pinned_content(self, position: int) -> int | None:
+        """The one code that a position of the current segment may have, if it is pinned to one."""
+        if self.pinned is None or self.layout.first == "content" or self.starting:
+            return None
+        pins = self.pins()
+        pin = pins[position] if position < len(pins) else -1
+        return pin % self.layout.codebook_size if pin >= 0 else None
+
     def allowed(self) -> list[int]:
         """Local position ids of the next token; one of them is forced."""
+        wide = self.grammatical()
+        if self.pinned is None or self.starting or self.done:
+            return wide
+        layout, s, pins = self.layout, self.segment, self.pins()
+        rank = {int(position): i for i, position in enumerate(layout.ordered_positions(s))}
+        owner = [pin // layout.codebook_size if pin >= 0 else -2 - pin for pin in pins]  # -1: nobody
+        mine = [q for q in wide if q in rank and owner[q] == s]
+        due = min((rank[q] for q in mine), default=len(rank))
+        fits = [q for q in wide if q in rank and owner[q] in (s, -1) and rank[q] <= due]
+        if s == 0 and layout.segments > 1 and self.ordered and any(pin != -1 for pin in pins):
+            fits = [q for q in fits if rank[q] > self.last]
+        if layout.first == "position" and not layout.covering:
+            usable = [q for q in rank if self.free[q] and owner[q] in (s, -1)]
+            pinned = [q for q in usable if owner[q] == s]
+            to_come = int(self.free.sum()) - (layout.cells - layout.filled_cells)
+            fits = [q for q in fits if q in mine or to_come > len(pinned)]
+            if self.ordered:
+                fits = [q for q in fits if sum(rank[other] > rank[q] for other in usable) >= to_come - 1]
+        return [*fits, *([layout.position_eos(s)] if layout.position_eos(s) in wide and not mine else [])]
+
+    def grammatical(self) -> list[int]:
+        """``allowed`` without pins."""
         layout, s = self.layout, self.segment
         if self.starting:
             return []
@@ -86,7 +125,7 @@ class Grammar:
         return later[: len(later) - to_come + 1].tolist()  # leaving room for those after it
 
     def whole_cells(self, order: NDArray[np.int64], fits: NDArray[np.int64]) -> list[int]:
-        """``allowed`` of a segment between the first and the last: it must not leave a coarsest cell half coded."""
+        """``grammatical`` of a segment between the first and the last: it must not leave a coarsest cell half coded."""
         layout, s = self.layout, self.segment
         cell = self.cell_of(order)  # of the places in order
         opened = (self.filled > 0) & (self.filled < layout.codes_per_cell[s])
@@ -105,9 +144,18 @@ class Grammar:
         row, column = np.divmod(position, side)
         return row * coarsest // side * coarsest + column * coarsest // side
 
+    def give(self, positions: NDArray[Any], kinds: NDArray[Any]) -> None:
+        """Note joint positions that are given beforehand; hints (kind 2) fill nothing."""
+        for position, kind in zip(positions, kinds, strict=False):
+            self.step += 1
+            if kind == 1:
+                s = int(self.layout.segment_of(np.array(position)))
+                self.free[self.layout.covered_cells(s)[position - self.layout.position_offset(s)]] = False
+
     def advance(self, position: int) -> None:
         """Note that ``position`` (a local id of the current segment) was taken, or that the segment's start was."""
         layout, s = self.layout, self.segment
+        self.step += 1
         if self.starting:
             self.starting = False
         elif position == layout.position_eos(s):
@@ -152,6 +200,9 @@ def sample_tokens(
     seed: int = 0,
     first_image: int = 0,
     limit: int | None = None,
+    pinned: NDArray[Any] | None = None,
+    forced: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    given: NDArray[Any] | None = None,
     prompts: Sequence[NDArray[np.float32]] = (),
     negatives: Sequence[NDArray[np.float32]] = (),
 ) -> list[tuple[list[int], list[int]]]:
@@ -163,6 +214,7 @@ def sample_tokens(
         params: sampling parameters.
         seed: of the random numbers; image i uses those of index ``first_image + i``, as the engine does.
         limit: stop after so many tokens.
+        pinned, forced, given: of all images, as ``dvq_rt.decoding.Request`` has them.
         prompts, negatives: rows [l, C] of each image's prompt (``embed_prompts``) and of its partner's; none at all are
             the empty ones.
 
@@ -184,10 +236,20 @@ def sample_tokens(
         prompt, prompt_length = collate_prompts(rows).values()
         prefix = align_right(prompt, prompt_length)
     random = torch.from_numpy(np.stack([uniforms(seed, first_image + i, layout.max_length) for i in range(count)]))
-    grammars = [Grammar(layout, params.positions == "ordered") for _ in range(count)]
+    grammars = [Grammar(layout, params.positions == "ordered", pinned) for _ in range(count)]
     start = torch.tensor([layout.start(0, label) for label in starts])
     content, position = start[:, :1], start[:, 1:] + layout.position_offset(0)
     segment = torch.zeros_like(content)
+    kind = torch.zeros_like(content)
+    before = 0 if given is None else int((given > 0).sum())
+    if given is not None and forced is not None and before:
+        first = [torch.from_numpy(np.asarray(part[:before], dtype=np.int64)) for part in (forced[1], forced[0], given)]
+        content, position, kind = (
+            torch.cat([a, b.expand(len(starts), -1)], 1) for a, b in zip((content, position, kind), first, strict=True)
+        )
+        segment = torch.from_numpy(layout.segment_of(position.numpy()))
+        for g in grammars:
+            g.give(forced[0][:before], given)
     lengths = [0] * count
 
     def mixed(logits: Tensor) -> Tensor:
@@ -196,11 +258,11 @@ def sample_tokens(
         return logits[count:] + params.guidance * (logits[:count] - logits[count:])
 
     offsets = torch.tensor([layout.position_offset(s) for s in range(layout.segments)])
-    for t in range(min(layout.max_length, limit or layout.max_length)):
+    for t in range(before, min(layout.max_length, limit or layout.max_length)):
         live = [i for i, g in enumerate(grammars) if not g.done]
         if not live:
             break
-        hidden = model.hidden(content, position, segment, prefix)
+        hidden = model.hidden(content, position, segment, prefix, kind)
         logits = model.first_logits(hidden[:, -1])
         following = torch.tensor([grammars[row % count].segment for row in range(len(starts))])
         places, values = torch.zeros(2, len(starts), dtype=torch.long)  # of the next token; positions are local ids
@@ -217,9 +279,16 @@ def sample_tokens(
                 ids = draw(logits, random[:, t, 0], params.temperature, params.top_k_position, params.top_p_position)
             else:
                 logits[:, layout.codebook_size :] = -torch.inf
+                for i, g in enumerate(grammars):
+                    if (code := g.pinned_content(int(places[i]))) is not None and head != layout.first:
+                        others = torch.arange(logits.shape[1]) != code
+                        logits[i, others] = -torch.inf
                 ids = draw(logits, random[:, t, 1], params.temperature, params.top_k, params.top_p)
             for row, label in enumerate(starts):
                 g, value = grammars[row % count], int(ids[row % count])
+                wanted = -1 if forced is None or t >= len(forced[0]) else int(forced[HEADS.index(head)][t])
+                if wanted >= 0:
+                    value = wanted - (layout.position_offset(g.segment) if head == "position" else 0)
                 start_content, start_position = layout.start(g.segment, label)
                 if head == "position":
                     places[row] = start_position if g.starting else value
@@ -231,6 +300,7 @@ def sample_tokens(
         content = torch.cat([content, values[:, None]], 1)
         position = torch.cat([position, (places + offsets[following])[:, None]], 1)
         segment = torch.cat([segment, following[:, None]], 1)
+        kind = torch.cat([kind, torch.zeros_like(following)[:, None]], 1)
         for i in live:
             grammars[i].advance(int(places[i]))
             if not grammars[i].done or not layout.covering:  # the last EOS of a covering layout is left out

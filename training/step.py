@@ -60,18 +60,30 @@ class Step(nn.Module):
     head; sampling parameters per slot (``top_k`` of the vocabulary's size or more switches it off); ``ordered`` takes
     the positions of the last segment in order, and those of the segments between it and the first (``whole_cells``);
     ``partner`` and ``partner_weight``, see ``apply_guidance``; ``forced_position`` (joint) and ``forced_content``
-    override the draws of slots that are not done, where they are not negative. Of a model with text, a slot whose
-    ``length`` is below ``prefix_length`` reads row ``length`` of ``prefix`` and draws nothing; then its image begins.
+    override the draws of slots that are not done, where they are not negative. ``pinned`` says how cells must end:
+    segment * K + code; -2 - segment for any code of that segment, where the number of segments means none; -1 leaves
+    the cell free. Cells of one coarsest cell are pinned to one segment or all free, and pins that keep cells fit their
+    number (``dvq_rt.editing``).
 
-    Reports (out): logits of both heads before the grammar's mask and after mixing, and the log-probability of each
-    token under the mask at temperature 1.
+    Of a model with text, a slot whose ``length`` is below ``prefix_length`` reads row ``length`` of ``prefix`` and
+    draws nothing; then its image begins.
+
+    Models that were trained with what is kept first have three more: ``given`` says that the token which is forced
+    is one of what is kept (1) or a hint (2), which fills no cell; ``kind`` is that of the last token; ``phase`` counts
+    the segments that the image's own sequence has closed.
+
+    Reports (out): logits of both heads before the grammar's mask and after mixing; the log-probability of each token
+    under the grammar at temperature 1; and the logarithm of the share of the grammar's probability that was left to
+    draw from: of what the pins leave (0 where they leave all), and of a forced token its own.
     """
 
     place: Tensor  # [segments, cells], the position of each segment that covers a cell
     offset: Tensor  # [segments], joint id of each segment's local id 0
     eos: Tensor  # [segments], local end id, -1 for none
     sos: Tensor  # [segments], first local start id
-    ranks: Tensor  # [cells], place of each position of the last segment in its order
+    corner: Tensor  # [segments, position head], first finest cell that each local position covers, 0 for other ids
+    real: Tensor  # [segments, position head], whether a local id is a position
+    rank: Tensor  # [segments, position head], place in the segment's order; past all for EOS, 0 for start tokens
     position_ids: Tensor
     content_ids: Tensor
 
@@ -83,23 +95,26 @@ class Step(nn.Module):
         for s in range(layout.segments):
             for position, covered in enumerate(layout.covered_cells(s)):
                 place[s, covered] = position
-        segments = range(layout.segments)
+        segments, head = range(layout.segments), layout.position_head
+        corner, rank = (np.zeros((layout.segments, head), dtype=np.int64) for _ in range(2))
+        real = np.zeros((layout.segments, head), dtype=bool)
+        for s, side in enumerate(layout.sides):
+            corner[s, : side**2], real[s, : side**2] = layout.covered_cells(s)[:, 0], True
+            rank[s, layout.ordered_positions(s)] = np.arange(side**2)
+            rank[s, layout.position_eos(s)] = head if layout.covering else rank[s, layout.position_eos(s)]
         tables = {
             "place": torch.from_numpy(place),
             "offset": torch.from_numpy(layout.offsets),
             "eos": torch.tensor([layout.position_eos(s) for s in segments]),
             "sos": torch.tensor([layout.position_sos(s) for s in segments]),
-            "ranks": self.order_of(layout.segments - 1),
-            "position_ids": torch.arange(layout.position_head),
+            "corner": torch.from_numpy(corner),
+            "real": torch.from_numpy(real),
+            "rank": torch.from_numpy(rank),
+            "position_ids": torch.arange(head),
             "content_ids": torch.arange(layout.content_vocabulary),
         }
-        tables |= {f"ranks_{s}": self.order_of(s) for s in segments[1:-1]}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-
-    def order_of(self, segment: int) -> Tensor:
-        """Place of each of a segment's positions in its order, int64 [side * side]."""
-        return torch.from_numpy(self.layout.ordered_positions(segment)).argsort()
 
     def forward(self, ports: Mapping[str, Tensor], caches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """
@@ -120,13 +135,23 @@ class Step(nn.Module):
         position = torch.where(reset, self.sos[0] + start_local, ports["position"])
         length = torch.where(reset, torch.zeros_like(ports["length"]), ports["length"])
         done = ports["done"] & ~reset
+        given = ports["given"] > 0 if model.given_emb is not None else None  # the next token is given, not drawn
         cells = torch.where(reset[:, None], torch.full_like(ports["cells"], -1), ports["cells"])
 
         # Where the next token belongs: to the segment of the last one or, after its end, to the following one.
         here = (position[:, None] >= self.offset[1:]).sum(1)  # segment of the last token
-        starting = position == (self.offset + self.eos)[here]  # it ended its segment: the start of the next follows
-        segment = here + starting.long()
-        eos, offset, start = self.eos[segment], self.offset[segment], self.sos[segment] + start_local
+        ends = (self.offset + self.eos).index_select(0, here)
+        starting = position == ends  # it ended its segment: the start of the next follows
+        kind = last = phase = None
+        if given is None:
+            segment = here + starting.long()
+        else:  # given tokens may be of any segment: the image's own sequence has closed so many segments
+            kind, phase = (torch.where(reset, torch.zeros_like(ports[name]), ports[name]) for name in ("kind", "phase"))
+            theirs = (ports["forced_position"][:, None] >= self.offset[1:]).sum(1)
+            segment = torch.where(given, theirs, phase)
+        eos, offset, sos = (table.index_select(0, segment) for table in (self.eos, self.offset, self.sos))
+        start = sos + start_local
+        last = position if kind is None else torch.where(kind > 0, offset + start, position)  # of its own sequence
 
         # A prompt is read before the image begins.
         reading = None if model.text is None else length < ports["prefix_length"]
@@ -140,7 +165,7 @@ class Step(nn.Module):
         forced = {"position": ports["forced_position"], "content": ports["forced_content"]}
 
         # Embed the last token; each stack reads its caches and draws one half of the next token.
-        x = model.embed(content, position, here, self.time(length, ports))[:, None]
+        x = model.embed(content, position, here, self.time(length, ports), kind)[:, None]
         if reading is not None:
             row = length.long().clamp_max(ports["prefix"].shape[1] - 1)
             prompt = ports["prefix"].gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
@@ -149,6 +174,8 @@ class Step(nn.Module):
         logits: dict[str, Tensor] = {}
         token: dict[str, Tensor] = {}
         logprob: dict[str, Tensor] = {}
+        logmass: dict[str, Tensor] = {}
+        pins = self.pins_at(ports["pinned"], segment, done if given is None else done | given)
         for head in layout.heads:
             blocks, project, embedding = model.parts(head)
             for block in blocks:
@@ -157,11 +184,14 @@ class Step(nn.Module):
                 new_caches += new
             logits[head] = apply_guidance(project(x)[:, 0], ports["partner"], ports["partner_weight"])
             if head == "position":
-                allowed = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], position)
+                grammar = self.allowed_positions(cells, segment, starting, eos, start, ports["ordered"], last)
+                allowed = self.pinned_positions(grammar, pins, cells, segment, ports["ordered"], last)
             else:
-                allowed = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
-            token[head], logprob[head] = sample_token(
+                grammar = self.allowed_contents(starting, start_content, token.get("position", start), offset + eos)
+                allowed = self.pinned_contents(grammar, pins, token.get("position"), offset, segment)
+            token[head], logprob[head], logmass[head] = sample_token(
                 logits[head],
+                grammar,
                 allowed,
                 random[:, HEADS.index(head)],
                 ports["temperature"],
@@ -169,6 +199,10 @@ class Step(nn.Module):
                 forced[head] - offset if head == "position" else forced[head],
                 (forced[head] >= 0) & ~done,
             )
+            if given is not None:
+                logprob[head], logmass[head] = (
+                    values.masked_fill(given, 0.0) for values in (logprob[head], logmass[head])
+                )
             if head == "position":  # drawn as a local id
                 token[head] = token[head] + offset
             told = embedding(token[head])[:, None]
@@ -179,7 +213,9 @@ class Step(nn.Module):
         # A code fills the cells that its position covers; an image is done when no code is to come.
         local = token["position"] - offset
         still = done if reading is None else done | reading  # draws nothing
-        covered = (self.place[segment] == local[:, None]) & (~starting & (local != eos) & ~still)[:, None]
+        fills = ~starting & (local != eos) & ~still
+        fills = fills if given is None else fills & (ports["given"] != 2)
+        covered = (self.place.index_select(0, segment) == local[:, None]) & fills[:, None]
         new_cells = torch.where(covered, (token["content"] + segment * layout.codebook_size).int()[:, None], cells)
         new_done = done | ((new_cells >= 0).sum(1) >= layout.filled_cells)
 
@@ -190,9 +226,18 @@ class Step(nn.Module):
             length + (~new_done).int(),  # stays below Tmax
             new_done,
             new_cells,
-            *(part[head] for part in (logits, logprob) for head in HEADS),
+            *self.own_sequence(ports, phase, kind, still, ~starting & (local == eos)),
+            *(part[head] for part in (logits, logprob, logmass) for head in HEADS),
             *new_caches,
         )
+
+    def own_sequence(
+        self, ports: Mapping[str, Tensor], phase: Tensor | None, kind: Tensor | None, still: Tensor, ended: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``phase`` and ``kind`` after the token, of models that have them."""
+        if phase is None or kind is None:
+            return ()
+        return phase + (ended & ~still).long(), torch.where(still, kind, ports["given"])
 
     def time(self, length: Tensor, ports: Mapping[str, Tensor]) -> Tensor:
         """Tokens of each slot's image so far, int64 [B], from those cached, which its prompt's are among."""
@@ -232,25 +277,72 @@ class Step(nn.Module):
     ) -> Tensor:
         """The grammar: which local positions each slot may take next, bool [B, position head]."""
         layout = self.layout
-        b, width = cells.shape[0], layout.position_head
-        empty = cells < 0
-        result = torch.zeros(1, 1, dtype=torch.bool)
-        for s, side in enumerate(layout.sides):
-            block = layout.sides[-1] // side
-            free = empty.view(b, side, block, side, block).all(4).all(2).view(b, side * side)
-            ends = torch.ones_like(free[:, :1])
-            if s == layout.segments - 1:
-                ends = ~free.any(1, keepdim=True)
-                free = free & (~ordered[:, None] | self.next_in_order(free, last))
-            elif s:
-                free, ends = self.whole_cells(s, cells, free, ordered, last)
-            if not layout.covering:  # without an end, a slot that is done draws on, unheeded
-                free = free | ~free.any(1, keepdim=True)
-            pad = torch.zeros_like(free[:, :1])
-            special = [pad, ends] if layout.covering else []
-            mask = torch.cat([free, *special, pad.expand(b, width - side * side - len(special))], 1)
-            result = mask if s == 0 else choose((segment == s)[:, None], mask, result)
+        index, real, rank = (t.index_select(0, segment) for t in (self.corner, self.real, self.rank))
+        free = (cells.gather(1, index) < 0) & real
+        if not layout.covering:
+            free = free & (~ordered[:, None] | self.next_in_order(free, last))
+            # without an end, a slot that is done draws on, unheeded
+            return free | (real & ~free.any(1, keepdim=True))
+        first = torch.where(free, rank, layout.position_head).amin(1, keepdim=True)
+        final = (segment == layout.segments - 1)[:, None]
+        ends = ~final | (first == layout.position_head)
+        result = free & (~(ordered[:, None] & final) | (rank == first))  # of the last segment all free ones are to come
+        for s in range(1, layout.segments - 1):
+            count = layout.sides[s] ** 2
+            whole, closed = self.whole_cells(s, cells, free[:, :count], ordered, last)
+            whole = torch.cat([whole, torch.zeros_like(free[:, count:])], 1)
+            result = choose((segment == s)[:, None], whole, result)
+            ends = choose((segment == s)[:, None], closed, ends)
+        result = result | ((self.position_ids == eos[:, None]) & ends)
         return choose(starting[:, None], self.position_ids == start[:, None], result)
+
+    def pins_at(self, pinned: Tensor, segment: Tensor, done: Tensor) -> Tensor:
+        """The pin of each local position of a segment, int32 [B, position head]; -1 for special ids and where a slot
+        is done."""
+        index, real = self.corner.index_select(0, segment), self.real.index_select(0, segment)
+        return torch.where(real & ~done[:, None], pinned.gather(1, index), -1)
+
+    def pinned_positions(
+        self, grammar: Tensor, pins: Tensor, cells: Tensor, segment: Tensor, ordered: Tensor, last: Tensor
+    ) -> Tensor:
+        """What the pins leave of the ``grammar``'s positions, bool [B, position head]: none that must have another
+        segment or no code, and none behind, in the order of training, of one that this segment must code yet; so the
+        segment does not end before. The first of several segments keeps that order too, from the last token on, which
+        without pins it need not. Where cells are kept, enough room for the codes to come."""
+        layout, k = self.layout, self.layout.codebook_size
+        low, rank = (segment * k).int()[:, None], self.rank.index_select(0, segment)
+        mine = ((pins >= low) & (pins < low + k)) | (pins == -2 - segment.int()[:, None])
+        due = torch.where(mine & grammar, rank, layout.position_head).amin(1, keepdim=True)
+        free = pins == -1
+        fits = (mine | free) & (rank <= due)
+        if not layout.covering and layout.first == "position":
+            fits = fits & (self.room(mine, pins, cells, ordered) | free.all(1, keepdim=True))
+        elif layout.segments > 1:  # positions of the first segment, their ranks, and their joint ids are the same
+            begun = (segment == 0) & (last < layout.sides[0] ** 2) & ordered
+            fits = fits & ((self.position_ids > last[:, None]) | ~begun[:, None] | free.all(1, keepdim=True))
+        return grammar & fits
+
+    def room(self, mine: Tensor, pins: Tensor, cells: Tensor, ordered: Tensor) -> Tensor:
+        """Positions of the one grid that leave room for the codes to come, pinned and free ones, bool [B, position
+        head]. Where content comes first, the pins of each step see to that."""
+        layout, rest = self.layout, self.layout.position_head - self.layout.cells
+        empty = torch.nn.functional.pad(cells < 0, (0, rest))
+        usable, due = (mine | (pins == -1)) & empty, mine & empty
+        usable = usable & (self.position_ids < layout.cells)
+        to_come = layout.filled_cells - (cells >= 0).long().sum(1, keepdim=True)
+        after = usable.long().sum(1, keepdim=True) - usable.long().cumsum(1)
+        spare = to_come > due.long().sum(1, keepdim=True)  # codes that no pin asks for
+        return (mine | spare) & (~ordered[:, None] | (after >= to_come - 1))
+
+    def pinned_contents(
+        self, grammar: Tensor, pins: Tensor, position: Tensor | None, offset: Tensor, segment: Tensor
+    ) -> Tensor:
+        """What the pins leave of the ``grammar``'s contents, bool [B, content vocabulary]: the code of a drawn
+        position that is pinned to one. Where content comes first, codes are forced."""
+        if position is None:
+            return grammar
+        code = pins.gather(1, (position - offset)[:, None]) - (segment * self.layout.codebook_size).int()[:, None]
+        return grammar & ((code < 0) | (self.content_ids == code))
 
     def whole_cells(self, s: int, cells: Tensor, free: Tensor, ordered: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Keep segment ``s``, neither the first nor the last, from coding a part of a coarsest cell only.
@@ -273,7 +365,7 @@ class Step(nn.Module):
         partial = (filled > 0) & (filled < fan**2)
         within = partial[:, :, None, :, None].expand(-1, -1, fan, -1, fan).reshape(b, count)
 
-        ranks = self.get_buffer(f"ranks_{s}")
+        ranks = self.rank[s, :count]
         local = last - self.offset[s]
         before = torch.where((local >= 0) & (local < count), ranks[local.clamp(0, count - 1)], -1)
         limit = torch.where(free & within, ranks, torch.full_like(ranks, count)).amin(1, keepdim=True)
@@ -283,15 +375,12 @@ class Step(nn.Module):
         return free & (~ordered[:, None] | in_order), ~within.any(1, keepdim=True)
 
     def next_in_order(self, free: Tensor, last: Tensor) -> Tensor:
-        """Of the last segment's ``free`` positions bool [B, cells] those that keep the order and leave room for the
-        codes to come, bool [B, cells]; ``last`` is the joint id of the last token."""
-        layout = self.layout
-        if layout.covering:  # all free ones are to come
-            rank = torch.where(free, self.ranks, torch.full_like(self.ranks, layout.cells))
-            return rank == rank.amin(1, keepdim=True)
-        before = torch.where(last < layout.cells, self.ranks[last.clamp_max(layout.cells - 1)], -1)
+        """Of the one segment's ``free`` positions, bool [B, position head], those that keep the order and leave room
+        for the codes to come; ``last`` is the id of the last token."""
+        layout, ranks = self.layout, self.rank[0]
+        before = torch.where(last < layout.cells, ranks[last.clamp_max(layout.cells - 1)], -1)
         to_come = free.sum(1) - (layout.cells - layout.filled_cells)
-        return (self.ranks > before[:, None]) & (self.ranks <= (layout.cells - to_come)[:, None])
+        return (ranks > before[:, None]) & (ranks <= (layout.cells - to_come)[:, None])
 
 
 def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -307,12 +396,13 @@ def apply_guidance(logits: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
     slot that is its own partner keeps its logits.
     """
     own = torch.arange(logits.shape[0])
-    low, high = logits[torch.minimum(own, partner)], logits[torch.maximum(own, partner)]
+    low, high = (logits.index_select(0, rows) for rows in (torch.minimum(own, partner), torch.maximum(own, partner)))
     return high + weight[:, None] * (low - high)
 
 
 def sample_token(
     logits: Tensor,
+    grammar: Tensor,
     allowed: Tensor,
     uniform: Tensor,
     temperature: Tensor,
@@ -320,21 +410,24 @@ def sample_token(
     top_p: Tensor,
     forced: Tensor,
     use_forced: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One token per slot: grammar mask, temperature, top-k, softmax, top-p, inverse CDF in descending order.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per slot: mask, temperature, top-k, softmax, top-p, inverse CDF in descending order.
 
     Args:
-        logits: float [B, V]; allowed: bool, broadcastable to it; the other tensors [B].
+        logits: float [B, V].
+        grammar, allowed: bool, broadcastable to it; what could be drawn, and the part of it that is drawn from.
+        the other tensors: [B].
 
     Returns:
-        token ids int64 [B], the forced one where asked, and their log-probability under the mask alone [B].
+        token ids int64 [B], the forced one where asked; their log-probability under the grammar alone [B]; and the
+        logarithm of the share that ``allowed``, or the forced token, has of the grammar's probability [B].
     """
-    masked = logits.masked_fill(~allowed, -torch.inf)
+    masked = torch.where(allowed, logits, -torch.inf)
 
     # Top-k and top-p, in descending order of probability; ties with the k-th stay.
     ordered, ids = torch.topk(masked / temperature[:, None], logits.shape[-1])
     kth = ordered.gather(1, top_k[:, None].clamp(1, logits.shape[-1]) - 1)
-    probabilities = torch.softmax(ordered.masked_fill(ordered < kth, -torch.inf), dim=-1)
+    probabilities = torch.softmax(torch.where(ordered < kth, -torch.inf, ordered), dim=-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities * ((before < top_p[:, None]) | (top_p[:, None] >= 1))
 
@@ -343,7 +436,13 @@ def sample_token(
     rank = (cumulative <= uniform[:, None] * cumulative[:, -1:]).long().sum(-1, keepdim=True)
     last = (probabilities > 0).long().sum(-1, keepdim=True) - 1
     token = torch.where(use_forced, forced, ids.gather(1, torch.minimum(rank, last)).squeeze(1))
-    return token, torch.log_softmax(masked, dim=-1).gather(1, token[:, None]).squeeze(1)
+
+    # The share is what the token's probability gains by the narrower mask; equal masks give equal bits, and 0.
+    id = token[:, None]
+    logprob = torch.log_softmax(torch.where(grammar, logits, -torch.inf), dim=-1).gather(1, id)
+    narrow = torch.log_softmax(masked, dim=-1).gather(1, id)
+    logmass = torch.where(use_forced[:, None], logprob, logprob - narrow)
+    return token, logprob.squeeze(1), logmass.squeeze(1)
 
 
 def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> StepTable:
@@ -359,7 +458,7 @@ def step_table(model: StackedTransformer, cache: torch.dtype | None = None) -> S
     name = NARROW.get(cache) or str(cache).removeprefix("torch.")
     blocks = config.position_blocks + config.content_blocks
     prompt = 0 if model.text is None else model.text.config.length
-    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, prompt)
+    return StepTable.of(layout, 2 * blocks, config.heads, config.width // config.heads, name, prompt, config.given)
 
 
 def example_inputs(table: StepTable, slots: int) -> dict[str, dict[str, Tensor] | list[Tensor]]:

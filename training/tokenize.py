@@ -85,6 +85,7 @@ def write_on_ray(work: Tokenization, out: Path, parts: list[Part], workers: int)
     here = {"num_cpus": workers, "object_store_memory": RAY_STORE, "include_dashboard": False}
     with guard(DataError, f"Ray cannot be started ({address})"):
         ray.init(address=address, log_to_driver=False, **(here if address == "local" else {}))
+    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one here
     try:
         rows = ray.data.from_items([{"part": number} for number in range(len(parts))], override_num_blocks=len(parts))
         written = rows.map(

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from dvq_rt.decoding import DecodeLoop, Event, Request
@@ -218,13 +218,17 @@ def stacked(layout: TokenLayout, rows: Sequence[Tokens]) -> tuple[tuple[Tensor, 
 
 
 @torch.no_grad()
-def teacher_forced(model: StackedTransformer, tokens: Tokens, prompt: Array | None = None) -> dict[str, Tensor]:
+def teacher_forced(
+    model: StackedTransformer, tokens: Tokens, prompt: Array | None = None, kind: NDArray[np.int64] | None = None
+) -> dict[str, Tensor]:
     """Both heads' logits [T, V] by name, of one sequence, without caches: all tokens at once.
 
     Args:
         prompt: token ids or features in front of it.
+        kind: of its tokens, see ``dvq_rt.editing.given_first``.
     """
     inputs, _ = stacked(model.layout, [tokens])
     text = {} if prompt is None else collate_prompts([prompt])
-    position, content = model(*inputs, **text)
+    kinds = None if kind is None else torch.from_numpy(kind[None, :-1])
+    position, content = model(*inputs, **text, kind=kinds)
     return {"position": position[0], "content": content[0]}

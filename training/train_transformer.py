@@ -66,6 +66,8 @@ class StageTwoConfig:
         copies: augmented copies of the training set that are tokenized before training starts.
         balance: 0 draws images alike, 1 draws labels alike.
         label_dropout: share of the sequences trained with the null label; 0 makes a model without one.
+        given: share of the sequences that begin with what a random edit keeps, so that the model draws the rest given
+            all of it (``training.data.holes``); 0 makes a model that cannot.
         val_fraction: share of the images held out; give the value of stage 1.
         min_psnr: stop if the tokenizer's mean PSNR on the held-out images is lower, dB.
         defaults: recommended sampling parameters, kept in the checkpoint.
@@ -80,6 +82,7 @@ class StageTwoConfig:
     copies: int = 1
     balance: float = 0.0
     label_dropout: float = 0.1
+    given: float = 0.0
     val_fraction: float = 0.05
     min_psnr: float = 15.0
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +94,8 @@ class StageTwoConfig:
             raise ConfigError(
                 f"stage.balance {self.balance} must be in [0, 1], stage.label_dropout {self.label_dropout} in [0, 1)"
             )
+        if not 0 <= self.given < 1:
+            raise ConfigError(f"stage.given is {short(self.given)}; it must be in [0, 1)")
         if not abs(self.min_psnr) <= 1e9:
             raise ConfigError(f"stage.min_psnr is {short(self.min_psnr)}; it must be a number of decibels")
         for label, names in self.labels.items():
@@ -102,7 +107,8 @@ class StageTwoConfig:
 def batch_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch; ``counts`` is in it, if it is a part of one."""
     prompt = batch.get("prompt"), batch.get("prompt_length")
-    position, content = model(batch["content"], batch["position"], batch["segment"], batch["following"], *prompt)
+    inputs = (batch[name] for name in ("content", "position", "segment", "following"))
+    position, content = model(*inputs, *prompt, batch.get("kind"))
     targets = batch["target_position"], batch["target_content"], batch["target_segment"]
     return stacked_losses(position, content, *targets, batch.get("counts"))
 
@@ -155,7 +161,7 @@ def train_transformer(
     if guidance != 1 and not layout.null_label and not (text and text.dropout):
         reason = "an unconditional model (stage.labels)" if unconditional else "stage.label_dropout 0"
         raise ConfigError(f"stage.defaults has guidance {guidance:g}, but {reason} has no null label: set it to 1")
-    sizes = {**transformer, "block_size": layout.max_length}
+    sizes = {**transformer, "block_size": layout.max_length, "given": stage.given > 0}
     config = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
     settings = {"transformer": config, "training": training, "stage": stage, **({"text": text} if text else {})}
     before = None if init is None else load_checkpoint(init)
@@ -193,7 +199,7 @@ def tokenization(
     folder.check_held_out()
     directed = directed_images(folder, stage.flip_exclude_words)
     augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
-    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size)
+    return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size, stage.given > 0)
 
 
 def make_codes(out: Path, work: Tokenization) -> None:
@@ -269,18 +275,32 @@ def learning(
             for row in range(place, BUCKET):
                 given = train.labels[drawn[row]]
                 given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                yield own_parts(drawn[row], given, numbers[row], silence[row])
+                edits = holes(step, size) if stage.given else None
+                yield own_parts(drawn[row], given, numbers[row], silence[row], edits)
                 step += 1
 
+    def holes(step: int, size: int) -> list[tuple[int, int] | None]:
+        """Of each image of a step the key of its edit, or None."""
+        rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, step], dtype=np.uint64)).jumped())
+        return [
+            (training.seed, step * size + i) if share < stage.given else None
+            for i, share in enumerate(rng.random(size))
+        ]
+
     def own_parts(
-        images: NDArray[np.int64], labels: NDArray[np.int64], numbers: NDArray[Any], silence: NDArray[Any]
+        images: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        numbers: NDArray[Any],
+        silence: NDArray[Any],
+        edits: list[tuple[int, int] | None] | None,
     ) -> list[dict[str, Tensor]]:
         """This process's rows of the parts of a batch, each part as long as its longest sequence anywhere."""
         made = []
         for rows in np.split(np.arange(len(images)), training.accumulate):
             own = np.split(rows, processes.count())[processes.number()]
             length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
-            part = padded_to(collate(layout, train, images[own], labels[own]), int(length))
+            keys = None if edits is None else [edits[i] for i in own]
+            part = padded_to(collate(layout, train, images[own], labels[own], keys, train.coarse), int(length))
             if prompts is not None:
                 silent = silence[rows] < prompts.text.dropout
                 told = prompts.collate(train.images[images[rows]], numbers[rows], silent)

@@ -155,7 +155,7 @@ async def _attended(
     server: Server, served: Served, request: Request, work: Coroutine[Any, Any, Result], images: int = 1
 ) -> Result:
     try:
-        with served.admit(images):
+        with served.admit(images, drawing=False):
             return await attended(request, server.settings.timeout, work)
     finally:
         work.close()

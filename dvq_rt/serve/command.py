@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from runtimes.errors import InputError
 LOG = logging.getLogger("dvq_rt.serve")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 256
+WORKER_SECONDS = 60
+"""In which a worker must have started to answer its parent; loading the packages takes long on a busy machine."""
 
 
 def serve(settings: Settings) -> int:
@@ -41,6 +44,7 @@ def serve(settings: Settings) -> int:
     if settings.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
         LOG.warning("everybody who reaches %s may use this server; set %s to a key", host, KEY_VARIABLE)
     LOG.info("serving %s on http://%s:%d", ", ".join(name for name, _ in settings.engines), host, port)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has ended well
     if settings.workers == 1:
         server = uvicorn.Server(config)
         server.run([listener])
@@ -66,6 +70,7 @@ def configuration(settings: Settings) -> uvicorn.Config:
         proxy_headers=False,
         backlog=BACKLOG,
         workers=settings.workers,
+        timeout_worker_healthcheck=WORKER_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.timeout),
     )
 

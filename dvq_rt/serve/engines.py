@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,53 +14,66 @@ from dvq_rt.generator import Generator
 from dvq_rt.serve.errors import ApiError
 from dvq_rt.serve.settings import Settings
 
-PACE = 64
-"""Finished images that tell how long one takes."""
+SMOOTHING = 0.1
+"""Weight of the newest image in the mean time that one takes."""
 
 
 class Served:
     """One engine.
 
+    Args:
+        name: in requests.
+        generator: opened; it is closed with this.
+        queue: images that may wait for a slot.
+        timeout: seconds that a request may take.
+
     Attributes:
         held: images that were admitted and are not finished.
+        pace: seconds from one drawn image to the next while there is work; 0 before the first.
     """
 
-    def __init__(self, name: str, generator: Generator, queue: int) -> None:
+    def __init__(self, name: str, generator: Generator, queue: int, timeout: float) -> None:
         self.name, self.generator, self.engine = name, generator, AsyncGenerator(generator)
         self.most = generator.engine.slots + queue
-        self.created, self.held = int(time.time()), 0
-        self._finished: deque[float] = deque(maxlen=PACE)
+        self.timeout, self.created, self.held, self.pace = timeout, int(time.time()), 0, 0.0
+        self._since = 0.0
 
     def check_room(self, images: int) -> None:
         """
         Raises:
-            ApiError: 429 if the queue is full, with the time after which half of it is expected to be done.
+            ApiError: 429 if the queue is full, or too long for the time that a request may take, with the time after
+                which half of it is expected to be done.
         """
-        if self.held + images > self.most:
-            times = self._finished
-            pace = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.1
-            seconds = max(1, min(60, math.ceil(self.held * pace / 2)))
+        late = self.held and (self.held + images) * self.pace > self.timeout
+        if self.held + images > self.most or late:
+            seconds = max(1, min(60, math.ceil(self.held * (self.pace or 0.1) / 2)))
             raise ApiError(
                 429,
-                f"{self.held} images are being drawn or waiting, {self.most} is the most, and {images} do not fit; "
-                f"try again in {seconds} s",
+                f"{self.held} images are being drawn or waiting, and {images} more do not fit: there is room for "
+                f"{self.most}, and for {self.timeout:g} s of work; try again in {seconds} s",
                 kind="rate_limit_error",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
 
     @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Hold room for so many images.
+    def admit(self, images: int, *, drawing: bool = True) -> Iterator[None]:
+        """Hold room for so many images; ``drawing`` says whether they tell how long one takes.
 
         Raises:
             ApiError: as ``check_room``.
         """
         self.check_room(images)
+        if not self.held:
+            self._since = time.monotonic()
         self.held += images
         try:
             yield
-            self._finished.extend([time.monotonic()] * images)
+            if drawing:
+                now = time.monotonic()
+                took = (now - self._since) / images
+                self.pace += (took - self.pace) * (SMOOTHING if self.pace else 1.0)
+                self._since = now
         finally:
             self.held -= images
 
@@ -102,7 +114,7 @@ class Engines:
         options: dict[str, Any] = {"slots": settings.slots, "threads": settings.threads, "device": settings.device}
         self.served: dict[str, Served] = {}
         for name, folder in settings.engines:
-            self.served[name] = Served(name, Generator(folder, **options), settings.queue)
+            self.served[name] = Served(name, Generator(folder, **options), settings.queue, settings.timeout)
         self.closing = False
 
     def pick(self, name: str | None) -> Served:

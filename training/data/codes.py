@@ -5,6 +5,7 @@ A folder of codes holds ``codes.json``, which says what they were made of, and t
 it out. Its tensors, of n images:
 
 - ``codes`` int32 [n, h, w] and ``grain`` int8 [n, hc, wc], see ``Tokenizer.encode_maps``;
+- where it is asked for ``coarse`` int32 [n, hc, wc], the codes that the cells would have in the coarsest grain;
 - ``labels`` int64 [n], ``images`` int64 [n], the indices in the ``ImageFolder``;
 - ``captions`` uint8 and ``caption_ends`` int64 [n]: a JSON list of texts for each, see ``Texts``.
 """
@@ -67,6 +68,7 @@ class Tokenization:
         seed: of order and augmentation, see ``batches``.
         augment: of the training images.
         shard_size: images in a part, a multiple of ``BATCH``.
+        coarse: whether the codes in the coarsest grain are written too.
 
     Raises:
         DataError: ``shard_size`` is none.
@@ -78,6 +80,7 @@ class Tokenization:
     seed: int
     augment: Augment
     shard_size: int = 4096
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_size < 1 or self.shard_size % BATCH:
@@ -92,6 +95,7 @@ class Tokenization:
         made = {"tokenizer": digest(self.tokenizer), "images": folder.digest(), "split": split}
         made["classes"] = hashlib.sha256(json.dumps(folder.classes).encode()).hexdigest()
         sizes = {"copies": self.copies, "seed": self.seed, "shard_size": self.shard_size}
+        sizes |= {"coarse": 1} if self.coarse else {}
         return json.loads(json.dumps({**made, **sizes, "size": folder.size, "augment": augment}))
 
     def parts(self) -> list[Part]:
@@ -114,11 +118,17 @@ class Tokenization:
             return
         codes: list[NDArray[np.int32]] = []
         grains: list[NDArray[np.int8]] = []
+        coarsest: list[NDArray[np.int32]] = []
         indices: list[Indices] = []
         device = next(self.tokenizer.parameters()).device
         with closing(self._images(part)) as images, torch.no_grad():
             for pixels, index in images:
-                code, grain = self.tokenizer.encode_maps(to_float(pixels).to(device))
+                if self.coarse:
+                    code, grain, _, every = self.tokenizer.encode_grains(to_float(pixels).to(device))
+                    block = code.shape[1] // grain.shape[1]
+                    coarsest.append(every[:, 0, ::block, ::block].cpu().numpy().astype(np.int32))
+                else:
+                    code, grain = self.tokenizer.encode_maps(to_float(pixels).to(device))
                 codes.append(code.cpu().numpy().astype(np.int32))
                 grains.append(grain.cpu().numpy().astype(np.int8))
                 indices.append(index)
@@ -133,6 +143,8 @@ class Tokenization:
             "captions": captions.data,
             "caption_ends": captions.ends,
         }
+        if self.coarse:
+            tensors["coarse"] = np.concatenate(coarsest)[: part.count]
         with guard(DataError, f"cannot write {out / part.file}"):
             write_tensors(out / part.file, tensors)
 
@@ -200,6 +212,7 @@ class Codes:
 
     Attributes:
         codes, grain: rows int32 [h, w] and int8 [hc, wc] by number.
+        coarse: rows int32 [hc, wc] by number, None if they were not asked for.
         labels: int64 [N], in memory.
         images: int64 [N], indices in the ``ImageFolder``, in memory.
 
@@ -227,6 +240,7 @@ class Codes:
         self.labels: Indices = np.concatenate(labels)
         self.images: Indices = np.concatenate(images)
         self.codes, self.grain = _Rows(self._files, "codes", self._size), _Rows(self._files, "grain", self._size)
+        self.coarse = _Rows(self._files, "coarse", self._size) if work.coarse else None
 
     def __len__(self) -> int:
         return len(self.labels)

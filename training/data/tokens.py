@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq_rt.layout import TokenLayout
+from training.data.holes import arranged
 
 
 class CodeRows(Protocol):
@@ -29,18 +30,36 @@ def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int6
 
 
 def collate(
-    layout: TokenLayout, data: CodeRows, images: NDArray[np.int64], labels: NDArray[np.int64]
+    layout: TokenLayout,
+    data: CodeRows,
+    images: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    holes: Sequence[tuple[int, int] | None] | None = None,
+    coarse: Any = None,
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
+    Args:
+        holes: of each image the key of the random numbers by which a part of it is given first
+            (``training.data.holes.arranged``), or None; None at all for models that are not trained for it.
+        coarse: for hints, the codes int [hc, wc] that the cells of an image have in the coarsest grain, by its number.
+
     Returns:
         int64 [B, T]: inputs ``content``, ``position`` (joint), ``segment``; ``following`` (see StackedTransformer);
-        targets ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``.
+        targets ``target_content``, ``target_position`` (local; both -1 in the padding), ``target_segment``. With
+        ``holes`` also ``kind`` of the inputs, and targets are -1 where the next token is given.
     """
     rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(images, labels, strict=True)]
+    kinds: list[NDArray[np.int64]] = [np.zeros(len(row.content), np.int64) for row in rows]
+    for place, key in enumerate(holes or ()):
+        if key is not None:
+            i = images[place]
+            told = None if coarse is None else coarse[i].astype(np.int64)
+            rows[place], kinds[place] = arranged(layout, rows[place], data.grain[i].astype(np.int64), told, key)
     length = max(len(r.content) for r in rows) - 1
     offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
-    names = ("content", "position", "segment", "following", "target_content", "target_position", "target_segment")
+    names = ["content", "position", "segment", "following", "target_content", "target_position", "target_segment"]
+    names += [] if holes is None else ["kind"]
     out = {name: np.zeros((len(rows), length), dtype=np.int64) for name in names}
     out["target_content"] -= 1
     out["target_position"] -= 1
@@ -51,6 +70,10 @@ def collate(
         out["target_content"][i, :t] = row.content[1:]
         out["target_position"][i, :t] = row.position[1:] - offsets[row.segment[1:]]
         out["target_segment"][i, :t] = row.segment[1:]
+        if holes is not None:
+            out["kind"][i, :t] = kinds[i][:-1]
+            for name in ("target_content", "target_position"):
+                out[name][i, :t][kinds[i][1:] > 0] = -1
     return {name: torch.from_numpy(values) for name, values in out.items()}
 
 

@@ -29,6 +29,7 @@ class TransformerConfig:
             several processes draw the same numbers each, so they do not train as one does).
         segment_embedding: whether tokens carry an embedding of their segment.
         index_embedding: whether they carry one of their place in the sequence (``add_absolute_position``).
+        given: whether tokens may stand first that are given and not drawn; their two kinds carry an embedding each.
 
     Raises:
         ConfigError: a value is out of range.
@@ -43,6 +44,7 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     segment_embedding: bool = True
     index_embedding: bool = True
+    given: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "position_blocks", "content_blocks", "block_size"):
@@ -56,6 +58,10 @@ class TransformerConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"transformer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+ADDED = {"given": False}
+"""Fields of TransformerConfig that checkpoints lack which were written before there were these, and what they were."""
 
 
 class Attention(nn.Module):
@@ -129,6 +135,7 @@ class StackedTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self.given_emb = nn.Parameter(torch.randn(2, c) * 0.02) if config.given else None
 
     def parts(self, head: str) -> tuple[nn.ModuleList, Head, nn.Embedding]:
         """Blocks, head and embedding of ``position`` or ``content``."""
@@ -136,10 +143,17 @@ class StackedTransformer(nn.Module):
             return self.position_blocks, self.position_head, self.position_emb
         return self.content_blocks, self.content_head, self.content_emb
 
-    def embed(self, content: Tensor, position: Tensor, segment: Tensor, index: Tensor) -> Tensor:
-        """Sum of the embeddings of tokens: four int64 tensors of one shape [..] -> float [.., C]."""
+    def embed(
+        self, content: Tensor, position: Tensor, segment: Tensor, index: Tensor, kind: Tensor | None = None
+    ) -> Tensor:
+        """Sum of the embeddings of tokens: int64 tensors of one shape [..] -> float [.., C].
+
+        ``kind`` is 0 for tokens of the image's own sequence, 1 for given ones, 2 for hints; None for 0 everywhere.
+        """
         x = self.content_emb(content) + self.position_emb(position)
         x = x if self.index_emb is None else x + self.index_emb[index]
+        if kind is not None and self.given_emb is not None:
+            x = x + F.embedding(kind, F.pad(self.given_emb, (0, 0, 1, 0)))
         return x if self.segment_emb is None else x + self.segment_emb(segment)
 
     def forward(
@@ -150,6 +164,7 @@ class StackedTransformer(nn.Module):
         following: Tensor,
         prompt: Tensor | None = None,
         prompt_length: Tensor | None = None,
+        kind: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits.
 
@@ -157,12 +172,13 @@ class StackedTransformer(nn.Module):
             content, position, segment: int64 [B, T], tokens 0 .. T - 1; T at most ``block_size``.
             following: int64 [B, T], of tokens 1 .. T what the first head predicts: joint positions or content.
             prompt, prompt_length: see ``TextEncoder.forward``; None for no prompts.
+            kind: int64 [B, T], see ``embed``.
 
         Returns:
             position logits [B, T, position head] and content logits [B, T, content vocabulary].
         """
         prefix = self.prefix(prompt, prompt_length)
-        h = self.hidden(content, position, segment, prefix)
+        h = self.hidden(content, position, segment, prefix, kind)
         first, second = self.first_logits(h[:, -content.shape[1] :]), self.second_logits(h, following, prefix)
         logits = {self.layout.heads[0]: first, self.layout.heads[1]: second}
         return logits["position"], logits["content"]
@@ -174,9 +190,16 @@ class StackedTransformer(nn.Module):
         assert self.text is not None, "a model with text"
         return align_right(self.text(prompt, length), length)
 
-    def hidden(self, content: Tensor, position: Tensor, segment: Tensor, prefix: Prefix | None = None) -> Tensor:
+    def hidden(
+        self,
+        content: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        prefix: Prefix | None = None,
+        kind: Tensor | None = None,
+    ) -> Tensor:
         """Output of the first stack, [B, T, C]; with P rows of a prefix before it [B, P + T, C]."""
-        h = self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device))
+        h = self.embed(content, position, segment, torch.arange(content.shape[1], device=content.device), kind)
         mask = None if prefix is None else prefix.mask(content.shape[1])
         h = self.dropout(h if prefix is None else torch.cat([prefix.rows, h], 1))
         for block in self.parts(self.layout.heads[0])[0]:
