@@ -24,11 +24,7 @@ class Learner:
     tensor. On a CPU, where asking costs nothing, PyTorch's usual one is used.
 
     Args:
-<<<<<<< HEAD
         module: the network, already on its device; a second move would make new buffers, which a copy shares.
-=======
-        module: the network, already on its device; moved again it would have other buffers than its ``averaged_copy``.
->>>>>>> h-loop
         optimizer: of its parameters.
         accelerator: what wraps it.
         clip: largest norm of the gradient.
