@@ -231,26 +231,28 @@ def thinned(
     """The codes of an image of a model that keeps some cells, shared out between what is kept and the hole.
 
     Args:
-        redraw: bool [side, side]; scores: float [side, side], how important each cell is; codes: int [side, side], the
-            code that each would have.
-        density: codes of what is kept over its share of the cells.
+        redraw: bool [side, side]; scores: float [side, side], how important each cell is; codes: int [side, side], -1
+            where the tokenizer gives none, nor does this.
+        density: codes of what is kept over its share of the cells, at most; the hole gets the others, code 0, where it
+            is most important.
 
     Raises:
         InputError: there are too few cells on one side, or ``density`` is no number of at least 0.
     """
     assert layout.kept is not None, "a layout that keeps cells"
+    there = int((codes[~redraw] >= 0).sum())
     number = float(density) if isinstance(density, int | float | np.number) else -1.0
-    outside = round(layout.kept * float((~redraw).mean()) * number) if 0 <= number <= 1000 else -1
-    if not 0 <= outside <= (~redraw).sum() or not 0 <= layout.kept - outside <= redraw.sum():
+    outside = min(there, round(layout.kept * float((~redraw).mean()) * number)) if 0 <= number <= 1000 else -1
+    if outside < 0 or layout.kept - outside > redraw.sum():
         raise InputError(
-            f"density is {short(density)}; of {layout.kept} codes what is kept can have at most {(~redraw).sum()} and "
-            f"the hole at most {redraw.sum()}"
+            f"density is {short(density)}; of {layout.kept} codes what is kept has {there} at most, and the hole has "
+            f"room for {redraw.sum()}"
         )
     chosen = np.zeros(redraw.shape, dtype=bool)
-    for cells, count in ((~redraw, outside), (redraw, layout.kept - outside)):
+    for cells, count in ((~redraw & (codes >= 0), outside), (redraw, layout.kept - outside)):
         ranked = np.argsort(np.where(cells, -scores, np.inf).reshape(-1), kind="stable")
         chosen.reshape(-1)[ranked[:count]] = True
-    return Codes(np.where(chosen, codes, -1), np.where(chosen, 0, -1).astype(np.int8), layout)
+    return Codes(np.where(chosen, np.where(redraw, 0, codes), -1), np.where(chosen, 0, -1).astype(np.int8), layout)
 
 
 def forced_beginning(codes: Codes, label: int, count: int) -> Forced:

@@ -237,11 +237,12 @@ def test_an_exported_model(tmp_path: Path) -> None:
     by_pins = generator.edit(codes, mask, n=3, exact=False, seed=4)
     assert by_pins.law == "pins" and by_pins.codes != made.codes
     assert generator.sample(1, "ant", seed=1).codes == [codes]
+    codes = max(generator.sample(8, "ant", seed=2).codes, key=lambda c: int((c.grain == 0).sum()))
     few = np.zeros((4, 4), dtype=bool)
     few.reshape(-1)[np.flatnonzero(codes.grain == 0)[:2]] = True
     finer = generator.refine(codes, cells=few)
     assert finer.law == "given" and (finer.codes[0].grain[few] == 1).all()
     with pytest.raises(InputError, match="fit; refine fewer cells"):
-        whole = Codes(np.full((8, 8), 3), np.zeros((4, 4)), codes.layout)
+        whole = Codes(np.full((8, 8), 3), np.zeros((4, 4), np.int8), codes.layout)
         generator.refine(whole, ratio=1.0, labels="ant")
     assert SamplingParams() != made.params
