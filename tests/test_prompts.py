@@ -24,7 +24,7 @@ from dvq_rt.prompts import BYTES, TextTokenizer
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import PROMPT_PORTS
 from export.graphs import TextGraph
-from export.lowering import LOWERINGS, TENSORRT_OPSET, scatter_attention
+from export.lowering import TENSORRT_OPSET, attention_for, scatter_attention
 from export.tensorrt.check import check_graph
 from export.to_onnx import export_onnx
 from export.tracing import load_graph, trace
@@ -137,7 +137,7 @@ def test_without_text_nothing_changes() -> None:
 def traced_loop(net: StackedTransformer, folder: Path, slots: int, tensorrt: bool = False) -> DecodeLoop:
     """The decode loop over a step that ONNX Runtime runs: fused attention, or what TensorRT gets."""
     table, path = step_table(net), folder / "step.onnx"
-    attention = scatter_attention if tensorrt else LOWERINGS["cpu"]
+    attention = scatter_attention if tensorrt else attention_for("cpu", "fp32")
     options: dict[str, Any] = {"fixed": True, "opset": TENSORRT_OPSET} if tensorrt else {}
     inputs = example_inputs(table, slots)
     names = {"outputs": [port.output for port in table.outputs], "names": [port.name for port in table.inputs]}
