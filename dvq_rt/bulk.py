@@ -23,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dvq_rt.engine import MOST_SLOTS
 from dvq_rt.files import FileName, read_dataclass, read_json, write_file
 from dvq_rt.generator import Generator
 from dvq_rt.labels import Label, choose_labels, whole
@@ -67,7 +68,8 @@ class Plan:
     slots: int
 
     def __post_init__(self) -> None:
-        for name, low, high in (("n", 1, MOST), ("seed", 0, 2**64 - 1), ("shard", 1, 100_000)):
+        limits = (("n", 1, MOST), ("seed", 0, 2**64 - 1), ("shard", 1, 100_000), ("slots", 1, MOST_SLOTS))
+        for name, low, high in limits:
             object.__setattr__(self, name, whole(name, getattr(self, name), low, high))
 
     @property
