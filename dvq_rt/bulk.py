@@ -30,6 +30,7 @@ from dvq_rt.labels import Label, choose_labels, whole
 from dvq_rt.manifest import Manifest, engine_folder, manifest_digest, read_engine
 from dvq_rt.progress import Progress, told
 from dvq_rt.sampling import SamplingParams
+from runtimes.devices import read_device
 from runtimes.errors import BackendError, EngineError, InputError, guard
 
 LOG = logging.getLogger(__name__)
@@ -132,6 +133,9 @@ def draw_shards(
     slots = manifest.slots if slots is None else slots
     plan = Plan(_identity(manifest), n, seed, several, params.to_dict(), shard, slots)
     workers = whole("workers", workers, 1, 4096)
+    where = read_device(device or ("cpu" if manifest.backend == "onnxruntime" else "cuda"))
+    if ray and where.number:
+        raise InputError(f"device is {device!r}, but Ray gives each worker a GPU of its own; use 'cuda'")
     _settle(plan, Path(folder))
     missing = [i for i in range(plan.shards) if not plan.path(folder, i).is_file()]
     threads = threads or max(1, (os.cpu_count() or 1) // (1 if ray else workers))
@@ -142,7 +146,7 @@ def draw_shards(
     with told(progress, plan.n) as tell:
         tell(kept)
         if ray:
-            done_shards = _in_ray(job, missing, workers, threads, int(device == "cuda"))
+            done_shards = _in_ray(job, missing, workers, threads, int(where.kind == "cuda"))
         else:
             done_shards = in_processes(job, missing, workers)
         for done in done_shards:
