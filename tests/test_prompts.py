@@ -21,6 +21,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.manifest import read_engine
 from dvq_rt.prompts import BYTES, TextTokenizer
+from dvq_rt.publish import model_card
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import PROMPT_PORTS
 from export.graphs import TextGraph
@@ -451,6 +452,8 @@ def test_command_line(generator: Generator, tmp_path: Path, capsys: pytest.Captu
         == 2
     )
     assert "leave out --prompt" in capsys.readouterr().err
+    card = model_card(read_engine(generator.path), "owner/name", "mit")
+    assert "pipeline_tag: text-to-image" in card and "| guidance | yes |" in card and 'prompts="..."' in card
     assert read_engine(generator.path).conditioning == {
         **{"kind": "prefix", "max": 16},
         **{"tokenizer": "tokenizer.json", "empty": True},
