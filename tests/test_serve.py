@@ -310,8 +310,11 @@ def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
             assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 401
         client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open sesame")
         assert [model.id for model in client.models.list()] == ["mq"]
-        headers = {"Authorization": "Bearer open sesame", "Sec-Fetch-Site": "cross-site"}
-        assert keyed.post(DRAW, json={}, headers=headers).status_code == 403
+        key = {"Authorization": "Bearer open sesame"}
+        for site in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://else.where"}, {"Origin": "null"}):
+            assert keyed.post(DRAW, json={}, headers={**key, **site}).status_code == 403
+        for site in ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied"}, {"Origin": keyed.url}):
+            assert keyed.post(DRAW, json={"n": 99}, headers={**key, **site}).status_code == 400
     finally:
         keyed.end()
 
