@@ -145,9 +145,10 @@ def by_shares(scores: Scores, shares: Sequence[float]) -> Grain:
 
 def by_codes(layout: TokenLayout, scores: Scores, most: int) -> Grain:
     """The grains that suit best with at most so many codes in all: cells become finer step by step, those first whose
-    score gains most, as long as the codes suffice."""
+    score gains most for each code that the step adds, as long as the codes suffice."""
     flat = scores.reshape(-1, scores.shape[-1]).astype(np.float64)
-    gains = np.minimum.accumulate(np.diff(flat, axis=1), axis=1)  # a later step of a cell never comes before an earlier
+    gains = np.diff(flat, axis=1) / np.diff(layout.codes_per_cell)
+    gains = np.minimum.accumulate(gains, axis=1)  # a later step of a cell never comes before an earlier
     grain, left = np.zeros(len(flat), dtype=np.int64), most - len(flat)
     for place in np.argsort(-gains.reshape(-1), kind="stable"):
         cell, s = divmod(int(place), gains.shape[1])

@@ -31,10 +31,9 @@ from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.judging.metrics import psnr
 from training.judging.report import table
-from training.loop import TrainConfig
 from training.step import sample_token
 from training.torch_program import teacher_forced
-from training.train_transformer import StageTwoConfig
+from training.train_transformer import SECTIONS
 
 MOST_IMAGES = 1_000_000
 
@@ -46,8 +45,7 @@ def held_out(model: Model, data: str | Path, config: str, images: int | None) ->
     Raises:
         ConfigError: the checkpoint's labels are not the configuration's, or no image is held out.
     """
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-    settings = read_config(config, sections, [])
+    settings = read_config(config, SECTIONS, [])
     stage, names, (vae, _) = settings["stage"], model.class_names, model.both()
     if not set(names) <= set(stage.labels):
         raise ConfigError(

@@ -95,17 +95,17 @@ def changed(edit: Edit, result: Codes) -> bool:
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_kept_cells_are_kept(name: str, params: str) -> None:
-    """Of 1,032 edits (86 for each layout, with and without guidance) with masks of every shape none changes a kept
-    cell, and every result is a legal image, some with other grains in the hole."""
+    """Of 360 edits (30 for each layout, with and without guidance) with masks of every shape none changes a kept cell,
+    and every result is a legal image, some with other grains in the hole."""
     layout, rng = LAYOUTS[name], np.random.default_rng(len(name))
     grains = ("free", "keep", "finest") if layout.covering else ("free", "keep")
     edits = [
-        Edit(random_codes(layout, rng), random_mask(layout.sides[0], rng), grains[i % len(grains)]) for i in range(86)
+        Edit(random_codes(layout, rng), random_mask(layout.sides[0], rng), grains[i % len(grains)]) for i in range(30)
     ]
     requests = [Request(0, PARAMS[params], 5, i, **edit.constraint()) for i, edit in enumerate(edits)]
     made = [as_codes(layout, event) for event in drawn(small_transformer(layout), requests)]
     assert [i for i, (edit, codes) in enumerate(zip(edits, made, strict=True)) if changed(edit, codes)] == []
-    assert sum(codes != edit.codes for edit, codes in zip(edits, made, strict=True)) > 70
+    assert sum(codes != edit.codes for edit, codes in zip(edits, made, strict=True)) > 22
     assert any((codes.grain != edit.codes.grain).any() for edit, codes in zip(edits, made, strict=True))
 
 

@@ -91,15 +91,15 @@ def test_cached_step_equals_the_full_forward(name: str) -> None:
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_rest_is_drawn_around_what_is_given(name: str, params: str) -> None:
-    """Of 20 edits for each layout, with and without guidance and hints, none changes a kept cell; the plain sampler
+    """Of 12 edits for each layout, with and without guidance and hints, none changes a kept cell; the plain sampler
     draws the same tokens; nothing weighs."""
     layout, rng = LAYOUTS[name], np.random.default_rng(7)
     net = small_transformer(layout, given=True)
     grains = ("free", "keep", "finest") if layout.covering else ("free", "keep")
     edits = [
-        Edit(random_codes(layout, rng), random_mask(layout.sides[0], rng), grains[i % len(grains)]) for i in range(20)
+        Edit(random_codes(layout, rng), random_mask(layout.sides[0], rng), grains[i % len(grains)]) for i in range(12)
     ]
-    for i in range(0, 20, 5):
+    for i in range(0, 12, 5):
         hints = random_hints(edits[i], rng)
         room = layout.max_length - len(layout.ordered_positions(0)) * layout.codes_per_cell[-1]
         few = None if hints is None else np.where(np.cumsum(hints >= 0).reshape(hints.shape) <= room - 3, hints, -1)
@@ -108,8 +108,11 @@ def test_the_rest_is_drawn_around_what_is_given(name: str, params: str) -> None:
     record = (*TOKENS, *LOGMASSES)
     events = drawn(net, [Request(0, PARAMS[params], 5, i, record=record, **f) for i, f in enumerate(fields)], 16)
     assert [i for i, event in enumerate(events) if changed(edits[i], as_codes(layout, event))] == []
-    assert sum(as_codes(layout, event) != edit.codes for event, edit in zip(events, edits, strict=True)) > 14
-    for i in (0, 1):
+    assert sum(as_codes(layout, event) != edit.codes for event, edit in zip(events, edits, strict=True)) > 7
+    counts = [int((f["given"] > 0).sum()) for f in fields]
+    several = [i for i, count in enumerate(counts) if 2 < count < layout.filled_cells][:2]
+    assert len(several) == 2
+    for i in several:
         (oracle,) = sample_tokens(net, [0], PARAMS[params], seed=5, first_image=i, **fields[i])
         for head, expected in zip(TOKENS, oracle, strict=True):
             mine = events[i].records[head].tolist()

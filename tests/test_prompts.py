@@ -50,6 +50,8 @@ from training.train_transformer import main as train
 
 LENGTHS = (12, 0, 16, 1)
 """Tokens of prompts side by side; 16 is the most."""
+LIMIT = 14
+"""Tokens after which drawing ends."""
 LAYOUTS = {
     "two grains": TokenLayout(32, TOKENIZER.sides, classes=2, null_label=True),
     "three grains": TokenLayout(32, (2, 4, 8)),
@@ -169,7 +171,7 @@ def prompted(
     prompts = embed_prompts(net, token_ids(lengths))
     negatives = embed_prompts(net, token_ids(others, seed=1)) or [None] * len(prompts)
     rows = zip(labels_of(net, len(prompts)), prompts, negatives, strict=True)
-    record: dict[str, Any] = {"record": ("content", "position", *LOGITS)}
+    record: dict[str, Any] = {"record": ("content", "position", *LOGITS), "limit": LIMIT}
     return [
         Request(label, params, 5, i, key=i, prompt=prompt, negative=negative, **record)
         for i, (label, prompt, negative) in enumerate(rows)
@@ -182,19 +184,17 @@ def test_engine_equals_oracle(net: StackedTransformer, loop: DecodeLoop, others:
     """Tokens of the traced step are those of the uncached sampler: alone, guided against the empty prompt, and guided
     against prompts that are shorter and longer, so that either slot of a pair starts later."""
     params = SamplingParams() if others is None else GUIDED
-    limit = 14
-    requests = [replace(r, limit=limit) for r in prompted(net, params, LENGTHS, others or ())]
-    events = drawn(loop, requests)
+    events = drawn(loop, prompted(net, params, LENGTHS, others or ()))
     labels = labels_of(net)
     prompts = embed_prompts(net, token_ids(LENGTHS))
     negatives = embed_prompts(net, token_ids(others or (), seed=1))
-    expected = sample_tokens(net, labels, params, seed=5, limit=limit, prompts=prompts, negatives=negatives)
+    expected = sample_tokens(net, labels, params, seed=5, limit=LIMIT, prompts=prompts, negatives=negatives)
     for event, (content, position) in zip(events, expected, strict=True):
         tokens = drawn_tokens(net.layout, event)
         assert len(tokens.content) > 4  # the engine ends with the last code, the oracle with the tokens after it
         for got, want in ((tokens.content, content), (tokens.position, position)):
             assert got.tolist()[: len(want)] == want[: len(got)]
-    unprompted = sample_tokens(net, labels, params, seed=5, limit=limit)
+    unprompted = sample_tokens(net, labels, params, seed=5, limit=LIMIT)
     assert [a != b for a, b in zip(expected, unprompted, strict=True)] == [bool(n) for n in LENGTHS] or others
 
 

@@ -51,6 +51,13 @@ def test_a_budget_is_kept_and_used(layout: TokenLayout) -> None:
     assert (by_codes(layout, scores, layout.cells) == layout.segments - 1).all()
 
 
+def test_every_step_has_its_price() -> None:
+    """An entropy router's scores grow by equal steps, of which the second buys twelve codes: it waits for cells of four
+    times the entropy."""
+    scores = (np.array([[0.1, 1.0], [2.0, 9.0]])[..., None] * [0, 1, 2]).astype(np.float32)
+    assert by_codes(THREE, scores, 4 + 3 * 3 + 12).tolist() == [[0, 1], [1, 2]]
+
+
 def test_shares() -> None:
     """Shares are met to the cell, by the cells that a grain suits best."""
     scores = np.zeros((2, 2, 3), np.float32)

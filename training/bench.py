@@ -38,7 +38,7 @@ from training.loop import TrainConfig, make_optimizer
 from training.losses import PICTURE_LOSSES
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.train_transformer import BUCKET, StageTwoConfig, batch_losses
+from training.train_transformer import BUCKET, SECTIONS, StageTwoConfig, batch_losses, padded_to
 
 Loop = Callable[[int], int]
 """Takes the step of a number and returns how many images or tokens it learned from."""
@@ -120,15 +120,6 @@ def coded(vae: Tokenizer, images: Pixels) -> Coded:
     return Coded(codes.numpy().astype(np.int32), grain.numpy().astype(np.int8))
 
 
-def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A collated batch with more padding on the right."""
-    fill = {"target_content": -1, "target_position": -1}
-    return {
-        name: nn.functional.pad(part, (0, length - part.shape[1]), value=fill.get(name, 0))
-        for name, part in batch.items()
-    }
-
-
 def in_turns(ours: Loop, plain: Loop, steps: int, rounds: int, title: str) -> list[dict[str, float]]:
     """Both loops' speeds, images or tokens a second, for each round. They take steps by turns, and another first in
     each, so that what else the machine does hits both alike; one step of each goes before and is not counted."""
@@ -172,8 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-    config = read_config(args.config, sections, [])
+    config = read_config(args.config, SECTIONS, [])
     training = TrainConfig(steps=1, batch_size=args.batch, shift=0)
     torch.manual_seed(training.seed)
     vae = load_tokenizer(args.tokenizer).requires_grad_(False)

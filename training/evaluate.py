@@ -41,7 +41,7 @@ from training.loop import TrainConfig
 from training.objective import StageOneConfig
 from training.perceptual import load_perceptual
 from training.train_tokenizer import held_out_folder
-from training.train_transformer import StageTwoConfig
+from training.train_transformer import SECTIONS
 
 
 def is_checkpoint(path: str) -> bool:
@@ -285,9 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--sweep needs the classifier; leave out --no-classifier")
     if args.reference and args.write_statistics:
         raise InputError("--write-statistics writes those of the images; leave out --reference")
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-    config = read_config(args.config, sections, args.set)
-    sections = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
+    config = read_config(args.config, SECTIONS, args.set)
+    sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     first = read_config(args.tokenizer_config, sections, [])
     models, out = named(args.models), Path(args.out)
     checkpoints = [is_checkpoint(path) for path in models.values()]

@@ -30,11 +30,10 @@ from training.checkpoint import load_checkpoint
 from training.cli import guarded
 from training.config import read_config
 from training.data.pixels import to_float
-from training.loop import TrainConfig
 from training.models.transformer import StackedTransformer
 from training.sampling import Grammar
 from training.torch_program import decode_loop, teacher_forced
-from training.train_transformer import StageTwoConfig, tokenization
+from training.train_transformer import SECTIONS, tokenization
 
 SLOTS = 32
 CANDIDATES = (8, 64)
@@ -107,7 +106,7 @@ def evaluate(checkpoint: str, data: str, config: str, images: int, candidates: l
     """
     model = load_checkpoint(checkpoint)
     vae, net = model.both()
-    read = read_config(config, {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig}, [])
+    read = read_config(config, SECTIONS, [])
     folder = tokenization(data, vae, read["training"], read["stage"]).folder
     names = [folder.classes[label] for label in folder.labels[folder.val]]
     known = [i for i, name in zip(folder.val, names, strict=True) if name in model.class_names][:images]

@@ -4,7 +4,6 @@ FakeTensorMode), so that no model is too large; or measured on real ones."""
 from __future__ import annotations
 
 import os
-import resource
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from training.models.discriminator import PatchDiscriminator
 from training.models.dqvae import DQVAEConfig
 from training.models.mqvae import MQVAEConfig
 from training.models.perceptual import LPIPS, EfficientNetDistance
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.objective import StageOneConfig
 
@@ -153,11 +153,21 @@ def tokenizer_work(
     return Work({"tokenizer": vae, **({"discriminator": critic} if critic is not None else {})}, judges, step)
 
 
-def transformer_work(config: TransformerConfig, layout: TokenLayout, precision: str, batch: int, make: Maker) -> Work:
-    """A step of stage 2 whose sequences are all as long as the longest, without dropout in attention: the fused kernels
-    of GPUs draw it on the way, those of CPUs would keep every weight for it."""
-    net = make(lambda: StackedTransformer(replace(config, attention_dropout=0.0), layout)).train()
+def transformer_work(
+    config: TransformerConfig,
+    layout: TokenLayout,
+    precision: str,
+    batch: int,
+    make: Maker,
+    text: TextConfig | None = None,
+) -> Work:
+    """A step of stage 2 whose sequences and prompts are all as long as the longest, without dropout in attention: the
+    fused kernels of GPUs draw it on the way, those of CPUs would keep every weight for it."""
+    net = make(lambda: StackedTransformer(replace(config, attention_dropout=0.0), layout, text)).train()
     tokens = [torch.zeros(batch, layout.max_length, dtype=torch.int64) for _ in range(4)]
+    if text is not None:
+        ids = torch.zeros(batch, text.length, dtype=torch.int64)
+        tokens += [ids, torch.full((batch,), text.length)]
 
     def step() -> None:
         with autocast(precision):
@@ -217,6 +227,8 @@ def footprint(work: Callable[[Maker], Work], processes: int, averaged: bool = Fa
 def measured(work: Callable[[Maker], Work], training: TrainConfig) -> int:
     """Bytes by which this process (on Linux) grows at most while a model is made and takes two real steps on the CPU.
     Meaningful once in a process, whose largest size is compared."""
+    import resource  # not on Windows
+
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     parts, _, step = work(real)
     optimizers = [make_optimizer(part, training) for part in parts.values()]

@@ -21,9 +21,11 @@ from training.judging.report import table
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAEConfig
 from training.models.mqvae import MQVAEConfig
+from training.models.text import TextConfig
 from training.models.transformer import TransformerConfig
 from training.objective import StageOneConfig
-from training.train_transformer import StageTwoConfig
+from training.prompts import TextSettings
+from training.train_transformer import SECTIONS, StageTwoConfig
 
 GIB, DAY = 2**30, 86400
 
@@ -63,6 +65,20 @@ def read_tokenizer(name: str, overrides: list[str]) -> tuple[DQVAEConfig | MQVAE
     sizes = dict(config["tokenizer"])
     family = family_config(sizes.pop("family", "dq"))
     return read_dataclass(family, sizes, "section 'tokenizer'", defaults=True), config
+
+
+def read_text(values: dict[str, Any]) -> TextConfig | None:
+    """Sizes of a section ``text``; None where it is empty.
+
+    Raises:
+        ConfigError: it is wrong, or names a frozen encoder.
+    """
+    if not values:
+        return None
+    text = read_dataclass(TextSettings, values, "section 'text'", defaults=True)
+    if text.encoder:
+        raise ConfigError("a frozen encoder's width is not planned; plan without it: --set text.encoder=")
+    return TextConfig(text.length, text.vocabulary, text.blocks)
 
 
 def report(plan: Footprint, batch: int, units: float, unit: str, steps: int, runs: int, days: float) -> str:
@@ -122,8 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.tokenizer:
             raise ConfigError(f"{args.config} is one of stage 2; give the tokenizer's configuration with --tokenizer")
         vae, _ = read_tokenizer(args.tokenizer, [])
-        sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-        config = read_config(args.config, sections, args.set)
+        config = read_config(args.config, SECTIONS, args.set)
         stage: StageTwoConfig = config["stage"]
         plain = stage.labels == {"": ["*"]}
         count = args.labels or (0 if plain else len(stage.labels))
@@ -135,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
             null_label=stage.label_dropout > 0 and not plain,
             **{**vae.layout(), **({"first": stage.first} if stage.first else {})},
         )
-        sizes = {**config["transformer"], "block_size": layout.max_length}
+        sizes = {**config["transformer"], "block_size": layout.max_length, "given": stage.given > 0}
         net = read_dataclass(TransformerConfig, sizes, "section 'transformer'", defaults=True)
-        work = partial(transformer_work, net, layout, args.precision or config["training"].precision)
+        text = read_text(config["text"])
+        work = partial(transformer_work, net, layout, args.precision or config["training"].precision, text=text)
         unit, per_image = "tokens", mean_codes(vae) + (2 * layout.segments - 1 if layout.covering else 0)
     else:
         vae, config = read_tokenizer(args.config, args.set)

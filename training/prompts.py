@@ -79,8 +79,13 @@ def hold_out(folder: ImageFolder, phrases: Sequence[str]) -> None:
     folder.train = np.array(sorted(set(folder.train.tolist()) - out), dtype=np.int64)
 
 
-def read_captions(folder: ImageFolder, text: TextSettings, frozen: FrozenText | None = None) -> tuple[str, TextConfig]:
+def read_captions(
+    folder: ImageFolder, text: TextSettings, frozen: FrozenText | None = None, known: str = ""
+) -> tuple[str, TextConfig]:
     """A text tokenizer of the training captions, or that of a frozen encoder, and the sizes that follow from it.
+
+    Args:
+        known: a text tokenizer that is taken instead, whose tokens a model knows already.
 
     Raises:
         DataError: an image has no caption.
@@ -93,8 +98,8 @@ def read_captions(folder: ImageFolder, text: TextSettings, frozen: FrozenText | 
         )
     if frozen is not None:
         return frozen.tokenizer, TextConfig(text.length, 0, text.blocks, frozen.features, text.dropout > 0)
-    source = BYTES
-    if text.tokenizer != BYTES:
+    source = known or BYTES
+    if not known and text.tokenizer != BYTES:
         source = train_bpe({name for i in folder.train for name in captions[i]}, text.vocabulary)
     vocabulary = TextTokenizer(source, text.length).vocabulary
     return source, TextConfig(text.length, vocabulary, text.blocks, empty=text.dropout > 0)

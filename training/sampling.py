@@ -120,7 +120,7 @@ class Grammar:
             return [layout.position_eos(s)]
         if not self.ordered:
             return fits.tolist()
-        later = fits if layout.covering else order[self.last + 1 :]
+        later = fits if layout.covering else order[[p in fits and i > self.last for i, p in enumerate(order)]]
         to_come = int(self.free.sum()) - (layout.cells - layout.filled_cells)  # of the last segment's positions
         return later[: len(later) - to_come + 1].tolist()  # leaving room for those after it
 

@@ -21,8 +21,7 @@ from training.checkpoint import load_tokenizer
 from training.cli import guarded
 from training.config import read_config
 from training.data.codes import Part, Tokenization, begin
-from training.loop import TrainConfig
-from training.train_transformer import StageTwoConfig, tokenization
+from training.train_transformer import SECTIONS, tokenization
 
 RAY_STORE = 256 << 20
 """Bytes of shared memory for a Ray that is started here; what is sent through it is small."""
@@ -135,8 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 does it in this one")
     parser.add_argument("--ray", action="store_true", help="have Ray Data start the workers")
     args = parser.parse_args(argv)
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-    config = read_config(args.config, sections, args.set)
+    config = read_config(args.config, SECTIONS, args.set)
     stage = config["stage"] if args.copies is None else replace(config["stage"], copies=args.copies)
     if args.workers < 0 or (args.ray and args.workers < 1):
         raise ConfigError(f"--workers is {args.workers}; choose {1 if args.ray else 0} or more")

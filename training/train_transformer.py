@@ -104,6 +104,10 @@ class StageTwoConfig:
         SamplingParams.from_dict(self.defaults)
 
 
+SECTIONS: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
+"""Of a configuration, see ``read_config``."""
+
+
 def batch_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``stacked_losses`` of a collated batch; ``counts`` is in it, if it is a part of one."""
     prompt = batch.get("prompt"), batch.get("prompt_length")
@@ -176,7 +180,8 @@ def train_transformer(
         else:
             names = () if unconditional else tuple(folder.classes)
             frozen = load_frozen(text.encoder) if text and text.encoder else None
-            source, reads = (BYTES, None) if text is None else read_captions(folder, text, frozen)
+            known = before.text_tokenizer if before is not None and before.text else ""
+            source, reads = (BYTES, None) if text is None else read_captions(folder, text, frozen, known)
             model = Model(vae, StackedTransformer(config, layout, reads), names, stage.defaults, source)
             model.text_encoder = {} if frozen is None else describe_frozen(frozen)
         if before is not None and not resumed:
@@ -184,7 +189,8 @@ def train_transformer(
         model.both()[0].requires_grad_(False)
         if codes is None:
             make_codes(path / "codes", work)
-        stages = learning(model, work, Path(codes or path / "codes"), training, stage, accelerator.device, text)
+        prompts = None if text is None else Prompts(model, folder, text, path / "features")
+        stages = learning(model, work, Path(codes or path / "codes"), training, stage, accelerator.device, prompts)
         return fit(stages, training, path, resumed, accelerator)
 
 
@@ -192,14 +198,19 @@ def tokenization(
     data: str | Path, vae: Tokenizer, training: TrainConfig, stage: StageTwoConfig, shard_size: int = 4096
 ) -> Tokenization:
     """How stage 2 has its images tokenized."""
-    folder = ImageFolder(
-        data, vae.config.image_size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None
-    )
-    hold_out(folder, stage.hold_out)
+    folder, augment = labelled_images(data, vae.config.image_size, training, stage)
     folder.check_held_out()
-    directed = directed_images(folder, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
     return Tokenization(vae, folder, stage.copies, training.seed + 1, augment, shard_size, stage.given > 0)
+
+
+def labelled_images(
+    data: str | Path, size: int, training: TrainConfig, stage: StageTwoConfig
+) -> tuple[ImageFolder, Augment]:
+    """The images of stage 2 with its labels and split, and how they are augmented."""
+    folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None)
+    hold_out(folder, stage.hold_out)
+    directed = directed_images(folder, stage.flip_exclude_words)
+    return folder, Augment(training.shift, training.flip, frozenset(stage.flip_exclude), directed, training.crop)
 
 
 def make_codes(out: Path, work: Tokenization) -> None:
@@ -216,7 +227,8 @@ def make_codes(out: Path, work: Tokenization) -> None:
 
     processes.on_first(started)
     own = work.parts()[processes.number() :: processes.count()]
-    with progress_bar(total=sum(part.count for part in own), desc="tokenizing", unit="image") as bar:
+    count, other = sum(part.count for part in own), processes.number() > 0
+    with progress_bar(total=count, desc="tokenizing", unit="image", disable=other) as bar:
         for part in own:
             work.write(out, part, bar.update)
     processes.on_first(lambda: None)  # all are done
@@ -245,7 +257,7 @@ def learning(
     training: TrainConfig,
     stage: StageTwoConfig,
     device: torch.device,
-    text: TextSettings | None = None,
+    prompts: Prompts | None = None,
 ) -> Stage:
     """What ``fit`` does to a transformer, on the codes in a folder.
 
@@ -255,7 +267,6 @@ def learning(
     net, folder = model.both()[1], work.folder
     layout, names = net.layout, model.class_names
     train, val = open_codes(codes, work)
-    prompts = None if text is None else Prompts(model, folder, text, codes.with_name("features"))
     check_labels(folder, train.labels, val.labels)
     counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
     weights = counts[train.labels] ** -stage.balance
@@ -298,9 +309,13 @@ def learning(
         made = []
         for rows in np.split(np.arange(len(images)), training.accumulate):
             own = np.split(rows, processes.count())[processes.number()]
-            length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
-            keys = None if edits is None else [edits[i] for i in own]
-            part = padded_to(collate(layout, train, images[own], labels[own], keys, train.coarse), int(length))
+            if edits is None:
+                length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
+                part = padded_to(collate(layout, train, images[own], labels[own]), int(length))
+            else:  # hints make sequences longer, by how much is known once all are made
+                keys = [edits[i] for i in rows]
+                whole = collate(layout, train, images[rows], labels[rows], keys, train.coarse)
+                part = {name: values[own - rows[0]] for name, values in whole.items()}
             if prompts is not None:
                 silent = silence[rows] < prompts.text.dropout
                 told = prompts.collate(train.images[images[rows]], numbers[rows], silent)
@@ -351,8 +366,8 @@ def transformer_of(model: Model) -> StackedTransformer:
 
 
 def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A collated batch with sequences of a length, or longer ones as they are."""
-    more = max(0, length - batch["content"].shape[1])
+    """A collated batch with sequences of a length."""
+    more = length - batch["content"].shape[1]
     without = ("target_content", "target_position")  # -1 where there is none
     return {name: F.pad(x, (0, more), value=-1 if name in without else 0) for name, x in batch.items()}
 
@@ -418,8 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; by default the first of these that is there")
     args = parser.parse_args(argv)
-    sections: dict[str, Any] = {"transformer": dict, "training": TrainConfig, "stage": StageTwoConfig, "text": dict}
-    config = read_config(args.config, sections, args.set)
+    config = read_config(args.config, SECTIONS, args.set)
     settings = config["transformer"], config["training"], config["stage"]
     text = read_dataclass(TextSettings, config["text"], "section 'text'", defaults=True) if config["text"] else None
     where = args.resume, args.init, args.device

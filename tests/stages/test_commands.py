@@ -218,8 +218,7 @@ def test_configs_of_the_package(path: Path) -> None:
         family = family_config(sizes.pop("family", "dq"))
         assert read_dataclass(family, sizes, path.stem, defaults=True) != TOKENIZER
         return
-    sections = {"transformer": dict, "training": TrainConfig, "stage": train_transformer.StageTwoConfig, "text": dict}
-    config = read_config(path.stem, sections, ["training.steps=7"])
+    config = read_config(path.stem, train_transformer.SECTIONS, ["training.steps=7"])
     assert config["training"].steps == 7
     assert (
         config["stage"].defaults.get("guidance", 1) > 1 or not config["stage"].label_dropout

@@ -94,8 +94,7 @@ class Tokenization:
         augment["flip_exclude_images"] = sorted(self.augment.flip_exclude_images)
         made = {"tokenizer": digest(self.tokenizer), "images": folder.digest(), "split": split}
         made["classes"] = hashlib.sha256(json.dumps(folder.classes).encode()).hexdigest()
-        sizes = {"copies": self.copies, "seed": self.seed, "shard_size": self.shard_size}
-        sizes |= {"coarse": 1} if self.coarse else {}
+        sizes = {"copies": self.copies, "seed": self.seed, "shard_size": self.shard_size, "coarse": self.coarse}
         return json.loads(json.dumps({**made, **sizes, "size": folder.size, "augment": augment}))
 
     def parts(self) -> list[Part]:
@@ -182,6 +181,7 @@ def check(out: Path, work: Tokenization) -> None:
     """
     told = read_json(out / MANIFEST, error=DataError, what=f"{out} holds no codes", mend=AGAIN)
     wanted = work.manifest()
+    told = {"coarse": False, **told} if isinstance(told, dict) else told  # older folders lack it
     if not isinstance(told, dict) or set(told) != set(wanted):
         raise DataError(f"{out / MANIFEST} is damaged or of another version; {AGAIN}")
     names = {"tokenizer": "tokenizer", "images": f"images of {work.folder.root}", "split": "held-out images"}

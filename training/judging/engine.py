@@ -30,7 +30,7 @@ from training.judging.metrics import (
 )
 from training.judging.report import pick, picture_grain, picture_nearest, picture_reconstructions, picture_samples
 from training.loop import TrainConfig
-from training.train_transformer import StageTwoConfig
+from training.train_transformer import StageTwoConfig, labelled_images
 
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
 SWEEP = {"temperature": (0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
@@ -54,19 +54,17 @@ def open_data(
             "from a checkpoint with class_names"
         )
     if not names:
-        everything = {"": ["*"]}
-        folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=everything)
-        return folder, Augment(training.shift, training.flip)
+        return labelled_images(data, size, training, replace(stage, labels={"": ["*"]}, flip_exclude=()))
     if set(names) <= set(stage.labels):
         exclude = tuple(name for name in stage.flip_exclude if name in names)
         stage = replace(stage, labels={name: stage.labels[name] for name in names}, flip_exclude=exclude)
-    folder = ImageFolder(data, size, val_fraction=stage.val_fraction, seed=training.seed, labels=stage.labels or None)
+    folder, augment = labelled_images(data, size, training, stage)
     if folder.classes != list(names):
         raise ConfigError(
             f"engine {generator.path} has the labels {sorted(names)}, the configuration has {sorted(folder.classes)}; "
             "give the one it was trained with by --config"
         )
-    return folder, Augment(training.shift, training.flip, frozenset(stage.flip_exclude))
+    return folder, augment
 
 
 def judge_engine(
