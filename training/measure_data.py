@@ -24,8 +24,10 @@ def used() -> tuple[float, float]:
     megabytes = seconds = 0.0
     try:
         for pid in pids:
-            megabytes += int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-            seconds += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
+            megabytes += int(Path(f"/proc/{pid}/status").read_text("ascii").split("VmRSS:")[1].split()[0]) / 1024
+            seconds += (
+                sum(map(int, Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[11:13])) / TICKS
+            )
     except OSError:
         return float("nan"), float("nan")
     return megabytes, seconds
