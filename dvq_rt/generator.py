@@ -212,7 +212,8 @@ class Generator(Edits):
         """
         every = whole("every", every, 1, 2**31 - 1)
         if edit is not None:
-            labels, prompts = self._own(edit.codes, labels, prompts)
+            labels = edit.codes.label if labels is None else labels
+            prompts = edit.codes.prompt if prompts is None and self.takes_prompts else prompts
         texts = prompts, negative_prompts, truncate
         requests, engine = self._requests(n, labels, seed, params, first, every, texts)[2], self.engine
         if edit is not None:

@@ -120,5 +120,5 @@ def test_redrawing(page: Any) -> None:
     page.set_input_files("#edit-photo", PICTURE)
     page.locator("canvas.paint").click()
     page.click("#redraw")
-    page.locator("#edited figure", has_text="Drawn anew").first.wait_for()
+    page.locator("#edited canvas.small").first.wait_for()
     assert b'name="mask"; filename="mask.png"' in sent[0] and b'name="image"' in sent[0] and b'name="label"' in sent[0]

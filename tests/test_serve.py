@@ -28,11 +28,11 @@ from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
 from dvq_rt.serve import bodies, protocol  # noqa: E402
 from dvq_rt.serve.answers import png  # noqa: E402
-from dvq_rt.serve.command import listen  # noqa: E402
+from dvq_rt.serve.command import listen, serve  # noqa: E402
 from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
 from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
-from runtimes.errors import InputError  # noqa: E402
+from runtimes.errors import EngineError, InputError  # noqa: E402
 
 DRAW = "/v1/images/generations"
 
@@ -331,6 +331,8 @@ def test_settings() -> None:
     for wrong in ({"port": 70000}, {"workers": 0}, {"timeout": 0.0}, {"engines": (("a/b", "x"),)}):
         with pytest.raises(InputError):
             Settings(**wrong)
+    with pytest.raises(EngineError, match="does not exist"):
+        serve(replace(SETTINGS, engines=(("a", "/nowhere"),)))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
