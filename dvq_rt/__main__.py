@@ -27,7 +27,7 @@ from dvq_rt.describe import describe, plain, table
 from dvq_rt.editing import region_mask
 from dvq_rt.files import write_file
 from dvq_rt.images import grain_overlay, grid, open_rgb, psnr, square, to_array, to_uint8
-from dvq_rt.labels import MOST_IMAGES, whole
+from dvq_rt.labels import MOST_IMAGES, read_label, whole
 from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.outputs import PICTURES, blocks, make_folder, picture_target, write_picture
 from dvq_rt.rates import Rate
@@ -179,9 +179,7 @@ def outpaint(options: argparse.Namespace) -> int:
     """Draw what lies around a picture."""
     target, generator, picture, shared = _edited(options)
     sides = {name: getattr(options, name) for name in ("left", "top", "right", "bottom")}
-    image, _ = generator.outpaint(
-        picture, labels=shared["labels"], seed=shared["seed"], params=shared["params"], **sides
-    )
+    image, _ = generator.outpaint(picture, **sides, **shared)
     write_picture(target, image)
     print(target)
     return 0
@@ -195,10 +193,8 @@ def _edited(options: argparse.Namespace) -> tuple[Path, Any, NDArray[np.uint8], 
     picture = square(open_rgb(options.image), generator.manifest.image_size)
     given = {name: getattr(options, name) for name in ("temperature", "guidance") if hasattr(options, name)}
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    label = options.label
-    if label is not None and label not in generator.class_names and label.isdecimal():
-        label = int(label)
-    shared = {"labels": label, "seed": options.seed, "params": params}
+    label = None if options.label is None else read_label(options.label, generator.class_names)
+    shared = {"labels": label, "prompts": options.prompt, "seed": options.seed, "params": params}
     return target, generator, picture, {**shared, "n": options.n} if hasattr(options, "n") else shared
 
 
@@ -217,6 +213,10 @@ def _sample_shards(options: argparse.Namespace, given: dict[str, Any]) -> int:
     """Draw what a folder of tar files still lacks; image i has label i modulo their number."""
     from dvq_rt.bulk import SHARD, draw_shards
 
+    if options.prompt or options.negative is not None or options.truncate:
+        raise InputError(
+            "--shard, --workers and --ray draw labels alone; leave out --prompt, --negative and --truncate"
+        )
     if options.columns or Path(options.out).suffix.lower() in PICTURES:
         raise InputError(
             "--shard, --workers and --ray write tar files: name a folder with --out, and leave out --columns"
@@ -467,6 +467,7 @@ def _parser() -> argparse.ArgumentParser:
         command = add(function, True, name="--engine")
         command.add_argument("image", metavar="IMAGE", help="cut to a square and resized to the model's size")
         command.add_argument("--label", help="name or index; none if left out")
+        command.add_argument("--prompt", help="what to draw, in words, where the model reads them")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--out", default=out, help=f"picture ({out})")
         for name in ("temperature", "guidance"):

@@ -22,7 +22,7 @@ from dvq_rt.bench import middle_state, step_bytes
 from dvq_rt.decoding import Request
 from dvq_rt.engine import Engine, run_alone
 from dvq_rt.labels import MOST_IMAGES, whole
-from dvq_rt.manifest import read_engine
+from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.timing import Reader, interleave, machine, peak_memory
 from dvq_rt.verify import Check, check, verify
@@ -143,7 +143,7 @@ def accept(
     began = time.monotonic()
     here = Machine(device, plan.rehearsal)
     for folder in folders:
-        read_engine(folder)  # a wrong name is told before anything is measured
+        read_engine(engine_folder(folder))  # a wrong name is told before anything is measured
     say("measuring the memory's speed")
     report: dict[str, Any] = {"format": FORMAT, "machine": here.describe(), "bandwidth": here.bandwidth()}
     engines = [Engine.open(folder, device=here.device, threads=threads) for folder in folders]

@@ -63,7 +63,8 @@ class AsyncGenerator:
                 yield preview
 
     async def draw(self, requests: list[Request], edit: Edit | None = None) -> Samples:
-        """``sample`` of requests of ``Generator.requests``, or with an edit of ``Generator.constrained``."""
+        """``sample`` of requests of ``Generator.requests``; with an edit, of what ``Generator.constrained`` makes of
+        them. ``Samples.law`` is not told."""
         drawn: dict[int, Preview] = {}
         async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:

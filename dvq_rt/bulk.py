@@ -23,12 +23,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dvq_rt.engine import MOST_SLOTS
 from dvq_rt.files import FileName, read_dataclass, read_json, write_file
 from dvq_rt.generator import Generator
 from dvq_rt.labels import Label, choose_labels, whole
 from dvq_rt.manifest import Manifest, engine_folder, manifest_digest, read_engine
 from dvq_rt.progress import Progress, told
 from dvq_rt.sampling import SamplingParams
+from runtimes.devices import read_device
 from runtimes.errors import BackendError, EngineError, InputError, guard
 
 LOG = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class Plan:
     slots: int
 
     def __post_init__(self) -> None:
-        for name, low, high in (("n", 1, MOST), ("seed", 0, 2**64 - 1), ("shard", 1, 100_000)):
+        limits = (("n", 1, MOST), ("seed", 0, 2**64 - 1), ("shard", 1, 100_000), ("slots", 1, MOST_SLOTS))
+        for name, low, high in limits:
             object.__setattr__(self, name, whole(name, getattr(self, name), low, high))
 
     @property
@@ -130,6 +133,9 @@ def draw_shards(
     slots = manifest.slots if slots is None else slots
     plan = Plan(_identity(manifest), n, seed, several, params.to_dict(), shard, slots)
     workers = whole("workers", workers, 1, 4096)
+    where = read_device(device or ("cpu" if manifest.backend == "onnxruntime" else "cuda"))
+    if ray and where.number:
+        raise InputError(f"device is {device!r}, but Ray gives each worker a GPU of its own; use 'cuda'")
     _settle(plan, Path(folder))
     missing = [i for i in range(plan.shards) if not plan.path(folder, i).is_file()]
     threads = threads or max(1, (os.cpu_count() or 1) // (1 if ray else workers))
@@ -140,7 +146,7 @@ def draw_shards(
     with told(progress, plan.n) as tell:
         tell(kept)
         if ray:
-            done_shards = _in_ray(job, missing, workers, threads, int(device == "cuda"))
+            done_shards = _in_ray(job, missing, workers, threads, int(where.kind == "cuda"))
         else:
             done_shards = in_processes(job, missing, workers)
         for done in done_shards:

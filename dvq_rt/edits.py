@@ -51,7 +51,7 @@ class Edits:
         @property
         def engine(self) -> Engine: ...
 
-        def sample(self, n: Any, labels: Any, seed: Any, params: Any) -> Samples: ...
+        def sample(self, n: Any, labels: Any, seed: Any, params: Any, *, prompts: Any) -> Samples: ...
 
         def _requests(
             self,
@@ -164,6 +164,7 @@ class Edits:
         right: int = 0,
         bottom: int = 0,
         labels: Label = None,
+        prompts: Any = None,
         exact: bool | None = None,
         candidates: int = 1,
         seed: int = 0,
@@ -176,7 +177,7 @@ class Edits:
         Args:
             image: of the model's size, or codes.
             left, top, right, bottom: pixels to add, multiples of a coarsest cell, 16 windows at most in a row.
-            labels: one for all windows.
+            labels, prompts: one for all windows; None takes the codes' own, or none.
             exact, candidates, seed, params, progress: as for ``edit``; each window is an image of the seed.
 
         Returns:
@@ -197,7 +198,7 @@ class Edits:
             raise InputError("nothing is to be added; give left, top, right or bottom")
         check_progress(progress)
         codes, original = self._opened(image)
-        labels = codes.label if labels is None else labels
+        labels, prompts = self._own(codes, labels, prompts)
         canvas = Canvas.around(codes, size, (border[0], border[1], border[2], border[3]))
         places = list(dict.fromkeys(canvas.windows(border[1], border[0])))
         drawn = [codes]
@@ -206,7 +207,7 @@ class Edits:
             for i, (y, x) in enumerate(places):
                 edit = canvas.edit(y, x, seed)
                 if edit is not None:
-                    made = self._edited(edit, labels, 1, exact, candidates, "weight", seed, i, params, None)
+                    made = self._edited(edit, labels, 1, exact, candidates, "weight", seed, i, params, None, prompts)
                     canvas.put(made.codes[0], y, x)
                     canvas.paint(np.asarray(made[0]), y, x)
                     drawn += made.codes
@@ -261,7 +262,8 @@ class Edits:
         coarsest = codes.codes[:: len(codes.codes) // len(cells), :: len(codes.codes) // len(cells)]
         hints = np.where(cells & (codes.grain == 0), coarsest, -1) if told else None
         edit = Edit(codes, cells, "finest", hints=hints)
-        values = {"labels": None, "n": None, "exact": None, "seed": 0, "first": 0, "params": None, "progress": None}
+        values = {"labels": None, "prompts": None, "n": None, "exact": None, "seed": 0, "first": 0}
+        values |= {"params": None, "progress": None}
         if unknown := sorted(set(options) - set(values)):
             raise InputError(f"unknown arguments {unknown}; there are {sorted(values)}")
         candidates = (1 if told else 8) if candidates is None else candidates
@@ -307,8 +309,8 @@ class Edits:
         else:
             count = round(_share("keep", keep) * layout.steps_of(tokens))
         check_progress(progress)
-        labels, texts = self._own(codes, labels, prompts)
-        indices, params, requests = self._requests(n, labels, seed, params, first, texts=texts)
+        labels, prompts = self._own(codes, labels, prompts)
+        indices, params, requests = self._requests(n, labels, seed, params, first, texts=(prompts, None, False))
         requests = [replace(r, forced=forced_beginning(codes, r.label, count)) for r in requests]
         return self._finished(indices, params, requests, progress, law="prefix")
 
@@ -319,6 +321,7 @@ class Edits:
         frames: int,
         *,
         labels: Label = None,
+        prompts: Any = None,
         mix: str = "sphere",
         params: SamplingParams | None = None,
         progress: Progress = None,
@@ -329,7 +332,7 @@ class Edits:
 
         Args:
             frames: 2 or more.
-            labels: one for all.
+            labels, prompts: one for all.
             mix: ``sphere`` turns all random numbers at once, ``tail`` exchanges them from the end of the first image,
                 token by token, so that beginnings stay.
             params, progress: as for ``sample``.
@@ -342,24 +345,25 @@ class Edits:
             raise InputError(f"mix is {short(mix)}; it must be one of {MIXES}")
         check_progress(progress)
         whole("seed_b", seed_b, 0, 2**64 - 1)
-        indices, params, requests = self._requests(frames, [labels] * frames, seed_a, params, 0)
+        texts = (prompts, None, False)
+        indices, params, requests = self._requests(frames, [labels] * frames, seed_a, params, 0, texts=texts)
         length = self.engine.layout.max_length
         a, b = (uniforms(seed, 0, length) for seed in (seed_a, seed_b))
         shares = np.linspace(0, 1, frames)
         if mix == "sphere":
             tables = [between(a, b, share) for share in shares]
         else:
-            (start,) = self.sample(1, labels, seed_a, params).codes
+            (start,) = self.sample(1, labels, seed_a, params, prompts=prompts).codes
             steps = self.engine.layout.steps_of(start.tokens())
             tables = [np.where(np.arange(length)[:, None] < round((1 - s) * steps), a, b) for s in shares]
         requests = [replace(r, image=0, uniforms=table) for r, table in zip(requests, tables, strict=True)]
         return self._finished(indices, params, requests, progress)
 
     # --- inside ------------------------------------------------------------------------------------------------
-    def _own(self, codes: Codes, labels: Any, prompts: Any) -> tuple[Any, tuple[Any, None, bool]]:
-        """Labels and prompts as ``_requests`` takes them; those of the codes where none are given."""
+    def _own(self, codes: Codes, labels: Any, prompts: Any) -> tuple[Any, Any]:
+        """Labels and prompts; those of the codes where none are given."""
         own = codes.prompt if self.engine.manifest.conditioning else None
-        return codes.label if labels is None else labels, (own if prompts is None else prompts, None, False)
+        return codes.label if labels is None else labels, own if prompts is None else prompts
 
     def _opened(self, image: Any, sized: bool = True) -> tuple[Codes, NDArray[np.uint8] | None]:
         """Codes in this model's own ids, and the pixels if an image is given."""
@@ -423,8 +427,8 @@ class Edits:
         if exact not in (None, True, False):
             raise InputError(f"exact is {short(exact)}; it must be True, False or None")
         check_progress(progress)
-        labels, texts = self._own(edit.codes, labels, prompts)
-        indices, params, requests = self._requests(n, labels, seed, params, first, texts=texts)
+        labels, prompts = self._own(edit.codes, labels, prompts)
+        indices, params, requests = self._requests(n, labels, seed, params, first, texts=(prompts, None, False))
         constrained, law = self.constrained(requests, edit, exact)
         record = (*LOGMASSES, *(LOGPROBS if select == "likelihood" else ()))
         several = [

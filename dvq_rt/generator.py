@@ -205,15 +205,16 @@ class Generator(Edits):
         image has its codes and is never left out.
 
         Args:
-            edit: of ``edit_of``; draws what ``edit`` draws, and labels are as there.
+            edit: of ``edit_of``; draws what ``edit`` draws, and labels and prompts are as there.
 
         Raises:
             InputError: an argument is out of range or unknown.
         """
         every = whole("every", every, 1, 2**31 - 1)
+        if edit is not None:
+            labels = edit.codes.label if labels is None else labels
+            prompts = edit.codes.prompt if prompts is None and self.takes_prompts else prompts
         texts = prompts, negative_prompts, truncate
-        if edit is not None and labels is None:
-            labels = edit.codes.label
         requests, engine = self._requests(n, labels, seed, params, first, every, texts)[2], self.engine
         if edit is not None:
             requests, _ = self.constrained(requests, edit)

@@ -38,6 +38,11 @@ def choose_labels(
     return [_index(layout, names, label) for label in several]
 
 
+def read_label(text: str, names: Sequence[str]) -> str | int:
+    """A label as a word of a command or a form says it: by its name, or else by its index."""
+    return int(text) if text not in names and text.isdecimal() and text.isascii() else text
+
+
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """An integer of any library as an int.
 

@@ -61,13 +61,18 @@ def model_card(manifest: Manifest, repository: str, licence: str) -> str:
         raise InputError(f"--license is {short(licence)}; write it as the hub does, such as mit or apache-2.0")
     layout, name = manifest.layout, f"{PREFIX}{repository}"
     sides = " and ".join(f"{side} x {side}" for side in layout.sides)
+    task = "text-to-image" if manifest.prompt else "unconditional-image-generation"
+    extras, words, prompts = "cpu,hub", "", ""
+    if manifest.prompt:
+        extras, words, prompts = "cpu,hub,text", ' --prompt "..."', ', prompts="..."'
     number = f"{'at most ' if layout.covering else ''}{layout.filled_cells} codes an image"
     facts = {
         "family": PAPERS[manifest.family],
         "image": f"{manifest.image_size} x {manifest.image_size} pixels",
         "codes": f"a codebook of {layout.codebook_size}; grids {sides}; {number}",
         "labels": ", ".join(manifest.class_names).replace("|", "\\|") or str(layout.classes or "none"),
-        "guidance": "yes" if layout.null_label else "no: there is no null label",
+        "prompts": f"at most {manifest.prompt} tokens" if manifest.prompt else "none",
+        "guidance": "yes" if manifest.guidable else "no: there is nothing to compare with",
         "runs on": f"{manifest.backend} for {manifest.target}, {manifest.precision}, weights {manifest.weights}",
         **{f"parameters of the {part}": f"{count:,}" for part, count in manifest.parameters.items()},
         **{f"recommended {key}": value for key, value in manifest.defaults.items()},
@@ -79,7 +84,7 @@ def model_card(manifest: Manifest, repository: str, licence: str) -> str:
     return f"""---
 license: {licence}
 library_name: dvq-rt
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags: [dvq-rt, {manifest.family}, image-generation, onnx]
 ---
 
@@ -88,8 +93,8 @@ tags: [dvq-rt, {manifest.family}, image-generation, onnx]
 An engine of dvq-rt: it draws images without PyTorch. This card was written from its manifest.
 
 ```sh
-pip install 'dvq-rt[cpu,hub]'
-dvq-rt sample --engine {name} --out samples.png
+pip install 'dvq-rt[{extras}]'
+dvq-rt sample --engine {name}{words} --out samples.png
 dvq-rt verify {name}
 ```
 
@@ -97,7 +102,7 @@ dvq-rt verify {name}
 import dvq_rt
 
 generator = dvq_rt.Generator("{name}")  # add @ and a commit to get the same engine for ever
-generator.sample(n=4, seed=1).grid().save("samples.png")
+generator.sample(n=4, seed=1{prompts}).grid().save("samples.png")
 ```
 
 | | |

@@ -137,3 +137,11 @@ def test_bulk_wants_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     """Protects from a folder of shards named samples.png."""
     assert main(["sample", "--n", "4", "--shard", "2"]) == 2
     assert "name a folder with --out" in capsys.readouterr().err
+
+
+def test_a_plan_is_checked_before_it_is_written(tmp_path: Path) -> None:
+    """Protects a folder from the plan of a call that cannot draw, which the right call would then contradict."""
+    for wrong in ({"slots": 0}, {"slots": 10**9}, {"ray": True, "device": "cuda:1"}):
+        with pytest.raises(InputError, match=r"slots is|a GPU of its own"):
+            draw_shards(None, tmp_path / "drawn", 2, **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "drawn").exists()

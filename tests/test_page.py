@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +93,6 @@ def test_coding_by_keyboard(page: Any) -> None:
     page.focus("#tab-draw")
     page.keyboard.press("ArrowRight")
     assert page.get_attribute("#tab-encode", "aria-selected") == "true" and page.locator("#panel-draw").is_hidden()
-    assert page.locator("#tab-edit").is_hidden(), "no engine here edits"
     page.set_input_files("#photo", PICTURE)
     figures = page.locator("#coded dd")
     figures.first.wait_for()
@@ -109,24 +107,18 @@ def test_coding_by_keyboard(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
-def test_redrawing_where_the_model_edits(page: Any) -> None:
-    """Where a model says that it edits there is a third tab; what is painted goes out as a mask that is clear there."""
-    page.route("**/v1/models", lambda route: route.fulfill(json=_editing(route.fetch().json())))
+def test_redrawing(page: Any) -> None:
+    """What is painted goes out as a mask that is clear there, and is drawn anew with the label that is chosen."""
     sent: list[bytes] = []
 
-    def edit(route: Any) -> None:
+    def pass_on(route: Any) -> None:
         sent.append(route.request.post_data_buffer)
-        route.fulfill(status=501, json={"error": {"message": "not here"}})
+        route.continue_()
 
-    page.route("**/v1/images/edits", edit)
-    page.reload()
+    page.route("**/v1/images/edits", pass_on)
     page.click("#tab-edit")
     page.set_input_files("#edit-photo", PICTURE)
     page.locator("canvas.paint").click()
     page.click("#redraw")
-    page.locator("#status.bad", has_text="not here").wait_for()
-    assert b'name="mask"; filename="mask.png"' in sent[0] and b'name="image"' in sent[0] and b"\x89PNG" in sent[0]
-
-
-def _editing(models: Any) -> Any:
-    return json.loads(json.dumps(models).replace('"edits": false', '"edits": true'))
+    page.locator("#edited canvas.small").first.wait_for()
+    assert b'name="mask"; filename="mask.png"' in sent[0] and b'name="image"' in sent[0] and b'name="label"' in sent[0]

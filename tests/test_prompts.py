@@ -21,6 +21,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.manifest import read_engine
 from dvq_rt.prompts import BYTES, TextTokenizer
+from dvq_rt.publish import model_card
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import PROMPT_PORTS
 from export.graphs import TextGraph
@@ -362,6 +363,38 @@ def test_sampling_with_prompts(generator: Generator, tmp_path: Path) -> None:
     assert generator.takes_prompts and "at most 16 tokens" in str(generator.sample.__doc__) + "at most 16 tokens"
 
 
+def test_edits_are_prompted(generator: Generator) -> None:
+    """Calls that start from codes draw with their prompt, unless another one is given; frames have one too."""
+    (codes,) = generator.sample(1, 1, seed=2, prompts="red left").codes
+    mask = np.zeros((generator.layout.sides[0],) * 2, dtype=bool)
+    mask[1:, 1:] = True
+    (expected,) = generator.edit(codes, mask, seed=4).codes
+    assert expected.prompt == "red left" != generator.edit(codes, mask, seed=4, prompts="blue").codes[0].prompt
+    assert [*generator.stream(1, seed=4, edit=generator.edit_of(codes, mask))][-1].codes == expected
+    cell = generator.manifest.image_size // generator.layout.sides[0]
+    assert {c.prompt for c in generator.outpaint(codes, right=cell)[1]} == {"red left"}
+    assert generator.refine(codes, ratio=1.0, prompts="blue", candidates=1).prompts == ["blue"]
+    frames = generator.interpolate(1, 2, 3, labels=0, prompts="green", mix="tail").codes
+    assert [frames[0], frames[-1]] == [generator.sample(1, 0, seed, prompts="green").codes[0] for seed in (1, 2)]
+
+
+def test_the_server_takes_prompts(generator: Generator) -> None:
+    """A request without a negative prompt has none, and a model that needs a prompt can be served and scored."""
+    pytest.importorskip("fastapi")
+    from dvq_rt.serve.engines import Engines
+    from dvq_rt.serve.forms import Generation
+    from dvq_rt.serve.settings import Settings
+
+    body = Generation(prompt="red left", label="1", guidance=1.0, seed=3)
+    (request,) = body.drawn(generator)
+    assert request.text == "red left" and request.label == 1 and request.negative is None
+    engines = Engines(Settings(engines=(("text", str(generator.path)),), slots=4, threads=1))
+    engine = engines.pick(None).generator.engine
+    engine.manifest = replace(engine.manifest, conditioning={**engine.manifest.conditioning, "empty": False})
+    engines.warm()
+    engines.close()
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompts": "a\0b"}, "NUL"),
     ({"prompts": "a\ud800"}, "surrogate"),
@@ -421,6 +454,13 @@ def test_command_line(generator: Generator, tmp_path: Path, capsys: pytest.Captu
     assert "at most 16 tokens of tokenizer.json; the empty one stands for anything" in capsys.readouterr().out
     assert main(["sample", "--engine", engine, "--out", str(out), "--prompt", "a b c d " * 9]) == 2
     assert "this model reads at most 16" in capsys.readouterr().err
+    assert (
+        main(["sample", "--engine", engine, "--out", str(tmp_path / "drawn"), "--n", "2", "--shard", "2", *words[:2]])
+        == 2
+    )
+    assert "leave out --prompt" in capsys.readouterr().err
+    card = model_card(read_engine(generator.path), "owner/name", "mit")
+    assert "pipeline_tag: text-to-image" in card and "| guidance | yes |" in card and 'prompts="..."' in card
     assert read_engine(generator.path).conditioning == {
         **{"kind": "prefix", "max": 16},
         **{"tokenizer": "tokenizer.json", "empty": True},

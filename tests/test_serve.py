@@ -27,11 +27,12 @@ from serving import SETTINGS, Running  # noqa: E402
 from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
 from dvq_rt.serve import bodies, protocol  # noqa: E402
-from dvq_rt.serve.command import listen  # noqa: E402
+from dvq_rt.serve.answers import png  # noqa: E402
+from dvq_rt.serve.command import listen, serve  # noqa: E402
 from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
 from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
-from runtimes.errors import InputError  # noqa: E402
+from runtimes.errors import EngineError, InputError  # noqa: E402
 
 DRAW = "/v1/images/generations"
 
@@ -122,6 +123,20 @@ def test_codes(running: Running, demo: Generator) -> None:
     assert running.post("/encode", params={"model": "mq", "kept": 9}, content=data).json()["length"] == 9
 
 
+def test_edits(running: Running, demo: Generator) -> None:
+    """The official client's edits are the generator's; a form has texts alone, also for a label's index."""
+    original, clear = demo.sample(1, "faces", seed=3)[0], np.zeros((64, 64), dtype=bool)
+    clear[16:40, 24:64] = True
+    alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
+    image, mask = (("x.png", png(x), "image/png") for x in (original, Image.merge("LA", (alpha, alpha))))
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    options = {"extra_body": {"seed": 7, "label": str(demo.class_names.index("faces"))}, "n": 2}
+    answer = client.images.edit(model="dq", image=image, mask=mask, prompt="", **options)
+    expected = demo.edit(original, clear, labels="faces", n=2, seed=7).to_numpy()
+    for item, image in zip(answer.data, expected, strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) == image).all()
+
+
 BIG = io.BytesIO()
 Image.new("L", (2000, 600)).save(BIG, "PNG")
 REFUSED = [
@@ -138,7 +153,9 @@ REFUSED = [
     (DRAW, {"json": {"label": 1, "prompt": "faces"}}, 400, "give one of them"),
     (DRAW, {"json": {"negative_prompt": "x"}}, 400, "this model takes no prompts"),
     (DRAW, {"content": b"x" * (1 << 21)}, 413, "the body has more than 1048576 bytes"),
-    ("/v1/images/edits", {"files": {"image": b"x"}}, 501, "dq does not edit images; take a model"),
+    ("/v1/images/edits", {"content": b"x"}, 400, "the body must be multipart/form-data with the files image and mask"),
+    ("/v1/images/edits", {"files": {"image": b"x"}}, 400, "the image is damaged or of another format"),
+    ("/v1/images/edits", {"files": [("image", b"x")] * 65}, 400, "the form has more than 64 parts"),
     ("/encode", {"content": b""}, 400, "the body is empty; send the bytes of a picture"),
     ("/encode", {"content": b"GIF89a"}, 400, "the image is a damaged GIF file"),
     ("/encode", {"content": b"/etc/passwd"}, 400, "the image is damaged or of another format"),
@@ -293,8 +310,11 @@ def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
             assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 401
         client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open sesame")
         assert [model.id for model in client.models.list()] == ["mq"]
-        headers = {"Authorization": "Bearer open sesame", "Sec-Fetch-Site": "cross-site"}
-        assert keyed.post(DRAW, json={}, headers=headers).status_code == 403
+        key = {"Authorization": "Bearer open sesame"}
+        for site in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://else.where"}, {"Origin": "null"}):
+            assert keyed.post(DRAW, json={}, headers={**key, **site}).status_code == 403
+        for site in ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied"}, {"Origin": keyed.url}):
+            assert keyed.post(DRAW, json={"n": 99}, headers={**key, **site}).status_code == 400
     finally:
         keyed.end()
 
@@ -311,6 +331,8 @@ def test_settings() -> None:
     for wrong in ({"port": 70000}, {"workers": 0}, {"timeout": 0.0}, {"engines": (("a/b", "x"),)}):
         with pytest.raises(InputError):
             Settings(**wrong)
+    with pytest.raises(EngineError, match="does not exist"):
+        serve(replace(SETTINGS, engines=(("a", "/nowhere"),)))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

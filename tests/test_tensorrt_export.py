@@ -28,6 +28,7 @@ from dvq_rt.generator import Generator
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import HEADS, TokenLayout
 from dvq_rt.manifest import GRAPHS, Manifest, read_engine
+from dvq_rt.step import CACHE
 from dvq_rt.verify import BOUNDS, verify
 from export.lowering import TENSORRT_OPSET
 from export.parity import golden_values
@@ -167,10 +168,13 @@ def test_bf16_in_pytorch(family: str, traced: Traced) -> None:
         inputs = example_inputs(step_table(net), SLOTS)
         ports, caches = inputs["ports"], inputs["caches"]
         ports.update(reset=torch.ones(SLOTS, dtype=torch.bool), label=torch.arange(SLOTS))
-        out = Step(net)(ports, caches)
-        outputs.append([part.numpy() for part in out[5:7]])
-        assert all(part.dtype == torch.float32 for part in out[5:9])
-        assert all(cache.dtype == next(net.parameters()).dtype for cache in out[9:])
+        names = [port.name for port in step_table(net).outputs]
+        out = dict(zip(names, Step(net)(ports, caches), strict=True))
+        outputs.append([out[name].numpy() for name in ("position_logits", "content_logits")])
+        reports = [part for name, part in out.items() if "_log" in name]
+        assert len(reports) == 6 and all(part.dtype == torch.float32 for part in reports)
+        made = [port.name for port in step_table(net).outputs if port.role == CACHE]
+        assert made and all(out[name].dtype == next(net.parameters()).dtype for name in made)
     error = max(relative_error(got, want) for want, got in zip(*outputs, strict=True))
     print(f"\n{family}: largest relative logit error in bfloat16 {error:.1e}")
     assert 1e-4 < error <= BOUNDS["bf16"].logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dvq_rt.manifest import Manifest
 from runtimes.errors import CheckpointError
 from runtimes.protocol import Array
 from training.checkpoint import Model, load_checkpoint
-from training.models.tokenizer import Tokenizer
+from training.models.tokenizer import EveryGrain, Tokenizer
 from training.step import step_table
 from training.torch_program import SIDE_BY_SIDE, TorchDevice, TorchProgram
 
@@ -43,13 +43,14 @@ class _Module:
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
+        self.outputs = ("images",) if name == "decoder" else EveryGrain._fields
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
         if self.name == "decoder":
             return {"images": self.tokenizer.decode_maps(torch.from_numpy(inputs["codes"])).numpy()}
         out = self.tokenizer.encode_grains(torch.from_numpy(inputs["images"]))
-        return {name: part.numpy() for name, part in out._asdict().items()}
+        return {name: part.numpy() for name, part in out._asdict().items() if names is None or name in names}
 
 
 def _manifest(model: Model, step: dict[str, Any]) -> Manifest:

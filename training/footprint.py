@@ -229,7 +229,7 @@ def measured(work: Callable[[Maker], Work], training: TrainConfig) -> int:
     Meaningful once in a process, whose largest size is compared."""
     import resource  # not on Windows
 
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     parts, _, step = work(real)
     optimizers = [make_optimizer(part, training) for part in parts.values()]
     for _ in range(2):

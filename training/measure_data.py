@@ -24,8 +24,9 @@ def used() -> tuple[float, float]:
     megabytes = seconds = 0.0
     try:
         for pid in pids:
-            megabytes += int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-            seconds += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
+            status, stat = (Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8") for name in ("status", "stat"))
+            megabytes += int(status.split("VmRSS:")[1].split()[0]) / 1024
+            seconds += sum(map(int, stat.rpartition(")")[2].split()[11:13])) / TICKS
     except OSError:
         return float("nan"), float("nan")
     return megabytes, seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from email.parser import BytesParser
+from email.parser import BytesHeaderParser
 from email.policy import HTTP
 
 import numpy as np
@@ -23,6 +23,9 @@ OPAQUE = 128
 """Least alpha of a pixel of a mask that is kept."""
 DISCARDED = 4
 """A body that is too large is read up to so many times the limit, so that its sender gets to read the answer."""
+BOUNDARY = re.compile(r'multipart/form-data *;.*?boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70})).*', re.IGNORECASE)
+MOST_PARTS, MOST_HEAD = 64, 2048
+"""Parts of a form, and bytes of a part's header; the form is read in the thread that serves everybody."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -113,17 +116,22 @@ def form(body: bytes, content_type: str) -> tuple[dict[str, str], dict[str, byte
     Raises:
         InputError: it is no such body.
     """
-    if not content_type.startswith("multipart/form-data"):
+    boundary = BOUNDARY.fullmatch(content_type)
+    if boundary is None:
         raise InputError("the body must be multipart/form-data with the files image and mask")
-    head = b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
+    line = b"\r\n--" + (boundary[1] or boundary[2]).encode("latin-1")
+    if body.count(line) > MOST_PARTS:
+        raise InputError(f"the form has more than {MOST_PARTS} parts")
     texts, files = {}, {}
     with guard(InputError, "the form cannot be read"):
-        for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
-            disposition = part["content-disposition"]
-            name = re.sub(r"\[\]$", "", str(disposition.params["name"]))
-            content = part.get_payload(decode=True)
-            if not isinstance(content, bytes):
-                raise InputError(f"the form's part {name} has parts of its own")
+        for part in (b"\r\n" + body).split(line)[1:-1]:
+            head, there, content = part.partition(b"\r\n\r\n")
+            if not there or len(head) > MOST_HEAD:
+                raise InputError(f"one of its parts has no header of at most {MOST_HEAD} bytes")
+            disposition = BytesHeaderParser(policy=HTTP).parsebytes(head.removeprefix(b"\r\n"))["content-disposition"]
+            if disposition is None:
+                raise InputError("one of its parts has no header Content-Disposition")
+            name = str(disposition.params["name"]).removesuffix("[]")
             if "filename" in disposition.params:
                 files[name] = content
             else:

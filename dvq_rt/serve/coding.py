@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from dvq_rt.codes import Codes, codes_from_dict, codes_to_dict
 from dvq_rt.images import open_rgb, psnr, square
+from dvq_rt.labels import read_label
 from dvq_rt.serve.answers import attended, base64_png, cost, png
 from dvq_rt.serve.bodies import json_body, picture_file
 from dvq_rt.serve.engines import Served
@@ -110,14 +111,16 @@ async def decode(
 
 
 @routes.post("/score", openapi_extra=CODES, response_model=None)
-async def score(request: Request, model: str | None = Model, label: str | None = None) -> Response:
+async def score(
+    request: Request, model: str | None = Model, label: str | None = None, prompt: str | None = None
+) -> Response:
     """Log-likelihood of the tokens of codes in nats: in all, and of each token's position and content.
 
-    A label by name or index takes the place of the codes' own."""
+    A label by name or index takes the place of the codes' own, a prompt that of theirs."""
     server, served = _pick(request, model)
     codes = await _codes(server, served, request)
-    by_index = label is not None and label not in served.generator.class_names and label.isdecimal()
-    scoring = served.engine.score(codes, int(label) if by_index and label else label)
+    named = None if label is None else read_label(label, served.generator.class_names)
+    scoring = served.engine.score(codes, named, prompts=prompt)
     scores = await _attended(server, served, request, scoring, len(codes))
     rows = [{"total": s.total, "position": s.position.tolist(), "content": s.content.tolist()} for s in scores]
     return JSONResponse({"model": served.name, "scores": rows})

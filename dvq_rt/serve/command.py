@@ -14,6 +14,7 @@ from functools import partial
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.serve.app import create_app
 from dvq_rt.serve.gate import Gate, JsonLines
 from dvq_rt.serve.metrics import FOLDER_VARIABLE
@@ -35,8 +36,11 @@ def serve(settings: Settings) -> int:
         Exit status: 0, or 1 if the server could not start.
 
     Raises:
+        EngineError: an engine's folder is missing or altered.
         InputError: the address cannot be listened on.
     """
+    for _, folder in settings.engines:
+        read_engine(engine_folder(folder))  # told in one line, before workers fail at it one after the other
     config = configuration(settings)
     log_json()
     listener = listen(settings)

@@ -90,7 +90,7 @@ class Served:
             "image_size": manifest.image_size,
             "labels": list(manifest.class_names) or list(map(str, range(layout.classes))),
             "needs_label": bool(layout.classes) and not layout.null_label,
-            "guidance": layout.null_label,
+            "guidance": manifest.guidable,
             "prompts": generator.takes_prompts,
             "edits": generator.edits,
             "bits_per_pixel": [code_bits(layout, codes) / manifest.image_size**2 for codes in (fewest, most)],
@@ -140,7 +140,8 @@ class Engines:
         """Load every graph and draw one image, so that the first request waits for nothing."""
         for served in self.served.values():
             generator = served.generator
-            codes = generator.sample(1, labels=0 if generator.layout.classes else None).codes
+            label, prompt = 0 if generator.layout.classes else None, "a" if generator.takes_prompts else None
+            codes = generator.sample(1, label, prompts=prompt, truncate=True).codes
             generator.encode(generator.decode(codes))
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dvq_rt.decoding import Request
 from dvq_rt.generator import Generator
+from dvq_rt.labels import read_label
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.serve.engines import Served
 from dvq_rt.serve.errors import ApiError
@@ -72,13 +73,15 @@ class Drawing(BaseModel):
 
     def subject(self, generator: Generator) -> dict[str, Any]:
         """What is to be drawn, as arguments of ``Generator.requests``."""
+        # forms have texts alone
+        label = read_label(self.label, generator.class_names) if isinstance(self.label, str) else self.label
         if generator.takes_prompts:
-            return {"labels": self.label, "prompts": self.prompt, "negative_prompts": self.negative_prompt}
+            return {"labels": label, "prompts": self.prompt, "negative_prompts": self.negative_prompt or None}
         if self.negative_prompt:
             raise ApiError(400, "this model takes no prompts; leave negative_prompt out", param="negative_prompt")
         if self.prompt and self.label is not None:
             raise ApiError(400, "prompt and label both name a label; give one of them", param="label")
-        return {"labels": self.label if self.label is not None else self.prompt or None}
+        return {"labels": label if label is not None else self.prompt or None}
 
 
 class Generation(Drawing):

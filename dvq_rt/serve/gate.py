@@ -12,6 +12,7 @@ import time
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 """For which no key is needed, with what lies under /page/."""
+FOREIGN = ("cross-site", "same-site")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -109,7 +111,12 @@ class Gate:
         Raises:
             ApiError: the key is missing or wrong, or the page of another site sent the request.
         """
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and scope["method"] not in ("GET", "HEAD"):
+        site, origin = (
+            headers.get("sec-fetch-site"),
+            headers.get("origin"),
+        )  # the first comes by https and to loopback alone
+        foreign = origin and urlsplit(origin).netloc != headers.get("host") if site is None else site in FOREIGN
+        if foreign and scope["method"] not in ("GET", "HEAD"):
             raise ApiError(403, "pages of other sites may not use this server; call it from your own server instead")
         path = scope["path"]
         if self.key is None or path in OPEN_PATHS or path.startswith("/page/"):

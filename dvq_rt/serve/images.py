@@ -83,17 +83,19 @@ async def edit(request: Request) -> Response:
         )
     body.check(served, server.settings.images)
 
-    def prepare() -> tuple[list[Drawn], Edit]:
+    def prepare() -> tuple[list[Drawn], Edit]:  # decodes and encodes pictures, so it needs room and has a deadline too
         size, pixels = generator.manifest.image_size, server.settings.pixels
         picture = picture_file(files.get("image", b""), pixels)
         clear = clear_pixels(picture_file(files.get("mask", files.get("image", b"")), pixels), size)
         edit = generator.edit_of(square(open_rgb(picture), size), clear, grain=body.grain)
         return generator.constrained(body.drawn(generator), edit)[0], edit
 
-    requests, edit = await served.engine.run(prepare)
+    async def draw() -> Samples:
+        return await served.engine.draw(*await served.engine.run(prepare))
+
     request.state.log.update({"model": served.name, "images": body.n})
     with served.admit(body.n):
-        samples = await attended(request, server.settings.timeout, served.engine.draw(requests, edit))
+        samples = await attended(request, server.settings.timeout, draw())
     server.metrics.images.labels(served.name).inc(body.n)
     return JSONResponse(await served.engine.run(lambda: _answer(served, body, samples)))
 

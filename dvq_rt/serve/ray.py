@@ -13,6 +13,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from dvq_rt.engine import MOST_SLOTS
 from dvq_rt.files import read_dataclass
 from dvq_rt.labels import whole
 from dvq_rt.serve.app import create_app
@@ -73,7 +74,8 @@ def app(arguments: Mapping[str, Any]) -> Application:
         serve.ingress(build)(),
         name="dvq_rt",
         ray_actor_options={"num_cpus": cluster.num_cpus, "num_gpus": cluster.num_gpus},
-        max_ongoing_requests=settings.queue + 16,  # what is too much is refused by the application, with its status 429
+        # more than a replica admits: what is too much is refused by the application, with its status 429
+        max_ongoing_requests=settings.queue + MOST_SLOTS,
         autoscaling_config={
             "min_replicas": cluster.replicas,
             "max_replicas": cluster.most,

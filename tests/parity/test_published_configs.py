@@ -146,7 +146,7 @@ def test_unsupported_config(case, change, message, tmp_path):
         imported(case, tmp_path, config=changed(case, *change))
 
 
-@pytest.mark.parametrize("target", ["models.stage2_dynamic.dqtransformer_t2i.Dualformer", ["a"], None])
+@pytest.mark.parametrize("target", ["models.stage2_dynamic.other.Dualformer", ["a"], None])
 def test_unsupported_target(target):
     """Protects against reading another model family's file as ours."""
     with pytest.raises(ConfigError, match="not one of the supported"):

@@ -62,7 +62,7 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--set", "training.step=3"], "unknown fields ['step']; there are ['batch_size'"),
+        (["--set", "training.step=3"], "unknown fields ['step']; there are ['accumulate', 'batch_size'"),
         (["--set", "training.steps=many"], "steps is 'many'; it must be of type int"),
         (["--set", "training.steps=2.5"], "steps is 2.5; it must be of type int"),
         (["--set", "training.steps=0"], "training.steps is 0; it must be at least 1"),

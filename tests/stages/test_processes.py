@@ -120,7 +120,7 @@ class OneProcess:
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         self.scaler = scaler
 
-    def prepare_model(self, module: nn.Module) -> nn.Module:
+    def prepare_model(self, module: nn.Module, device_placement: bool) -> nn.Module:
         return module
 
 

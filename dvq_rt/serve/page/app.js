@@ -52,8 +52,8 @@ function showValues() {
 function fit() {
   const { defaults, labels, needs_label: needed, prompts, guidance, edits, bits_per_pixel: [least, most] } = model();
   by('label').replaceChildren(...(needed ? [] : [new Option('any', '')]), ...labels.map((name, index) => new Option(name, String(index))));
-  if (!needed && labels.length) by('label').selectedIndex = 1;
-  by('label-field').hidden = prompts || !labels.length;
+  if (!needed && !prompts && labels.length) by('label').selectedIndex = 1;
+  by('label-field').hidden = !labels.length;
   by('prompt-field').hidden = by('negative-field').hidden = !prompts;
   by('guidance-field').hidden = !guidance;
   for (const [name, value] of Object.entries(defaults)) by(name).value = value ?? '';

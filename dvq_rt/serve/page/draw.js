@@ -16,7 +16,7 @@ export function body(model) {
   }
   if (!model.guidance) value.guidance = 1;
   if (model.prompts) Object.assign(value, { prompt: by('prompt').value, negative_prompt: by('negative').value });
-  else if (by('label').value !== '') value.label = Number(by('label').value);
+  if (by('label').value !== '') value.label = Number(by('label').value);
   return value;
 }
 
