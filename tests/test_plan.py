@@ -11,6 +11,7 @@ from training import plan
 from training.bench import in_turns, line, stage_two
 from training.footprint import Allocations, footprint, of_sizes, real, tokenizer_work, transformer_work
 from training.loop import TrainConfig
+from training.models.text import TextConfig
 from training.models.transformer import TransformerConfig
 from training.objective import StageOneConfig
 from training.plan import mean_codes
@@ -56,6 +57,17 @@ def test_half_precision_and_several_processes() -> None:
     )
     assert half.step < 0.9 * full.step and half.buckets == full.gradients and full.buckets == 0
     assert full.flops == pytest.approx(half.flops)
+
+
+def test_prompts_count() -> None:
+    """A transformer that reads prompts has more parameters and a larger step."""
+    layout = small_model().layout
+    config = TransformerConfig(width=32, heads=4, block_size=layout.max_length)
+    plain, more = (
+        footprint(lambda make, t=t: transformer_work(config, layout, "fp32", 2, make, t), 1)
+        for t in (None, TextConfig(16, 300, 1))
+    )
+    assert more.gradients > plain.gradients and more.step > plain.step and more.flops > plain.flops
 
 
 def test_a_published_model_is_planned_without_making_it(capsys: pytest.CaptureFixture[str]) -> None:

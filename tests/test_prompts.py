@@ -42,7 +42,7 @@ from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prepare_coco import main as prepare_coco
 from training.prepare_coco import prepare
-from training.prompts import directed_images, hold_out
+from training.prompts import TextSettings, directed_images, hold_out, read_captions
 from training.sampling import embed_prompts, sample_tokens
 from training.step import Step, example_inputs, step_table
 from training.torch_program import decode_loop, drawn_tokens, sample_events, teacher_forced
@@ -327,6 +327,13 @@ def test_images_by_their_captions(data: Path) -> None:
     assert {folder.captions(i)[0] for i in directed_images(folder, ["left"])} == {"red left", "green left", "blue left"}
     with pytest.raises(DataError, match=r"hold_out names 'purple', which no caption"):
         hold_out(folder, ["purple"])
+
+
+def test_words_that_a_model_knows(data: Path) -> None:
+    """Training on from another model keeps its text tokenizer, whatever the captions are."""
+    source = train_bpe(["other words", "altogether other ones"], 300)
+    found, sizes = read_captions(ImageFolder(data, 16), TextSettings(), None, source)
+    assert found == source and sizes.vocabulary == TextTokenizer(source, 32).vocabulary
 
 
 @pytest.fixture(scope="module")

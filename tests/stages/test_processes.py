@@ -57,7 +57,11 @@ def test_two_processes_train_as_one(
     monkeypatch.setattr(loop, "READ_EVERY", 1)
     for arguments in jobs(1):
         (train_transformer if "--tokenizer" in arguments else train_tokenizer).main(arguments)
-    run(2, jobs(2), work / "output", every=1)
+    with pytest.raises(SystemExit):
+        run(2, [*jobs(2), job("odd", STAGE_1, work, "batch_size=7")], work / "output", every=1)
+    text = (work / "output").read_text()
+    assert text.count("training.batch_size is 7, the images of all 2 processes and all 1 parts") == 2
+    assert "such as 8" in text
     for name in names:
         assert len(losses(work / f"{name}2")) == 8  # each row once, of process 0
         assert difference(work / f"{name}1", work / f"{name}2")[0] < 1e-5, name
@@ -68,10 +72,6 @@ def test_two_processes_train_as_one(
     state = load_training_state(work / "masked2" / "checkpoint")
     assert state.step == 9 and state.values["processes"] == 1
     assert "resumed with 1 processes instead of 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(2, [job("odd", STAGE_1, work, "batch_size=7")], work / "refused")
-    text = (work / "refused").read_text()
-    assert "training.batch_size is 7, the images of all 2 processes and all 1 parts" in text and "such as 8" in text
 
 
 @pytest.mark.parametrize("sizes", [TOKENIZER, replace(TOKENIZER, router="feature", router_norm_groups=8), MASKED])
