@@ -14,7 +14,7 @@ from runtimes.errors import InputError
 from training.checkpoint import Model, save_checkpoint
 from training.evaluate import main
 from training.judging.plot import Line, line_plot, ticks
-from training.judging.tokenizers import Coded, shares_for
+from training.judging.tokenizers import Coded
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
 
@@ -48,15 +48,6 @@ def test_models_that_keep_cells_keep_the_most_important_ones() -> None:
     one = Rate(kept=7).grain(each.layout, 16, each.grain[0], each.scores[0])
     assert np.array_equal(grain[0], one) and np.array_equal(codes[0] >= 0, one >= 0)
     assert np.array_equal(each.at(each.reach[1])[0], each.codes)
-
-
-def test_shares_go_through_the_trained_ones() -> None:
-    trained = [0.3, 0.4]
-    assert shares_for(1, trained) == [0, 0] and shares_for(16, trained) == [0, 1]
-    assert shares_for(1 + 3 * 0.3 + 15 * 0.4, trained) == pytest.approx(trained)
-    for codes in (2.0, 5.0, 9.0, 14.0):
-        median, fine = shares_for(codes, trained)
-        assert 1 + 3 * median + 15 * fine == pytest.approx(codes) and median + fine <= 1
 
 
 def test_tokenizers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

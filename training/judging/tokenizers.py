@@ -15,7 +15,7 @@ from dvq_rt.codes import code_bits
 from dvq_rt.images import to_uint8
 from dvq_rt.layout import TokenLayout
 from dvq_rt.progress import progress_bar
-from dvq_rt.rates import Rate, by_shares, select_codes
+from dvq_rt.rates import Rate, by_codes, select_codes
 from runtimes.errors import InputError
 from training.data.pixels import Pixels, to_float
 from training.judging.distribution import Statistics, frechet_distance
@@ -86,9 +86,8 @@ class Coded:
     def at(self, tokens: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Code and grain maps with a mean of so many codes.
 
-        The budget is one of all images together, as a threshold shares it: busy images get more. With three grains the
-        shares go from all coarse through the trained ones to all fine, so that each budget has its share of median
-        cells. Models that keep cells keep the most important ones, equally many in each image.
+        The budget is one of all images together, as a threshold shares it: busy images get more. Models that keep
+        cells keep the most important ones, equally many in each image.
 
         Raises:
             InputError: the tokenizer cannot code with so many.
@@ -101,9 +100,8 @@ class Coded:
             rows = zip(self.grain, self.scores, strict=True)
             grain = np.stack([rate.grain(self.layout, size, *row) for row in rows])
         else:
-            pool = self.scores.reshape(-1, *self.scores.shape[2:])
-            pool = pool.reshape(1, -1, pool.shape[-1])
-            grain = by_shares(pool, shares_for(tokens / least, self.targets)).reshape(self.grain.shape)
+            pool = self.scores.reshape(1, -1, self.scores.shape[-1])
+            grain = by_codes(self.layout, pool, round(tokens * len(self.grain))).reshape(self.grain.shape)
         codes = [select_codes(self.layout, *row) for row in zip(grain, self.grain_codes, strict=True)]
         return np.stack(codes), grain
 
@@ -122,22 +120,6 @@ class Coded:
             used = flat[:, first][of_cell[:, first] == segment]
             counts += np.bincount(used, minlength=len(counts))
         return counts
-
-
-def shares_for(codes: float, trained: Sequence[float]) -> list[float]:
-    """Shares of each grain but the coarsest with which a coarsest cell has a mean of so many codes, on the way from all
-    coarse through the trained shares to all fine.
-
-    Args:
-        codes: from 1 to that of a cell of the finest grain.
-        trained: shares of each grain but the coarsest.
-    """
-    more = [4**s - 1 for s in range(1, len(trained) + 1)]
-    own = sum(share * extra for share, extra in zip(trained, more, strict=True))
-    if codes - 1 <= own:
-        return [share * (codes - 1) / own for share in trained]
-    way = (codes - 1 - own) / (more[-1] - own)
-    return [share * (1 - way) + way * (s == len(trained)) for s, share in enumerate(trained, 1)]
 
 
 def cost_and_fidelity(coded: Coded, grain: NDArray[np.int64], decoded: Pixels) -> dict[str, Any]:
