@@ -209,6 +209,8 @@ def test_a_full_queue_refuses(running: Running, steps: list[float]) -> None:
         refused = running.post(DRAW, json={"stream": stream})
         assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
         assert "8 images are being drawn or waiting" in refused.json()["error"]["message"]
+    never = running.post(DRAW, json={"n": 9})
+    assert never.status_code == 400 and "at most 8" in never.json()["error"]["message"]
     assert running.post("/encode", params={"model": "mq"}, content=BIG_ENOUGH).status_code == 200
     thread.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 8

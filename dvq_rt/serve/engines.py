@@ -41,9 +41,11 @@ class Served:
     def check_room(self, images: int) -> None:
         """
         Raises:
-            ApiError: 429 if the queue is full, or too long for the time that a request may take, with the time after
-                which half of it is expected to be done.
+            ApiError: 400 for more images than there is ever room for; 429 if the queue is full, or too long for the
+                time that a request may take, with the time after which half of it is expected to be done.
         """
+        if images > self.most:
+            raise ApiError(400, f"{images} images do not fit; {self.name} takes at most {self.most} at once", param="n")
         late = self.held and (self.held + images) * self.pace > self.timeout
         if self.held + images > self.most or late:
             seconds = max(1, min(60, math.ceil(self.held * (self.pace or 0.1) / 2)))
