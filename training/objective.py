@@ -198,7 +198,7 @@ class Objective:
         if self.discriminator is None or self._judged is None:
             return None
         self.discriminator.requires_grad_(True)
-        judge = discriminator or self.discriminator
+        judge = self.discriminator if discriminator is None else discriminator
         real, made = (judge(images) for images in self._judged)
         return self.adversarial.discriminator(real, made)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from runtimes.errors import ConfigError, DvqError, guard, short
 
@@ -59,6 +60,8 @@ def start(device: str = "", precision: str = "fp32", compiled: bool = False) -> 
     chosen = device or next(name for name in DEVICES if there[name])
     if chosen == "cpu" and precision == "fp16":
         raise ConfigError("training.precision is fp16, which needs a GPU; on a CPU choose bf16 or fp32")
+    if compiled:
+        functorch_config.donated_buffer = False  # the weight of the adversarial loss goes through a graph twice
     AcceleratorState._reset_state(reset_partial_state=not _together())  # of a run before in this program
     with guard(ConfigError, f"training with precision {precision} on {chosen} cannot start"):
         accelerator = Accelerator(
