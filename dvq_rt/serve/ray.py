@@ -82,7 +82,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
             "target_ongoing_requests": cluster.asked,
         },
     )
-    return deployment.bind()  # type: ignore[attr-defined]
+    return deployment.bind()
 
 
 def read_arguments(arguments: Mapping[str, Any]) -> tuple[Cluster, Settings]:
