@@ -258,16 +258,16 @@ class Edits:
         cells = cells & (codes.grain != finest)
         if not cells.any():
             raise InputError("no cell is to be refined: all of them are of the finest grain")
-        told = self.engine.table.has("given") and options.get("exact") is not False
+        given = self.engine.table.has("given") and options.get("exact") is not False
         coarsest = codes.codes[:: len(codes.codes) // len(cells), :: len(codes.codes) // len(cells)]
-        hints = np.where(cells & (codes.grain == 0), coarsest, -1) if told else None
+        hints = np.where(cells & (codes.grain == 0), coarsest, -1) if given else None
         edit = Edit(codes, cells, "finest", hints=hints)
         values = {"labels": None, "prompts": None, "n": None, "exact": None, "seed": 0, "first": 0}
         values |= {"params": None, "progress": None}
         if unknown := sorted(set(options) - set(values)):
             raise InputError(f"unknown arguments {unknown}; there are {sorted(values)}")
-        candidates = (1 if told else 8) if candidates is None else candidates
-        select = ("weight" if told else "consistent") if select is None else select
+        candidates = (1 if given else 8) if candidates is None else candidates
+        select = ("weight" if given else "consistent") if select is None else select
         return self._edited(edit, candidates=candidates, select=select, **{**values, **options})
 
     # --- beginnings --------------------------------------------------------------------------------------------
