@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -42,17 +42,25 @@ Ratio = Query(None, description="share of each finer grain, for models with seve
 Kept = Query(None, description="cells that keep a code, for models that keep some")
 
 
+def _rate(
+    bits_per_pixel: float | None = Bits, fine_ratio: list[float] | None = Ratio, kept: int | None = Kept
+) -> dict[str, Any]:
+    shares = fine_ratio[0] if fine_ratio and len(fine_ratio) == 1 else fine_ratio
+    return {"bits_per_pixel": bits_per_pixel, "fine_ratio": shares, "kept": kept}
+
+
+Rate = Depends(_rate)
+
+
 @routes.post("/encode", openapi_extra=PICTURE, response_model=None)
 async def encode(
     request: Request,
     model: str | None = Model,
-    bits_per_pixel: float | None = Bits,
-    fine_ratio: list[float] | None = Ratio,
-    kept: int | None = Kept,
+    rate: dict[str, Any] = Rate,
 ) -> Response:
     """The codes of a picture, which is cropped to its centre square and resized."""
     server, served = _pick(request, model)
-    file, rate = await _picture(server, request), _rate(bits_per_pixel, fine_ratio, kept)
+    file = await _picture(server, request)
 
     def work() -> dict[str, Any]:
         (codes,) = served.generator.encode(file, **rate)
@@ -66,14 +74,12 @@ async def encode(
 async def reconstruct(
     request: Request,
     model: str | None = Model,
-    bits_per_pixel: float | None = Bits,
-    fine_ratio: list[float] | None = Ratio,
-    kept: int | None = Kept,
+    rate: dict[str, Any] = Rate,
     response_format: Literal["b64_json", "png"] = "b64_json",
 ) -> Response:
     """A picture through its codes and back: with the codes, their cost, PSNR in dB, and the square that was coded."""
     server, served = _pick(request, model)
-    file, rate = await _picture(server, request), _rate(bits_per_pixel, fine_ratio, kept)
+    file = await _picture(server, request)
 
     def work() -> Response:
         generator = served.generator
@@ -131,11 +137,6 @@ def _pick(request: Request, model: str | None) -> tuple[Server, Served]:
     served = server.engines.pick(model)
     request.state.log["model"] = served.name
     return server, served
-
-
-def _rate(bits_per_pixel: float | None, fine_ratio: list[float] | None, kept: int | None) -> dict[str, Any]:
-    shares = fine_ratio[0] if fine_ratio and len(fine_ratio) == 1 else fine_ratio
-    return {"bits_per_pixel": bits_per_pixel, "fine_ratio": shares, "kept": kept}
 
 
 async def _picture(server: Server, request: Request) -> io.BytesIO:
