@@ -362,13 +362,17 @@ def _beside(final: Path, ending: str, make: Callable[[Path], object]) -> Iterato
 
 @contextmanager
 def _locked(path: Path, wait: bool = False, create: bool = False) -> Iterator[bool | None]:
-    """Lock a file or folder against other processes, and say whether that worked; None if there are no such locks, or
-    nothing to lock. A process that dies unlocks."""
+    """Lock a file or folder against other processes, and say whether that worked; None if there are no such locks. A
+    process that dies unlocks."""
     handle, locked = -1, None
     with suppress(ImportError, OSError):
         import fcntl
 
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0))
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0))
+        except FileNotFoundError:
+            locked = None if create else False  # no such folder; or somebody was faster and has removed it
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             locked = os.path.samestat(os.fstat(handle), os.lstat(path))  # not if it was renamed while we waited

@@ -1,5 +1,7 @@
 """Files and folders that are whole or not there, bounded reading, JSON into dataclasses."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -265,6 +267,25 @@ def test_many_writers_at_once(tmp_path):
         done = [threads.submit(replace, target) for target in targets]
     assert [job.exception() for job in done] == [None] * 16
     assert content(targets[0]) == ["whole"] * 2 and names(tmp_path) == ["a", "folder"]
+
+
+def test_a_name_that_another_writer_took(tmp_path, monkeypatch):
+    """A writer whose new file is swept before it is locked leaves the name to the writer that takes it then."""
+    path, temporary, open_file, held = tmp_path / "a", tmp_path / ".a.dvq-tmp", os.open, []
+
+    def too_late(name, flags: int, *rest) -> int:
+        if Path(name) == temporary and temporary.exists() and not held:
+            temporary.unlink()
+            held.append(open_file(temporary, os.O_RDWR | os.O_CREAT))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+            os.write(held[0], b"other")
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(name))
+        return open_file(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", too_late)
+    write_file(path, b"mine")
+    assert held and path.read_bytes() == b"mine" and temporary.read_bytes() == b"other"
+    os.close(held[0])
 
 
 def test_disks_without_locks(tmp_path, monkeypatch):
