@@ -25,8 +25,7 @@ def begin_from(model: Model, before: Model, source: str) -> None:
         CheckpointError: sizes or layout are others.
     """
     (tokenizer, net), (other_tokenizer, other) = model.both(), before.both()
-    labels = {"classes": net.layout.classes, "null_label": net.layout.null_label}
-    if net.layout != replace(other.layout, **labels):
+    if net.layout != replace(other.layout, classes=net.layout.classes, null_label=net.layout.null_label):
         raise CheckpointError(f"{source} has the layout {other.layout}, this run {net.layout}; its tokens mean others")
     rows, other_rows = ids(net.layout, model.class_names), ids(other.layout, before.class_names)
     known = other.state_dict()
