@@ -25,6 +25,7 @@ from dvq_rt.generator import CodesLike, Generator, Label
 from dvq_rt.images import ImageLike
 from dvq_rt.labels import whole
 from dvq_rt.results import Preview, Samples, Score
+from runtimes.errors import ClosedError
 
 THREADS = 2
 """That decode and encode."""
@@ -44,9 +45,9 @@ class AsyncGenerator:
         self._pool = ThreadPoolExecutor(THREADS, "dvq_rt images")
 
     def close(self) -> None:
-        """Close the generator and its helpers; closing twice does no harm."""
+        """Close the generator and its helpers; closing twice does no harm. What waits for them raises ``ClosedError``."""
         self.generator.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
     async def sample(self, *arguments: Any, **options: Any) -> Samples:
         """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s."""
@@ -112,8 +113,16 @@ class AsyncGenerator:
         return [scores[i] for i in range(len(rows))]
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Do something short, such as decoding an image, in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Do something short, such as decoding an image, in the pool.
+
+        Raises:
+            ClosedError: this is closed.
+        """
+        try:
+            doing = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RuntimeError as error:  # of a pool that was shut down
+            raise ClosedError("this generator is closed; make a new one") from error
+        return await doing
 
     async def _events(self, requests: list[Request]) -> Stream[Event, None]:
         """Events of requests in the order in which they happen, as ``SharedBatch.draw`` gives them."""

@@ -26,7 +26,7 @@ from dvq_rt.prompts import Prompt, choose_prompts
 from dvq_rt.rates import rate_of
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import InputError
+from runtimes.errors import ClosedError, InputError
 from runtimes.onnxruntime import Providers
 
 OnToken = Callable[[int, int], None]
@@ -83,10 +83,10 @@ class Generator(Edits):
     def engine(self) -> Engine:
         """
         Raises:
-            InputError: the generator is closed.
+            ClosedError: the generator is closed.
         """
         if self._engine is None:
-            raise InputError("this generator is closed; make a new one")
+            raise ClosedError("this generator is closed; make a new one")
         return self._engine
 
     @property

@@ -296,7 +296,7 @@ def test_the_page_is_all_its_own(running: Running) -> None:
 def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a key in the environment only those who know it are answered, but for the page and whether it is alive;
     pages of other sites are refused always."""
-    monkeypatch.setenv(KEY_VARIABLE, "open sesame")
+    monkeypatch.setenv(KEY_VARIABLE, "open-sesame\n")  # as it is read from a file
     keyed = Running(replace(SETTINGS, engines=(("mq", "demo:mq"),)))
     try:
         for path, status in {
@@ -307,18 +307,47 @@ def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
             "/metrics": 401,
         }.items():
             assert httpx.get(keyed.url + path).status_code == status
-        for word in ("Bearer open", "Basic open sesame", "Bearer \xfc"):
+        for word in ("Bearer open", "Basic open-sesame", "Bearer \xfc"):
             headers = {"Authorization": word.encode("latin-1")}
             assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 401
-        client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open sesame")
+        client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open-sesame")
         assert [model.id for model in client.models.list()] == ["mq"]
-        key = {"Authorization": "Bearer open sesame"}
+        key = {"Authorization": "Bearer open-sesame"}
         for site in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://else.where"}, {"Origin": "null"}):
             assert keyed.post(DRAW, json={}, headers={**key, **site}).status_code == 403
         for site in ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied"}, {"Origin": keyed.url}):
             assert keyed.post(DRAW, json={"n": 99}, headers={**key, **site}).status_code == 400
     finally:
         keyed.end()
+
+
+@pytest.mark.parametrize("key", ["", " \n", "open sesame", "s\xe9same"])
+def test_a_key_that_nobody_can_send_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from a server that is open, or closed to all, because its key came out wrong."""
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(InputError, match="DVQ_RT_API_KEY (is empty|has white space inside)"):
+        serve(SETTINGS)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_server_that_closes_says_so(forced: bool, steps: list[float]) -> None:
+    """While what was begun is finished, new requests are refused with 503 and Retry-After; a second signal answers what
+    is under way so, too."""
+    ending, answers = Running(replace(SETTINGS, engines=(("mq", "demo:mq"),))), []
+    thread = threading.Thread(target=lambda: answers.append(ending.post(DRAW, json={"n": 4, "seed": 1})))
+    thread.start()
+    until(lambda: ending.load("mq").busy)
+    ending.uvicorn.should_exit = True
+    until(lambda: ending.server.engines.closing)
+    ready, refused = httpx.get(f"{ending.url}/readyz"), ending.post(DRAW, json={})
+    assert (ready.status_code, ready.json()) == (503, {"status": "closing"})
+    ending.uvicorn.force_exit = forced
+    thread.join()
+    ending.end()
+    assert answers[0].status_code == (503 if forced else 200)
+    for answer in (refused, *(answers if forced else [])):
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["code"] == "closing"
 
 
 def test_settings() -> None:

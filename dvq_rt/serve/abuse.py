@@ -30,7 +30,7 @@ from PIL import Image
 from dvq_rt.generator import Generator
 from dvq_rt.serve.client import Client
 from dvq_rt.serve.load import PATH
-from dvq_rt.serve.settings import KEY_VARIABLE
+from dvq_rt.serve.settings import read_key
 from runtimes.errors import DvqError
 
 FAILED = (OSError, asyncio.IncompleteReadError)
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         with Generator(options.engine, threads=1) as generator:
-            abuse = Abuse(Client(options.url, os.environ.get(KEY_VARIABLE)), generator, options.gap)
+            abuse = Abuse(Client(options.url, read_key()), generator, options.gap)
     except DvqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

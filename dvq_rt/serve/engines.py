@@ -11,7 +11,7 @@ from typing import Any
 from dvq_rt.asynchronous import AsyncGenerator
 from dvq_rt.codes import code_bits
 from dvq_rt.generator import Generator
-from dvq_rt.serve.errors import ApiError
+from dvq_rt.serve.errors import ApiError, closing
 from dvq_rt.serve.settings import Settings
 
 SMOOTHING = 0.1
@@ -123,10 +123,10 @@ class Engines:
         """The engine of a name; the first one if a request names none.
 
         Raises:
-            ApiError: 404 for a name that the server was not started with.
+            ApiError: 404 for a name that the server was not started with; 503 while it closes.
         """
         if self.closing:
-            raise ApiError(503, "the server is closing; try another one", kind="server_error", code="closing")
+            raise closing()
         if name is None:
             return next(iter(self.served.values()))
         if name not in self.served:

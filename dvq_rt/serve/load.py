@@ -15,7 +15,6 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
 import sys
 import time
@@ -30,7 +29,7 @@ from PIL import Image
 from dvq_rt.files import write_file
 from dvq_rt.generator import Generator
 from dvq_rt.serve.client import Client
-from dvq_rt.serve.settings import KEY_VARIABLE
+from dvq_rt.serve.settings import read_key
 from runtimes.errors import DvqError, EngineError
 
 PATH = "/v1/images/generations"
@@ -172,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="write all numbers to this JSON file")
     options = parser.parse_args(argv)
     try:
-        client = Client(options.url, os.environ.get(KEY_VARIABLE))
+        client = Client(options.url, read_key())
         with Generator(options.engine, slots=options.slots, threads=options.threads) as generator:
             work = main_closed if options.closed else main_open
             results = asyncio.run(work(client, generator, options))

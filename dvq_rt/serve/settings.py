@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dvq_rt.manifest import DEMOS
 from runtimes.errors import InputError, short
 
 KEY_VARIABLE = "DVQ_RT_API_KEY"
+KEY = re.compile(r"[!-~]+")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 SMALL_BODY = 1 << 20
 """Bytes of a body without pictures or codes."""
@@ -76,6 +78,23 @@ class Settings:
     @property
     def pixels(self) -> int:
         return self.megapixels << 20
+
+
+def read_key() -> str | None:
+    """The API key of the environment variable ``DVQ_RT_API_KEY`` without white space around it, such as the end of the
+    line of a file that it was read from; None if there is no such variable.
+
+    Raises:
+        InputError: it is empty, or holds what no key can be sent with.
+    """
+    text = os.environ.get(KEY_VARIABLE)
+    if text is None:
+        return None
+    key = text.strip()
+    if not KEY.fullmatch(key):
+        fault = "has white space inside, or characters that are not of ASCII" if key else "is empty"
+        raise InputError(f"{KEY_VARIABLE} {fault}; set it to a word of letters, digits and signs, or unset it")
+    return key
 
 
 def named_engines(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
