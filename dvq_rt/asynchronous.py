@@ -49,23 +49,26 @@ class AsyncGenerator:
         self.generator.close()
         self._pool.shutdown(wait=False)
 
-    async def sample(self, *arguments: Any, **options: Any) -> Samples:
-        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s."""
-        requests = await self.run(partial(self.generator.requests, *arguments, **options))
-        return await self.draw(requests)
+    async def sample(self, *arguments: Any, edit: Edit | None = None, **options: Any) -> Samples:
+        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s, with
+        an edit of ``Generator.edit_of`` those of ``Generator.edit``."""
+        requests = await self.run(partial(self.generator.requests, *arguments, edit=edit, **options))
+        return await self.draw(requests, edit)
 
-    async def stream(self, *arguments: Any, every: int = 16, **options: Any) -> Stream[Preview, None]:
+    async def stream(
+        self, *arguments: Any, every: int = 16, edit: Edit | None = None, **options: Any
+    ) -> Stream[Preview, None]:
         """Previews as ``Generator.stream`` gives them; arguments and errors are those of ``Generator.requests``. Leave
         it by ``contextlib.aclosing`` if it is not read to its end."""
         every = whole("every", every, 1, 2**31 - 1)
-        requests = await self.run(partial(self.generator.requests, *arguments, every=every, **options))
-        async with aclosing(self.previews(requests)) as previews:
+        requests = await self.run(partial(self.generator.requests, *arguments, every=every, edit=edit, **options))
+        async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:
                 yield preview
 
     async def draw(self, requests: list[Request], edit: Edit | None = None) -> Samples:
-        """``sample`` of requests of ``Generator.requests``; with an edit, of what ``Generator.constrained`` makes of
-        them. ``Samples.law`` is not told."""
+        """``sample`` of requests that ``Generator.requests`` has made, with the same edit. ``Samples.law`` is not
+        told."""
         drawn: dict[int, Preview] = {}
         async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:

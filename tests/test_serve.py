@@ -124,17 +124,25 @@ def test_codes(running: Running, demo: Generator) -> None:
 
 
 def test_edits(running: Running, demo: Generator) -> None:
-    """The official client's edits are the generator's; a form has texts alone, also for a label's index."""
+    """The official client's edits are the generator's, streamed ones too; a form has texts alone, also for a label's
+    index."""
     original, clear = demo.sample(1, "faces", seed=3)[0], np.zeros((64, 64), dtype=bool)
     clear[16:40, 24:64] = True
     alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
     image, mask = (("x.png", png(x), "image/png") for x in (original, Image.merge("LA", (alpha, alpha))))
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
-    options = {"extra_body": {"seed": 7, "label": str(demo.class_names.index("faces"))}, "n": 2}
-    answer = client.images.edit(model="dq", image=image, mask=mask, prompt="", **options)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    options = {"extra_body": {"seed": 7, "label": str(demo.class_names.index("faces"))}, "n": 2, "prompt": ""}
+    answer = client.images.edit(model="dq", image=image, mask=mask, **options)
     expected = demo.edit(original, clear, labels="faces", n=2, seed=7).to_numpy()
-    for item, image in zip(answer.data, expected, strict=True):
-        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) == image).all()
+    for item, drawn in zip(answer.data, expected, strict=True):
+        assert (pixels(item) == drawn).all()
+    events = list(client.images.edit(image=image, mask=mask, stream=True, partial_images=3, **options))
+    kinds = [event.type.removeprefix("image_edit.") for event in events]
+    assert kinds.count("completed") == 2 and 0 < kinds.count("partial_image") <= 6
+    last = {event.index: pixels(event) for event in events if event.type.endswith("completed")}
+    assert all((last[i] == drawn).all() for i, drawn in enumerate(expected))
+    with pytest.raises(openai.BadRequestError, match="the mask has no transparency"):
+        client.images.edit(image=image, mask=image, stream=True, **options)
 
 
 BIG = io.BytesIO()
