@@ -45,13 +45,13 @@ class AsyncGenerator:
         self._pool = ThreadPoolExecutor(THREADS, "dvq_rt images")
 
     def close(self) -> None:
-        """Close the generator and its helpers; closing twice does no harm. What waits for them raises ``ClosedError``."""
+        """Close the generator and its helpers; closing twice does no harm. Calls under way raise ``ClosedError``."""
         self.generator.close()
         self._pool.shutdown(wait=False)
 
     async def sample(self, *arguments: Any, edit: Edit | None = None, **options: Any) -> Samples:
-        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s, with
-        an edit of ``Generator.edit_of`` those of ``Generator.edit``."""
+        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s, or
+        with an edit of ``Generator.edit_of`` those of ``Generator.edit``."""
         requests = await self.run(partial(self.generator.requests, *arguments, edit=edit, **options))
         return await self.draw(requests, edit)
 

@@ -31,8 +31,8 @@ from dvq_rt.serve.answers import png  # noqa: E402
 from dvq_rt.serve.command import listen, serve  # noqa: E402
 from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
-from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
-from runtimes.errors import EngineError, InputError  # noqa: E402
+from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines, place  # noqa: E402
+from runtimes.errors import BackendError, EngineError, InputError  # noqa: E402
 
 DRAW = "/v1/images/generations"
 
@@ -333,7 +333,7 @@ def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_that_nobody_can_send_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects from a server that is open, or closed to all, because its key came out wrong."""
     monkeypatch.setenv(KEY_VARIABLE, key)
-    with pytest.raises(InputError, match="DVQ_RT_API_KEY (is empty|has white space inside)"):
+    with pytest.raises(InputError, match=r"DVQ_RT_API_KEY (is empty|has white space inside)"):
         serve(SETTINGS)
 
 
@@ -365,6 +365,8 @@ def test_settings() -> None:
         ("faces", "engines/a"),
         ("b", "engines/b"),
     )
+    assert named_engines(["a=x@v2@cuda:1", "demo:mq@cpu"]) == (("a", "x@v2@cuda:1"), ("demo:mq", "demo:mq@cpu"))
+    assert [place(word) for word in ("x@v2@cuda:1", "x@v2")] == [("x@v2", "cuda:1"), ("x@v2", None)]
     with pytest.raises(InputError, match="of different names"):
         Settings(engines=(("a", "x"), ("a", "y")))
     for wrong in ({"port": 70000}, {"workers": 0}, {"timeout": 0.0}, {"engines": (("a/b", "x"),)}):
@@ -372,6 +374,8 @@ def test_settings() -> None:
             Settings(**wrong)
     with pytest.raises(EngineError, match="does not exist"):
         serve(replace(SETTINGS, engines=(("a", "/nowhere"),)))
+    with pytest.raises(BackendError, match=r"demo_mq was exported for the CPU"):  # and not a traceback of its start
+        serve(replace(SETTINGS, engines=(("dq", "demo:dq"), ("mq", "demo:mq@cuda:1")), device="cpu"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -16,8 +16,8 @@ from functools import partial
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.serve.app import create_app
+from dvq_rt.serve.engines import open_engine
 from dvq_rt.serve.gate import Gate, JsonLines
 from dvq_rt.serve.metrics import FOLDER_VARIABLE
 from dvq_rt.serve.protocol import PatientProtocol
@@ -41,11 +41,12 @@ def serve(settings: Settings) -> int:
 
     Raises:
         EngineError: an engine's folder is missing or altered.
+        BackendError: its device is not there, or not for this engine.
         InputError: the address cannot be listened on, or the API key is none.
     """
     key = read_key()
     for _, folder in settings.engines:
-        read_engine(engine_folder(folder))  # told in one line, before workers fail at it one after the other
+        open_engine(folder, settings).close()  # told in one line, before workers fail at it one after the other
     config = configuration(settings)
     log_json()
     listener = listen(settings)
