@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.completion import script
+from dvq_rt.completion import SHELLS, script
 from dvq_rt.describe import describe, plain, table
 from dvq_rt.editing import region_mask
 from dvq_rt.files import write_file
@@ -364,8 +364,8 @@ def push(options: argparse.Namespace) -> int:
 
 
 def completion(options: argparse.Namespace) -> int:
-    """Print a script that completes commands, options and file names in bash: eval "$(dvq-rt completion)"."""
-    print(script(options.parsers, _installed()), end="")
+    """Print a script that completes commands, options and file names in a shell: eval "$(dvq-rt completion)"."""
+    print(script(options.shell, options.parsers, _installed()), end="")
     return 0
 
 
@@ -550,7 +550,9 @@ def _parser() -> argparse.ArgumentParser:
     publishing.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")
 
     words = (completion.__doc__ or "").strip()
-    commands.add_parser("completion", help=words, description=words).set_defaults(command=completion)
+    completing = commands.add_parser("completion", help=words, description=words)
+    completing.set_defaults(command=completion)
+    completing.add_argument("shell", nargs="?", choices=list(SHELLS), default="bash", help="bash if left out")
     parser.set_defaults(parsers=commands.choices, quiet=False, verbose=False)
     return parser
 

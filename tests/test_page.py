@@ -108,7 +108,7 @@ def test_coding_by_keyboard(page: Any) -> None:
 
 
 def test_redrawing(page: Any) -> None:
-    """What is painted goes out as a mask that is clear there, and is drawn anew, coarse to fine, with the label and seed
+    """What is painted goes out as a mask that is clear there, and is drawn anew, coarse to fine, with label and seed
     of this tab and not of the other."""
     sent: list[bytes] = []
 
