@@ -42,7 +42,8 @@ else
     compdef _dvq_rt dvq-rt
 fi
 """
-"""As a file ``_dvq-rt`` in ``$fpath`` it is loaded when it is first needed, and called at once; else it is evaluated."""
+"""A file ``_dvq-rt`` in ``$fpath`` is loaded when it is first needed, and is to complete at once; else it is evaluated.
+"""
 SHELLS = {"bash": (BASH, "words"), "zsh": (ZSH, "wanted")}
 
 

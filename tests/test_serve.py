@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from serving import SETTINGS, Running  # noqa: E402
 
 from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
-from dvq_rt.serve import bodies, protocol  # noqa: E402
+from dvq_rt.serve import bodies, load, protocol  # noqa: E402
 from dvq_rt.serve.answers import png  # noqa: E402
 from dvq_rt.serve.command import listen, serve  # noqa: E402
 from dvq_rt.serve.errors import ApiError  # noqa: E402
@@ -286,6 +287,19 @@ def test_metrics_and_log(running: Running, caplog: pytest.LogCaptureFixture) -> 
     assert float(lines['dvq_first_preview_seconds_count{model="dq"}']) >= 1
     assert float(lines['dvq_requests_total{path="other",status="404"}']) >= 1
     assert set(httpx.get(f"{running.url}/openapi.json").json()["paths"]) >= {DRAW, "/encode", "/metrics"}
+
+
+def test_the_load_test_sees_other_images(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects the figures of the documents: one command says throughput, latencies, first previews, refusals and
+    memory; images of another model are faults."""
+    asked = [running.url, "--images", "2", "--requests", "3", "--clients", "2", "--threads", "1"]
+    assert load.main([*asked, "--stream", "--pid", str(os.getpid())]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["statuses"] == {"200": 3} and told["images_per_second"] > 0 and told["mib_after_3"] > 10
+    assert (told["refused"], *(told[name] for name in load.FAULTS)) == (0,) * 5
+    assert told["preview_p50"] <= told["preview_p95"] <= told["p95"] <= told["p99"] and told["compared"] == 3
+    assert load.main([*asked, "--engine", "demo:mq"]) == 1
+    assert json.loads(capsys.readouterr().out)["different"] == 3
 
 
 def test_the_page_is_all_its_own(running: Running) -> None:

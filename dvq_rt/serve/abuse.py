@@ -15,20 +15,18 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dvq_rt.generator import Generator
-from dvq_rt.serve.client import Client
+from dvq_rt.serve.client import Client, resident
 from dvq_rt.serve.load import PATH
 from dvq_rt.serve.settings import read_key
 from runtimes.errors import DvqError
@@ -202,11 +200,6 @@ class Abuse:
                 break
             await asyncio.sleep(1)
         return held
-
-
-def resident(pid: int) -> float:
-    """MiB of a process that are in memory; of Linux."""
-    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:

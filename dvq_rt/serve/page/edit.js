@@ -38,6 +38,7 @@ export class Editing {
     this.cards = [];
     by('edited').replaceChildren(figure);
     this.reset();
+    this.say('');
   }
 
   reset() {
@@ -82,6 +83,7 @@ export class Editing {
     for (const [name, value] of Object.entries(fields)) form.set(name, String(value));
     this.cards = blank(Number(fields.n), fields.seed);
     by('edited').replaceChildren(by('edited').firstChild, ...this.cards.map((card) => card.figure));
+    this.cards[0].figure.scrollIntoView({ block: 'nearest' }); // it is below the settings on a phone
     by('redraw').disabled = true;
     await fill(this.cards, () => call('/v1/images/edits', { method: 'POST', body: form }), this.say);
     by('redraw').disabled = false;
