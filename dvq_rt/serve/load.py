@@ -53,8 +53,8 @@ FAULTS = ("lost", "not_one_image", "different", "miscounted")
 
 @dataclass(slots=True)
 class Outcome:
-    """One request: the number of its image, seconds from its arrival to the answer and to a stream's first event, status
-    (0: no answer), the image's file, and how many images came."""
+    """One request: the number of its image, seconds from its arrival to the answer and to the first event of a stream,
+    status (0: no answer), the image's file, and how many images came."""
 
     number: int
     seconds: float = 0.0
