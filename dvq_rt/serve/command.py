@@ -27,7 +27,7 @@ from runtimes.errors import InputError
 LOG = logging.getLogger("dvq_rt.serve")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 256
-ANSWER_SECONDS = 5
+ANSWER_SECONDS = 2
 """In which a server that closes sends its last answers."""
 WORKER_SECONDS = 60
 """In which a worker must have started to answer its parent; loading the packages takes long on a busy machine."""
@@ -72,12 +72,14 @@ class ClosingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         engines = self.config.loaded_app.app.state.server.engines
         engines.closing = True
-        wait = self.config.timeout_graceful_shutdown or 0
-        end = time.monotonic() + wait
+        end = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
         while self.server_state.tasks and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.1)
         await asyncio.to_thread(engines.close)
-        self.config.timeout_graceful_shutdown = min(wait, ANSWER_SECONDS)
+        end = time.monotonic() + ANSWER_SECONDS
+        while self.server_state.tasks and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        self.config.timeout_graceful_shutdown = ANSWER_SECONDS
         await super().shutdown(sockets)
 
 
