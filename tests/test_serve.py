@@ -292,7 +292,7 @@ def test_metrics_and_log(running: Running, caplog: pytest.LogCaptureFixture) -> 
 def test_the_load_test_sees_other_images(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
     """Protects the figures of the documents: one command says throughput, latencies, first previews, refusals and
     memory; images of another model are faults."""
-    asked = [running.url, "--images", "2", "--requests", "3", "--clients", "2", "--threads", "1"]
+    asked = [running.url, "--images", "2", "--requests", "3", "--clients", "1", "--threads", "1"]
     assert load.main([*asked, "--stream", "--pid", str(os.getpid())]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["statuses"] == {"200": 3} and told["images_per_second"] > 0 and told["mib_after_3"] > 10

@@ -73,8 +73,8 @@ class Drawing(BaseModel):
         """The images as requests, with as many previews as are wanted."""
         seed = secrets.randbits(32) if self.seed is None else self.seed
         every = max(1, generator.layout.max_length // (self.partial_images + 1)) if self.partial_images else 0
-        options = {"params": self.params(generator), "first": self.first, "every": every, "edit": edit}
-        return generator.requests(self.n, seed=seed, **options, **self.subject(generator))
+        options = {"first": self.first, "every": every, "edit": edit, **self.subject(generator)}
+        return generator.requests(self.n, seed=seed, params=self.params(generator), **options)
 
     def subject(self, generator: Generator) -> dict[str, Any]:
         """What is to be drawn, as arguments of ``Generator.requests``."""
