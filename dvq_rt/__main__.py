@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.completion import script
+from dvq_rt.completion import SHELLS, script
 from dvq_rt.describe import describe, plain, table
 from dvq_rt.editing import region_mask
 from dvq_rt.files import write_file
@@ -32,7 +32,7 @@ from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.outputs import PICTURES, blocks, make_folder, picture_target, write_picture
 from dvq_rt.rates import Rate
 from dvq_rt.sampling import POSITIONS, SamplingParams
-from runtimes.errors import DvqError, InputError
+from runtimes.errors import DvqError, InputError, guard
 
 PER_LABEL = 6
 RECONSTRUCTION_COLUMNS = 8
@@ -125,7 +125,7 @@ def sample(options: argparse.Namespace) -> int:
     target, folder = picture_target(options.out)
     generator = _generator(options)
     params = SamplingParams.from_dict({**generator.manifest.defaults, **given})
-    prompts = pick_prompts(options.prompt, options.n)
+    prompts = pick_prompts(read_prompts(options.prompt, options.prompt_file), options.n)
     labels = None
     if prompts is None or options.labels is not None:
         n = options.n or len(prompts or []) or None
@@ -213,23 +213,23 @@ def _sample_shards(options: argparse.Namespace, given: dict[str, Any]) -> int:
     """Draw what a folder of tar files still lacks; image i has label i modulo their number."""
     from dvq_rt.bulk import SHARD, draw_shards
 
-    if options.prompt or options.negative is not None or options.truncate:
-        raise InputError(
-            "--shard, --workers and --ray draw labels alone; leave out --prompt, --negative and --truncate"
-        )
     if options.columns or Path(options.out).suffix.lower() in PICTURES:
         raise InputError(
             "--shard, --workers and --ray write tar files: name a folder with --out, and leave out --columns"
         )
     manifest = read_engine(engine_folder(options.engine))
-    layout = manifest.layout
+    prompts = read_prompts(options.prompt, options.prompt_file)
+    alone = bool(prompts) and options.labels is None
     paths = draw_shards(
         options.engine,
         options.out,
-        options.n or 16,
-        named_labels(options.labels, manifest.class_names, layout.classes) or None,
+        options.n or len(prompts) or 16,
+        None if alone else named_labels(options.labels, manifest.class_names, manifest.layout.classes) or None,
         options.seed,
         SamplingParams.from_dict({**manifest.defaults, **given}),
+        prompts=prompts or None,
+        negative_prompt=options.negative,
+        truncate=options.truncate,
         shard=options.shard or SHARD,
         workers=options.workers or 1,
         ray=options.ray,
@@ -364,8 +364,8 @@ def push(options: argparse.Namespace) -> int:
 
 
 def completion(options: argparse.Namespace) -> int:
-    """Print a script that completes commands, options and file names in bash: eval "$(dvq-rt completion)"."""
-    print(script(options.parsers, _installed()), end="")
+    """Print a script that completes commands, options and file names in a shell: eval "$(dvq-rt completion)"."""
+    print(script(options.shell, options.parsers, _installed()), end="")
     return 0
 
 
@@ -388,12 +388,23 @@ def pick_labels(text: str | None, n: int | None, names: Sequence[str], classes: 
     return [wanted[i * len(wanted) // n] for i in range(n)] if wanted else None
 
 
+def read_prompts(texts: list[str] | None, path: str | None) -> list[str]:
+    """Those given, and the lines of a file, but for empty ones."""
+    if path is None:
+        return texts or []
+    with guard(InputError, f"--prompt-file {path} cannot be read"):
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise InputError(f"--prompt-file {path} has no prompts; write one a line")
+    return [*(texts or []), *filter(None, lines)]
+
+
 def pick_prompts(texts: list[str] | None, n: int | None) -> list[str] | None:
     """One prompt for each picture: those asked for in equal shares and in order; without ``n`` a row for each."""
     if not texts:
         return None
     if n is not None and len(texts) > n:
-        raise InputError(f"there are {len(texts)} --prompt, but --n is {n}; raise --n or give fewer")
+        raise InputError(f"there are {len(texts)} prompts, but --n is {n}; raise --n or give fewer")
     n = n or PER_LABEL * len(texts)
     return [texts[i * len(texts) // n] for i in range(n)]
 
@@ -445,6 +456,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--n", type=int, help="number of pictures (a row per label, or 16)")
     drawing.add_argument("--labels", help="names or indices, separated by commas; all labels if left out")
     drawing.add_argument("--prompt", action="append", help="what to draw, in words; give it again for more")
+    drawing.add_argument("--prompt-file", metavar="FILE", help="a prompt a line")
     drawing.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
     drawing.add_argument("--truncate", action="store_true", help="leave out the end of prompts that are too long")
     drawing.add_argument("--seed", type=int, default=0)
@@ -521,6 +533,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--out", help="write all numbers to this JSON file")
 
     serving = add(serve, True, name="engines", nargs="*")
+    serving.epilog = "An engine is DIR or NAME=DIR, and may end with @cpu, @cuda or @cuda:N, its device."
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine alone)")
     serving.add_argument("--port", type=int, default=8000, help="8000; 0 takes a free one")
     serving.add_argument("--queue", type=int, default=64, help="images of an engine that may wait for a slot (64)")
@@ -537,7 +550,9 @@ def _parser() -> argparse.ArgumentParser:
     publishing.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")
 
     words = (completion.__doc__ or "").strip()
-    commands.add_parser("completion", help=words, description=words).set_defaults(command=completion)
+    completing = commands.add_parser("completion", help=words, description=words)
+    completing.set_defaults(command=completion)
+    completing.add_argument("shell", nargs="?", choices=list(SHELLS), default="bash", help="bash if left out")
     parser.set_defaults(parsers=commands.choices, quiet=False, verbose=False)
     return parser
 

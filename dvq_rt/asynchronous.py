@@ -25,6 +25,7 @@ from dvq_rt.generator import CodesLike, Generator, Label
 from dvq_rt.images import ImageLike
 from dvq_rt.labels import whole
 from dvq_rt.results import Preview, Samples, Score
+from runtimes.errors import ClosedError
 
 THREADS = 2
 """That decode and encode."""
@@ -44,27 +45,30 @@ class AsyncGenerator:
         self._pool = ThreadPoolExecutor(THREADS, "dvq_rt images")
 
     def close(self) -> None:
-        """Close the generator and its helpers; closing twice does no harm."""
+        """Close the generator and its helpers; closing twice does no harm. Calls under way raise ``ClosedError``."""
         self.generator.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
-    async def sample(self, *arguments: Any, **options: Any) -> Samples:
-        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s."""
-        requests = await self.run(partial(self.generator.requests, *arguments, **options))
-        return await self.draw(requests)
+    async def sample(self, *arguments: Any, edit: Edit | None = None, **options: Any) -> Samples:
+        """Draw images. Arguments and errors are those of ``Generator.requests``, the images ``Generator.sample``'s, or
+        with an edit of ``Generator.edit_of`` those of ``Generator.edit``."""
+        requests = await self.run(partial(self.generator.requests, *arguments, edit=edit, **options))
+        return await self.draw(requests, edit)
 
-    async def stream(self, *arguments: Any, every: int = 16, **options: Any) -> Stream[Preview, None]:
+    async def stream(
+        self, *arguments: Any, every: int = 16, edit: Edit | None = None, **options: Any
+    ) -> Stream[Preview, None]:
         """Previews as ``Generator.stream`` gives them; arguments and errors are those of ``Generator.requests``. Leave
         it by ``contextlib.aclosing`` if it is not read to its end."""
         every = whole("every", every, 1, 2**31 - 1)
-        requests = await self.run(partial(self.generator.requests, *arguments, every=every, **options))
-        async with aclosing(self.previews(requests)) as previews:
+        requests = await self.run(partial(self.generator.requests, *arguments, every=every, edit=edit, **options))
+        async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:
                 yield preview
 
     async def draw(self, requests: list[Request], edit: Edit | None = None) -> Samples:
-        """``sample`` of requests of ``Generator.requests``; with an edit, of what ``Generator.constrained`` makes of
-        them. ``Samples.law`` is not told."""
+        """``sample`` of requests that ``Generator.requests`` has made, with the same edit. ``Samples.law`` is not
+        told."""
         drawn: dict[int, Preview] = {}
         async with aclosing(self.previews(requests, edit)) as previews:
             async for preview in previews:
@@ -112,8 +116,16 @@ class AsyncGenerator:
         return [scores[i] for i in range(len(rows))]
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Do something short, such as decoding an image, in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Do something short, such as decoding an image, in the pool.
+
+        Raises:
+            ClosedError: this is closed.
+        """
+        try:
+            doing = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RuntimeError as error:  # of a pool that was shut down
+            raise ClosedError("this generator is closed; make a new one") from error
+        return await doing
 
     async def _events(self, requests: list[Request]) -> Stream[Event, None]:
         """Events of requests in the order in which they happen, as ``SharedBatch.draw`` gives them."""

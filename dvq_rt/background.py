@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from dvq_rt.decoding import DecodeLoop, Event, Handle, Request, Scheduler
-from runtimes.errors import InputError
+from runtimes.errors import ClosedError
 
 KEPT_LOOPS = 2
 """Decode loops, with their caches, that are kept for later."""
@@ -142,7 +142,7 @@ class SharedBatch:
         with self._changed:
             thread = self._thread
             for call in self._calls:
-                call.failure = InputError("the engine was closed while images were being drawn")
+                call.failure = ClosedError("the engine was closed while images were being drawn")
             self._notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join()

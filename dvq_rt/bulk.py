@@ -29,9 +29,10 @@ from dvq_rt.generator import Generator
 from dvq_rt.labels import Label, choose_labels, whole
 from dvq_rt.manifest import Manifest, engine_folder, manifest_digest, read_engine
 from dvq_rt.progress import Progress, told
+from dvq_rt.prompts import Prompt, choose_prompts, read_tokenizer
 from dvq_rt.sampling import SamplingParams
 from runtimes.devices import read_device
-from runtimes.errors import BackendError, EngineError, InputError, guard
+from runtimes.errors import BackendError, EngineError, InputError, guard, short
 
 LOG = logging.getLogger(__name__)
 PLAN = "plan.json"
@@ -45,7 +46,8 @@ FRUITLESS = 3
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a folder of shards holds. Image i has label ``labels[i % len(labels)]`` and is image i of ``seed``.
+    """What a folder of shards holds. Image i has label ``labels[i % len(labels)]``, if there are prompts
+    ``prompts[i % len(prompts)]``, and is image i of ``seed``.
 
     Args:
         engine: SHA-256 of the engine's manifest.
@@ -55,6 +57,8 @@ class Plan:
         params: fields of ``SamplingParams``.
         shard: images in a shard; the last one may have fewer.
         slots: of the decode loop, fixed because last bits may differ between numbers of slots.
+        prompts: what to draw, None for anything.
+        negative, truncate: of all images, see ``Generator.sample``.
 
     Raises:
         InputError: a number is out of its range.
@@ -67,6 +71,9 @@ class Plan:
     params: dict[str, Any]
     shard: int
     slots: int
+    prompts: tuple[str | None, ...] = ()
+    negative: str | None = None
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         limits = (("n", 1, MOST), ("seed", 0, 2**64 - 1), ("shard", 1, 100_000), ("slots", 1, MOST_SLOTS))
@@ -93,6 +100,9 @@ def draw_shards(
     seed: int = 0,
     params: SamplingParams | None = None,
     *,
+    prompts: Prompt | Iterable[Prompt] = None,
+    negative_prompt: Prompt = None,
+    truncate: bool = False,
     shard: int = SHARD,
     workers: int = 1,
     ray: bool = False,
@@ -109,8 +119,10 @@ def draw_shards(
         n: number of images.
         labels: images take them in turn; None draws without a label.
         seed, params: as for ``Generator.sample``.
+        prompts: of models that read them; images take them in turn, at most ``n``. None draws without.
+        negative_prompt, truncate: of all images, as for ``Generator.sample``.
         shard: images in a tar file. Each has ``<number>.png`` and ``<number>.json`` with ``seed``, ``index``,
-            ``label``, ``name`` (null without names) and ``codes``, their number.
+            ``label``, ``name`` (null without names) and ``codes``, their number; and ``prompt`` if there are prompts.
         workers: processes, each with its own engine; 1 draws in this one. Python starts them anew, so a script guards
             its own work by ``if __name__ == "__main__"``.
         ray: let Ray Data's actors be the workers, on this machine or the cluster that ``RAY_ADDRESS`` names.
@@ -127,11 +139,14 @@ def draw_shards(
         EngineError: the engine cannot be opened, or is not the plan's.
         BackendError: workers die again and again, or Ray is not installed.
     """
-    manifest = read_engine(engine_folder(engine))
+    opened = engine_folder(engine)
+    manifest = read_engine(opened)
     several = tuple(choose_labels(manifest.layout, manifest.class_names, labels))
     params = SamplingParams.from_dict(manifest.defaults) if params is None else params
     slots = manifest.slots if slots is None else slots
-    plan = Plan(_identity(manifest), n, seed, several, params.to_dict(), shard, slots)
+    texts = () if prompts is None else tuple(choose_prompts("prompts", prompts, None))
+    plan = Plan(_identity(manifest), n, seed, several, params.to_dict(), shard, slots, texts, negative_prompt, truncate)
+    _check_prompts(plan, manifest, opened)
     workers = whole("workers", workers, 1, 4096)
     where = read_device(device or ("cpu" if manifest.backend == "onnxruntime" else "cuda"))
     if ray and where.number:
@@ -155,6 +170,25 @@ def draw_shards(
     return [plan.path(folder, i) for i in range(plan.shards)]
 
 
+def _check_prompts(plan: Plan, manifest: Manifest, folder: Path) -> None:
+    """
+    Raises:
+        InputError: the model reads no prompts, or needs some, or one is too long; or there are more than images.
+    """
+    if len(plan.prompts) > plan.n:
+        raise InputError(f"there are {len(plan.prompts)} prompts for {plan.n} images; raise n or give fewer")
+    if plan.negative is not None and SamplingParams.from_dict(plan.params).guidance == 1:
+        raise InputError("a negative prompt needs guidance above 1, and it is 1")
+    if not manifest.conditioning:
+        if plan.prompts or plan.negative is not None:
+            raise InputError(f"prompts were given, but the model of {folder} reads none; leave them out")
+        return
+    tokenizer = read_tokenizer(folder, manifest.conditioning["tokenizer"], manifest.prompt)
+    lengths = [len(tokenizer.encode(text or "", plan.truncate)) for text in (*plan.prompts, plan.negative)]
+    if not manifest.empty_prompt and not (plan.prompts and all(lengths[:-1])):
+        raise InputError("this model needs prompts: it was trained without the empty prompt")
+
+
 def shard_bytes(generator: Generator, plan: Plan, shard: int) -> bytes:
     """A shard as a tar file, the same bytes whoever draws it with the same versions of the libraries.
 
@@ -166,7 +200,9 @@ def shard_bytes(generator: Generator, plan: Plan, shard: int) -> bytes:
     numbers, names = plan.images(shard), generator.class_names
     labels = [plan.labels[i % len(plan.labels)] for i in numbers]
     params = SamplingParams.from_dict(plan.params)
-    samples = generator.sample(len(numbers), labels, plan.seed, params, first=numbers[0])
+    prompts = [plan.prompts[i % len(plan.prompts)] for i in numbers] if plan.prompts else None
+    texts: dict[str, Any] = {"prompts": prompts, "negative_prompts": plan.negative, "truncate": plan.truncate}
+    samples = generator.sample(len(numbers), labels, plan.seed, params, first=numbers[0], **texts)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for number, image, codes, label in zip(numbers, samples.images, samples.codes, labels, strict=True):
@@ -174,6 +210,7 @@ def shard_bytes(generator: Generator, plan: Plan, shard: int) -> bytes:
             image.save(picture, "PNG")
             name = names[label] if names and label is not None else None
             told = {"seed": plan.seed, "index": number, "label": label, "name": name, "codes": codes.length}
+            told |= {"prompt": codes.prompt} if plan.prompts else {}
             for suffix, data in (("png", picture.getvalue()), ("json", json.dumps(told).encode())):
                 member = tarfile.TarInfo(f"{number:08d}.{suffix}")
                 member.size = len(data)
@@ -191,13 +228,13 @@ def _settle(plan: Plan, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN
     if path.exists():
-        old = read_dataclass(Plan, read_json(path, error=InputError), str(path), error=InputError)
+        old = read_dataclass(Plan, read_json(path, error=InputError), str(path), defaults=True, error=InputError)
         for field in fields(Plan):
             have, want = getattr(old, field.name), getattr(plan, field.name)
             if have != want:
                 raise InputError(
-                    f"{folder} holds images whose {field.name} is {have}, not {want}; give the same values to go on, "
-                    "or choose another folder"
+                    f"{folder} holds images whose {field.name} is {short(have)}, not {short(want)}; give the same "
+                    "values to go on, or choose another folder"
                 )
     elif any(folder.glob("shard-*.tar")):
         raise InputError(f"{folder} holds shards but no {PLAN}, so nothing says what they are; choose another folder")

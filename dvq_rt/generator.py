@@ -26,7 +26,7 @@ from dvq_rt.prompts import Prompt, choose_prompts
 from dvq_rt.rates import rate_of
 from dvq_rt.results import Preview, Samples, Score
 from dvq_rt.sampling import SamplingParams
-from runtimes.errors import InputError
+from runtimes.errors import ClosedError, InputError
 from runtimes.onnxruntime import Providers
 
 OnToken = Callable[[int, int], None]
@@ -83,10 +83,10 @@ class Generator(Edits):
     def engine(self) -> Engine:
         """
         Raises:
-            InputError: the generator is closed.
+            ClosedError: the generator is closed.
         """
         if self._engine is None:
-            raise InputError("this generator is closed; make a new one")
+            raise ClosedError("this generator is closed; make a new one")
         return self._engine
 
     @property
@@ -211,13 +211,9 @@ class Generator(Edits):
             InputError: an argument is out of range or unknown.
         """
         every = whole("every", every, 1, 2**31 - 1)
-        if edit is not None:
-            labels = edit.codes.label if labels is None else labels
-            prompts = edit.codes.prompt if prompts is None and self.takes_prompts else prompts
-        texts = prompts, negative_prompts, truncate
-        requests, engine = self._requests(n, labels, seed, params, first, every, texts)[2], self.engine
-        if edit is not None:
-            requests, _ = self.constrained(requests, edit)
+        texts: dict[str, Any] = {"prompts": prompts, "negative_prompts": negative_prompts, "truncate": truncate}
+        requests = self.requests(n, labels, seed, params, first=first, every=every, edit=edit, **texts)
+        engine = self.engine
 
         def previews() -> Iterator[Preview]:
             with closing(engine.draw(requests)) as events:
@@ -238,15 +234,19 @@ class Generator(Edits):
         truncate: bool = False,
         first: int = 0,
         every: int = 0,
+        edit: Edit | None = None,
     ) -> list[Request]:
         """The images of a call of ``sample`` (``every`` 0) or ``stream``, checked, for those who draw them otherwise;
-        see ``dvq_rt.asynchronous``. ``preview`` turns their events into images.
+        see ``dvq_rt.asynchronous``. ``preview``, with the same edit, turns their events into images.
 
         Raises:
             InputError: an argument is out of range or unknown.
         """
-        texts = (prompts, negative_prompts, truncate)
-        return self._requests(n, labels, seed, params, first, every, texts)[2]
+        if edit is not None:
+            labels = edit.codes.label if labels is None else labels
+            prompts = edit.codes.prompt if prompts is None and self.takes_prompts else prompts
+        requests = self._requests(n, labels, seed, params, first, every, (prompts, negative_prompts, truncate))[2]
+        return requests if edit is None else self.constrained(requests, edit)[0]
 
     def preview(self, event: Event, edit: Edit | None = None) -> Preview:
         """An event of such a request as ``stream`` gives it; the decoder runs in the caller's thread."""

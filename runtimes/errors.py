@@ -17,6 +17,10 @@ class InputError(DvqError, ValueError):
     """An argument of a call (label, image, codes, sampling parameter) is wrong."""
 
 
+class ClosedError(InputError):
+    """What is asked for something is closed, or was closed meanwhile."""
+
+
 class DataError(DvqError):
     """A training folder or archive cannot be used."""
 

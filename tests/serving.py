@@ -7,9 +7,8 @@ import time
 from typing import Any
 
 import httpx
-import uvicorn
 
-from dvq_rt.serve.command import configuration, listen
+from dvq_rt.serve.command import ClosingServer, configuration, listen
 from dvq_rt.serve.server import Server
 from dvq_rt.serve.settings import Settings
 
@@ -38,7 +37,7 @@ class Running:
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = configuration(settings)
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = ClosingServer(config)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([listener],), daemon=True)
         self.thread.start()
         while not self.uvicorn.started:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dvq_rt.asynchronous import AsyncGenerator
@@ -68,6 +69,24 @@ def test_images_are_those_of_the_generator(engine: AsyncGenerator, generator: Ge
     assert [by_index[i].codes for i in range(2)] == expected.codes
     assert [s.total for s in scores] == [s.total for s in generator.score([p.codes for p in streamed])]
     assert (pixels == generator.decode([p.codes for p in streamed])).all()
+
+
+def test_edits_are_those_of_the_generator(engine: AsyncGenerator, generator: Generator) -> None:
+    """A part of an image is drawn anew as ``edit`` and ``stream`` of the generator draw it, with the label of the codes
+    that are kept."""
+    codes, region = generator.sample(1, "bee", seed=3).codes[0], (0, 8, 16, 16)
+    edit = generator.edit_of(codes, region=region, blend=False)
+
+    async def work() -> tuple[Any, list[Preview]]:
+        previews = [preview async for preview in engine.stream(2, seed=7, every=4, edit=edit)]
+        return await engine.sample(2, seed=7, edit=edit), previews
+
+    samples, previews = run(work())
+    expected = generator.edit(codes, region=region, n=2, seed=7, blend=False)
+    assert samples.codes == expected.codes and samples.labels == [1, 1]
+    finished = {p.index: p for p in previews if p.codes is not None}
+    assert len(previews) > 2 and [finished[i].codes for i in range(2)] == expected.codes
+    assert all((np.asarray(finished[i].image) == image).all() for i, image in enumerate(expected.to_numpy()))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -83,6 +83,25 @@ def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "complete -o bashdefault -o default -F _dvq_rt dvq-rt" in script.read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_completion_in_zsh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects the same in zsh, whose functions for it stand here as ones that say what they get."""
+    assert main(["completion", "zsh"]) == 0
+    script = tmp_path / "_dvq-rt"
+    script.write_text(capsys.readouterr().out, encoding="utf-8")
+    stand_ins = 'compadd() { print -- "$@" }; _files() { print files }; compdef() { print "for $2" }'
+
+    def complete(*words: str) -> list[str]:
+        line = f"{stand_ins}; source '{script}'; words=(dvq-rt {' '.join(words)}); CURRENT={len(words) + 1}; _dvq_rt"
+        done = subprocess.run(["zsh", "-f", "-c", line], capture_output=True, text=True)
+        assert not done.stderr and done.stdout.startswith("for dvq-rt\n")
+        return done.stdout.split()[2:]
+
+    assert {"--", "verify", "train-tokenizer"} <= set(complete("ver"))
+    assert "--top-p" in complete("sample", "--t") and "--region" not in complete("sample", "--t")
+    assert complete("inspect", "dem") == ["files"]
+
+
 @pytest.mark.parametrize("package", ["dvq_rt", "runtimes"])
 def test_the_library_prints_nothing(package: str) -> None:
     """Protects programs that use the library: only commands print, everything else logs. A progress bar

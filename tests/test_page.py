@@ -108,7 +108,8 @@ def test_coding_by_keyboard(page: Any) -> None:
 
 
 def test_redrawing(page: Any) -> None:
-    """What is painted goes out as a mask that is clear there, and is drawn anew with the label that is chosen."""
+    """What is painted goes out as a mask that is clear there, and is drawn anew, coarse to fine, with label and seed
+    of this tab and not of the other."""
     sent: list[bytes] = []
 
     def pass_on(route: Any) -> None:
@@ -119,6 +120,31 @@ def test_redrawing(page: Any) -> None:
     page.click("#tab-edit")
     page.set_input_files("#edit-photo", PICTURE)
     page.locator("canvas.paint").click()
+    page.select_option("#edit-label", label="clocks")
+    page.fill("#edit-seed", "11")
+    page.fill("#edit-n", "2")
     page.click("#redraw")
-    page.locator("#edited canvas.small").first.wait_for()
-    assert b'name="mask"; filename="mask.png"' in sent[0] and b'name="image"' in sent[0] and b'name="label"' in sent[0]
+    page.locator("#status", has_text=DONE).wait_for()
+    assert page.locator("#edited figcaption", has_text="bit/px").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert b'name="mask"; filename="mask.png"' in sent[0] and b'name="image"; filename="image.png"' in sent[0]
+    label = Generator("demo:dq").class_names.index("clocks")
+    for name, value in {"label": label, "seed": 11, "n": 2, "stream": "true"}.items():
+        assert f'name="{name}"\r\n\r\n{value}\r\n'.encode() in sent[0]
+
+
+def test_controls_follow_the_model(page: Any, running: Running) -> None:
+    """A model that reads prompts has a field for them where one draws and where one redraws, and none for labels that
+    it does not have."""
+
+    def other(route: Any) -> None:
+        answer = route.fetch()
+        model = {**answer.json()["data"][0], "labels": [], "prompts": True}
+        route.fulfill(response=answer, json={"object": "list", "data": [model]})
+
+    page.route("**/v1/models", other)
+    page.reload()
+    page.locator("#prompt-field").wait_for()
+    assert page.locator("#label-field").is_hidden()
+    page.click("#tab-edit")
+    assert page.locator("#edit-prompt").is_visible() and page.locator("#edit-label-field").is_hidden()

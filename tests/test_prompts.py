@@ -1,6 +1,7 @@
 """Prompts: a prefix of text in front of the image, in PyTorch, in the traced step, in engines and in training."""
 
 import json
+import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -376,6 +377,36 @@ def test_edits_are_prompted(generator: Generator) -> None:
     assert generator.refine(codes, ratio=1.0, prompts="blue", candidates=1).prompts == ["blue"]
     frames = generator.interpolate(1, 2, 3, labels=0, prompts="green", mix="tail").codes
     assert [frames[0], frames[-1]] == [generator.sample(1, 0, seed, prompts="green").codes[0] for seed in (1, 2)]
+
+
+def test_shards_hold_prompts(generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bulk drawing gives image i the prompt whose turn it is, as ``sample`` draws it, also after a shard was lost; what
+    the model cannot read is refused before a plan is written."""
+    lines, folder = tmp_path / "lines", tmp_path / "out"
+    lines.write_text("red left\n\nblue both\n", encoding="utf-8")
+    words = ["sample", "--engine", str(generator.path), "--slots", "4", "--threads", "1", "--negative", "green", "-q"]
+    command = [*words, "--n", "5", "--shard", "2", "--out", str(folder), "--prompt-file", str(lines)]
+    assert main(command) == 0
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "shard-000001.tar").unlink()
+    assert main(command) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    prompts = [["red left", "blue both"][i % 2] for i in range(5)]
+    samples = generator.sample(prompts=prompts, negative_prompts="green")
+    for i, image in enumerate(samples.images):
+        with tarfile.open(folder / f"shard-{i // 2:06d}.tar") as archive:
+            told, picture = (archive.extractfile(f"{i:08d}.{kind}") for kind in ("json", "png"))
+            assert told and picture and json.load(told)["prompt"] == prompts[i]
+            assert (np.asarray(Image.open(picture)) == np.asarray(image)).all()
+    bad = [
+        (["--prompt", "x y z " * 30], "at most 16"),
+        (["--prompt-file", str(folder)], "cannot be read"),
+        (["--n", "1", "--prompt-file", str(lines)], "2 prompts for 1 images"),
+        (["--engine", "demo:mq", "--prompt", "a"], "reads none"),
+    ]
+    for more, told_words in bad:
+        assert main([*words, "--shard", "2", "--out", str(tmp_path / "none"), *more]) == 2
+        assert told_words in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_the_server_takes_prompts(generator: Generator) -> None:

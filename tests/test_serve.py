@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -26,13 +27,13 @@ from serving import SETTINGS, Running  # noqa: E402
 
 from dvq_rt.decoding import DecodeLoop  # noqa: E402
 from dvq_rt.generator import Generator  # noqa: E402
-from dvq_rt.serve import bodies, protocol  # noqa: E402
+from dvq_rt.serve import bodies, load, protocol  # noqa: E402
 from dvq_rt.serve.answers import png  # noqa: E402
 from dvq_rt.serve.command import listen, serve  # noqa: E402
 from dvq_rt.serve.errors import ApiError  # noqa: E402
 from dvq_rt.serve.gate import JsonLines  # noqa: E402
-from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines  # noqa: E402
-from runtimes.errors import EngineError, InputError  # noqa: E402
+from dvq_rt.serve.settings import KEY_VARIABLE, Settings, named_engines, place  # noqa: E402
+from runtimes.errors import BackendError, EngineError, InputError  # noqa: E402
 
 DRAW = "/v1/images/generations"
 
@@ -124,17 +125,25 @@ def test_codes(running: Running, demo: Generator) -> None:
 
 
 def test_edits(running: Running, demo: Generator) -> None:
-    """The official client's edits are the generator's; a form has texts alone, also for a label's index."""
+    """The official client's edits are the generator's, streamed ones too; a form has texts alone, also for a label's
+    index."""
     original, clear = demo.sample(1, "faces", seed=3)[0], np.zeros((64, 64), dtype=bool)
     clear[16:40, 24:64] = True
     alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
     image, mask = (("x.png", png(x), "image/png") for x in (original, Image.merge("LA", (alpha, alpha))))
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
-    options = {"extra_body": {"seed": 7, "label": str(demo.class_names.index("faces"))}, "n": 2}
-    answer = client.images.edit(model="dq", image=image, mask=mask, prompt="", **options)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    options = {"extra_body": {"seed": 7, "label": str(demo.class_names.index("faces"))}, "n": 2, "prompt": ""}
+    answer = client.images.edit(model="dq", image=image, mask=mask, **options)
     expected = demo.edit(original, clear, labels="faces", n=2, seed=7).to_numpy()
-    for item, image in zip(answer.data, expected, strict=True):
-        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) == image).all()
+    for item, drawn in zip(answer.data, expected, strict=True):
+        assert (pixels(item) == drawn).all()
+    events = list(client.images.edit(image=image, mask=mask, stream=True, partial_images=3, **options))
+    kinds = [event.type.removeprefix("image_edit.") for event in events]
+    assert kinds.count("completed") == 2 and 0 < kinds.count("partial_image") <= 6
+    last = {event.index: pixels(event) for event in events if event.type.endswith("completed")}
+    assert all((last[i] == drawn).all() for i, drawn in enumerate(expected))
+    with pytest.raises(openai.BadRequestError, match="the mask has no transparency"):
+        client.images.edit(image=image, mask=image, stream=True, **options)
 
 
 BIG = io.BytesIO()
@@ -280,6 +289,19 @@ def test_metrics_and_log(running: Running, caplog: pytest.LogCaptureFixture) -> 
     assert set(httpx.get(f"{running.url}/openapi.json").json()["paths"]) >= {DRAW, "/encode", "/metrics"}
 
 
+def test_the_load_test_sees_other_images(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects the figures of the documents: one command says throughput, latencies, first previews, refusals and
+    memory; images of another model are faults."""
+    asked = [running.url, "--images", "2", "--requests", "3", "--clients", "1", "--threads", "1"]
+    assert load.main([*asked, "--stream", "--pid", str(os.getpid())]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["statuses"] == {"200": 3} and told["images_per_second"] > 0 and told["mib_after_3"] > 10
+    assert (told["refused"], *(told[name] for name in load.FAULTS)) == (0,) * 5
+    assert told["preview_p50"] <= told["preview_p95"] <= told["p95"] <= told["p99"] and told["compared"] == 3
+    assert load.main([*asked, "--engine", "demo:mq"]) == 1
+    assert json.loads(capsys.readouterr().out)["different"] == 3
+
+
 def test_the_page_is_all_its_own(running: Running) -> None:
     """Every file comes from this server, none by a path of the client's, and the headers forbid anything else."""
     page = httpx.get(running.url)
@@ -296,7 +318,7 @@ def test_the_page_is_all_its_own(running: Running) -> None:
 def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a key in the environment only those who know it are answered, but for the page and whether it is alive;
     pages of other sites are refused always."""
-    monkeypatch.setenv(KEY_VARIABLE, "open sesame")
+    monkeypatch.setenv(KEY_VARIABLE, "open-sesame\n")  # as it is read from a file
     keyed = Running(replace(SETTINGS, engines=(("mq", "demo:mq"),)))
     try:
         for path, status in {
@@ -307,18 +329,47 @@ def test_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
             "/metrics": 401,
         }.items():
             assert httpx.get(keyed.url + path).status_code == status
-        for word in ("Bearer open", "Basic open sesame", "Bearer \xfc"):
+        for word in ("Bearer open", "Basic open-sesame", "Bearer \xfc"):
             headers = {"Authorization": word.encode("latin-1")}
             assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 401
-        client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open sesame")
+        client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="open-sesame")
         assert [model.id for model in client.models.list()] == ["mq"]
-        key = {"Authorization": "Bearer open sesame"}
+        key = {"Authorization": "Bearer open-sesame"}
         for site in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://else.where"}, {"Origin": "null"}):
             assert keyed.post(DRAW, json={}, headers={**key, **site}).status_code == 403
         for site in ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied"}, {"Origin": keyed.url}):
             assert keyed.post(DRAW, json={"n": 99}, headers={**key, **site}).status_code == 400
     finally:
         keyed.end()
+
+
+@pytest.mark.parametrize("key", ["", " \n", "open sesame", "s\xe9same"])
+def test_a_key_that_nobody_can_send_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from a server that is open, or closed to all, because its key came out wrong."""
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(InputError, match=r"DVQ_RT_API_KEY (is empty|has white space inside)"):
+        serve(SETTINGS)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_server_that_closes_says_so(forced: bool, steps: list[float]) -> None:
+    """While what was begun is finished, new requests are refused with 503 and Retry-After; a second signal answers what
+    is under way so, too."""
+    ending, answers = Running(replace(SETTINGS, engines=(("mq", "demo:mq"),))), []
+    thread = threading.Thread(target=lambda: answers.append(ending.post(DRAW, json={"n": 4, "seed": 1})))
+    thread.start()
+    until(lambda: ending.load("mq").busy)
+    ending.uvicorn.should_exit = True
+    until(lambda: ending.server.engines.closing)
+    ready, refused = httpx.get(f"{ending.url}/readyz"), ending.post(DRAW, json={})
+    assert (ready.status_code, ready.json()) == (503, {"status": "closing"})
+    ending.uvicorn.force_exit = forced
+    thread.join()
+    ending.end()
+    assert answers[0].status_code == (503 if forced else 200)
+    for answer in (refused, *(answers if forced else [])):
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["code"] == "closing"
 
 
 def test_settings() -> None:
@@ -328,6 +379,8 @@ def test_settings() -> None:
         ("faces", "engines/a"),
         ("b", "engines/b"),
     )
+    assert named_engines(["a=x@v2@cuda:1", "demo:mq@cpu"]) == (("a", "x@v2@cuda:1"), ("demo:mq", "demo:mq@cpu"))
+    assert [place(word) for word in ("x@v2@cuda:1", "x@v2")] == [("x@v2", "cuda:1"), ("x@v2", None)]
     with pytest.raises(InputError, match="of different names"):
         Settings(engines=(("a", "x"), ("a", "y")))
     for wrong in ({"port": 70000}, {"workers": 0}, {"timeout": 0.0}, {"engines": (("a/b", "x"),)}):
@@ -335,6 +388,8 @@ def test_settings() -> None:
             Settings(**wrong)
     with pytest.raises(EngineError, match="does not exist"):
         serve(replace(SETTINGS, engines=(("a", "/nowhere"),)))
+    with pytest.raises(BackendError, match=r"demo_mq was exported for the CPU"):  # and not a traceback of its start
+        serve(replace(SETTINGS, engines=(("dq", "demo:dq"), ("mq", "demo:mq@cuda:1")), device="cpu"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -28,6 +28,7 @@ def test_arguments_reach_replicas_and_settings() -> None:
         ({"num_gpus": "many"}, "num_gpus is 'many'"),
         ({"nonsense": "1"}, "are unknown; there are engines, replicas"),
         ({"port": "80"}, "are unknown"),
+        ({"engines": "a,demo:mq@cuda:1"}, "demo:mq@cuda:1 names a device"),
         ({"engines": "a b"}, "has other characters"),
     ],
 )

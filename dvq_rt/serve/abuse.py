@@ -15,22 +15,20 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dvq_rt.generator import Generator
-from dvq_rt.serve.client import Client
+from dvq_rt.serve.client import Client, resident
 from dvq_rt.serve.load import PATH
-from dvq_rt.serve.settings import KEY_VARIABLE
+from dvq_rt.serve.settings import read_key
 from runtimes.errors import DvqError
 
 FAILED = (OSError, asyncio.IncompleteReadError)
@@ -204,11 +202,6 @@ class Abuse:
         return held
 
 
-def resident(pid: int) -> float:
-    """MiB of a process that are in memory; of Linux."""
-    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
@@ -222,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         with Generator(options.engine, threads=1) as generator:
-            abuse = Abuse(Client(options.url, os.environ.get(KEY_VARIABLE)), generator, options.gap)
+            abuse = Abuse(Client(options.url, read_key()), generator, options.gap)
     except DvqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from dvq_rt.serve.engines import Engines
 from dvq_rt.serve.errors import ApiError
 from dvq_rt.serve.gate import Gate, refusal
 from dvq_rt.serve.server import Server, server_of
-from dvq_rt.serve.settings import KEY_VARIABLE, Settings
-from runtimes.errors import DvqError
+from dvq_rt.serve.settings import Settings, read_key
+from runtimes.errors import ClosedError, DvqError
 
 PAGE = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -35,8 +34,7 @@ SWITCH_SECONDS = 0.001
 
 
 def create_app(settings: Settings) -> Gate:
-    """The application of one process. The API key is that of the environment variable ``DVQ_RT_API_KEY``, if it is
-    there and not empty."""
+    """The application of one process. The API key is that of ``read_key``."""
     server = Server(settings)
 
     @asynccontextmanager
@@ -64,13 +62,14 @@ def create_app(settings: Settings) -> Gate:
     app.include_router(coding.routes)
     _add_state(app)
     _add_page(app)
-    return Gate(app, os.environ.get(KEY_VARIABLE) or None, server.metrics)
+    return Gate(app, read_key(), server.metrics)
 
 
 async def _observe(server: Server) -> None:
-    while True:
-        server.metrics.observe(server.engines.served.values())
-        await asyncio.sleep(OBSERVED_EVERY)
+    with suppress(ClosedError):
+        while True:
+            server.metrics.observe(server.engines.served.values())
+            await asyncio.sleep(OBSERVED_EVERY)
 
 
 def _add_state(app: FastAPI) -> None:

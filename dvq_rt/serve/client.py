@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -69,9 +72,45 @@ class Client:
         """With a JSON body."""
         return await self.call("POST", path, json.dumps(content).encode(), **headers)
 
+    async def stream(self, path: str, content: Any, take: Callable[[str, Any], None]) -> int:
+        """With a JSON body, for server-sent events; each is handed to ``take`` when it comes, as kind and data.
+
+        Returns:
+            the status; without an event if it is no success.
+
+        Raises:
+            OSError, asyncio.IncompleteReadError: the connection failed.
+        """
+        reader, writer = await self.connect()
+        try:
+            body, text = json.dumps(content).encode(), b""
+            writer.write(self.head("POST", path, len(body)) + body)
+            await writer.drain()
+            status, headers = await read_head(reader)
+            chunked = headers.get("transfer-encoding") == "chunked"
+            while chunked and (size := int(await reader.readuntil(b"\r\n"), 16)):
+                text += (await reader.readexactly(size + 2))[:-2]
+                *events, text = text.split(b"\n\n")
+                for event in events:
+                    kind, data = event.decode().split("\n")
+                    take(kind.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
+            return status
+        finally:
+            writer.close()
+
+
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer."""
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    return int(lines[0].split()[1]), dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+    status, headers = await read_head(reader)
     body = await (reader.readexactly(int(headers["content-length"])) if "content-length" in headers else reader.read())
-    return Answer(int(lines[0].split()[1]), headers, body)
+    return Answer(status, headers, body)
+
+
+def resident(pid: int) -> float:
+    """MiB of a process that are in memory; of Linux."""
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -9,54 +10,77 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from functools import partial
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from dvq_rt.manifest import engine_folder, read_engine
 from dvq_rt.serve.app import create_app
+from dvq_rt.serve.engines import open_engine
 from dvq_rt.serve.gate import Gate, JsonLines
 from dvq_rt.serve.metrics import FOLDER_VARIABLE
 from dvq_rt.serve.protocol import PatientProtocol
-from dvq_rt.serve.settings import KEY_VARIABLE, Settings
+from dvq_rt.serve.settings import KEY_VARIABLE, Settings, read_key
 from runtimes.errors import InputError
 
 LOG = logging.getLogger("dvq_rt.serve")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 256
+ANSWER_SECONDS = 2
+"""In which a server that closes sends its last answers."""
 WORKER_SECONDS = 60
 """In which a worker must have started to answer its parent; loading the packages takes long on a busy machine."""
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal ends it: no new requests are taken then, and those under way are finished.
+    """Serve until a signal ends it: new requests are refused then, and those under way are finished.
 
     Returns:
         Exit status: 0, or 1 if the server could not start.
 
     Raises:
         EngineError: an engine's folder is missing or altered.
-        InputError: the address cannot be listened on.
+        BackendError: its device is not there, or not for this engine.
+        InputError: the address cannot be listened on, or the API key is none.
     """
+    key = read_key()
     for _, folder in settings.engines:
-        read_engine(engine_folder(folder))  # told in one line, before workers fail at it one after the other
+        open_engine(folder, settings).close()  # told in one line, before workers fail at it one after the other
     config = configuration(settings)
     log_json()
     listener = listen(settings)
     host, port = listener.getsockname()[:2]
-    if settings.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
+    if settings.host not in LOOPBACK and key is None:
         LOG.warning("everybody who reaches %s may use this server; set %s to a key", host, KEY_VARIABLE)
     LOG.info("serving %s on http://%s:%d", ", ".join(name for name, _ in settings.engines), host, port)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has ended well
     if settings.workers == 1:
-        server = uvicorn.Server(config)
+        server = ClosingServer(config)
         server.run([listener])
         return 0 if server.started else 1
     with tempfile.TemporaryDirectory(prefix="dvq-rt-metrics-") as folder:
         os.environ[FOLDER_VARIABLE] = folder  # read by the workers
         Multiprocess(config, sockets=[listener]).run()
     return 0
+
+
+class ClosingServer(uvicorn.Server):
+    """Goes on listening while it finishes what it has, so that ``/readyz`` and new requests are told that it closes;
+    what is not finished in time, or meets a second Ctrl-C, is answered with 503."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        engines = self.config.loaded_app.app.state.server.engines
+        engines.closing = True
+        end = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(engines.close)
+        end = time.monotonic() + ANSWER_SECONDS
+        while self.server_state.tasks and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        self.config.timeout_graceful_shutdown = ANSWER_SECONDS
+        await super().shutdown(sockets)
 
 
 def configuration(settings: Settings) -> uvicorn.Config:

@@ -11,8 +11,8 @@ from typing import Any
 from dvq_rt.asynchronous import AsyncGenerator
 from dvq_rt.codes import code_bits
 from dvq_rt.generator import Generator
-from dvq_rt.serve.errors import ApiError
-from dvq_rt.serve.settings import Settings
+from dvq_rt.serve.errors import ApiError, closing
+from dvq_rt.serve.settings import Settings, place
 
 SMOOTHING = 0.1
 """Weight of the newest image in the mean time that one takes."""
@@ -105,6 +105,16 @@ class Served:
         }
 
 
+def open_engine(folder: str, settings: Settings) -> Generator:
+    """An engine on its device.
+
+    Raises:
+        DvqError: as ``Generator``.
+    """
+    alone, device = place(folder)
+    return Generator(alone, slots=settings.slots, threads=settings.threads, device=device or settings.device)
+
+
 class Engines:
     """All engines of a server, opened at its start.
 
@@ -113,20 +123,19 @@ class Engines:
     """
 
     def __init__(self, settings: Settings) -> None:
-        options: dict[str, Any] = {"slots": settings.slots, "threads": settings.threads, "device": settings.device}
         self.served: dict[str, Served] = {}
         for name, folder in settings.engines:
-            self.served[name] = Served(name, Generator(folder, **options), settings.queue, settings.timeout)
+            self.served[name] = Served(name, open_engine(folder, settings), settings.queue, settings.timeout)
         self.closing = False
 
     def pick(self, name: str | None) -> Served:
         """The engine of a name; the first one if a request names none.
 
         Raises:
-            ApiError: 404 for a name that the server was not started with.
+            ApiError: 404 for a name that the server was not started with; 503 while it closes.
         """
         if self.closing:
-            raise ApiError(503, "the server is closing; try another one", kind="server_error", code="closing")
+            raise closing()
         if name is None:
             return next(iter(self.served.values()))
         if name not in self.served:

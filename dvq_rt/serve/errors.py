@@ -11,11 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from runtimes.errors import BackendError, DvqError, EngineError, short
+from runtimes.errors import BackendError, ClosedError, DvqError, EngineError, short
 
 INVALID = "invalid_request_error"
 GONE = 499
 """Status in the log of a request whose client has left."""
+RESTART_SECONDS = 5
+"""After which a client that met a closing server may find another one in its place."""
 
 
 class ApiError(Exception):
@@ -52,10 +54,18 @@ class ApiError(Exception):
         return JSONResponse(self.content, self.status, self.headers)
 
 
+def closing() -> ApiError:
+    headers = {"Retry-After": str(RESTART_SECONDS)}
+    message = f"the server is closing; try another one, or this one again in {RESTART_SECONDS} s"
+    return ApiError(503, message, kind="server_error", code="closing", headers=headers)
+
+
 def api_error(error: Exception) -> ApiError:
     """The answer to any exception. The text of one that is the server's own fault stays in the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClosedError):
+        return closing()
     if isinstance(error, ClientDisconnect):
         return ApiError(GONE, "the client has gone", code="client_gone")
     if isinstance(error, HTTPException):

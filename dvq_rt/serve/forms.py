@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dvq_rt.decoding import Request
+from dvq_rt.editing import Edit
 from dvq_rt.generator import Generator
 from dvq_rt.labels import read_label
 from dvq_rt.sampling import SamplingParams
@@ -41,6 +42,9 @@ class Drawing(BaseModel):
     top_p_position: float = Field(1.0, description="as top_p, of the position head")
     guidance: float = Field(1.0, description="weight of the label against no label; not 1 takes two slots an image")
     positions: str = Field("ordered", description="ordered or drawn")
+    stream: bool = Field(False, description="server-sent events: previews, coarse to fine, then the images")
+    partial_images: int = Field(0, ge=0, le=MOST_PREVIEWS, description="most previews of each image, with stream")
+    with_codes: bool = Field(False, description="whether each image comes with its codes")
 
     def params(self, generator: Generator) -> SamplingParams:
         """The engine's recommended parameters, but for those that the request gives."""
@@ -65,11 +69,12 @@ class Drawing(BaseModel):
                 code="invalid_value",
             )
 
-    def drawn(self, generator: Generator, every: int = 0) -> list[Request]:
-        """The images as requests."""
+    def drawn(self, generator: Generator, edit: Edit | None = None) -> list[Request]:
+        """The images as requests, with as many previews as are wanted."""
         seed = secrets.randbits(32) if self.seed is None else self.seed
-        options = {"params": self.params(generator), "first": self.first, "every": every, **self.subject(generator)}
-        return generator.requests(self.n, seed=seed, **options)
+        every = max(1, generator.layout.max_length // (self.partial_images + 1)) if self.partial_images else 0
+        options = {"first": self.first, "every": every, "edit": edit, **self.subject(generator)}
+        return generator.requests(self.n, seed=seed, params=self.params(generator), **options)
 
     def subject(self, generator: Generator) -> dict[str, Any]:
         """What is to be drawn, as arguments of ``Generator.requests``."""
@@ -88,9 +93,6 @@ class Generation(Drawing):
     """Body of ``POST /v1/images/generations``."""
 
     response_format: Literal["b64_json", "png"] = Field("b64_json", description="png answers with the one image itself")
-    stream: bool = Field(False, description="server-sent events: previews, coarse to fine, then the images")
-    partial_images: int = Field(0, ge=0, le=MOST_PREVIEWS, description="most previews of each image, with stream")
-    with_codes: bool = Field(False, description="whether each image comes with its codes")
 
     async def requests(self, served: Served, most: int) -> list[Request]:
         """The images as requests, checked.
@@ -101,14 +103,11 @@ class Generation(Drawing):
         self.check(served, most)
         if self.response_format == "png" and (self.n > 1 or self.stream):
             raise ApiError(400, "png answers with one image; use b64_json for several or for a stream", param="n")
-        generator = served.generator
-        every = max(1, generator.layout.max_length // (self.partial_images + 1)) if self.partial_images else 0
-        return await served.engine.run(partial(self.drawn, generator, every))
+        return await served.engine.run(partial(self.drawn, served.generator))
 
 
 class Edition(Drawing):
     """Fields of ``POST /v1/images/edits`` beside its files, ``image`` and ``mask``."""
 
     response_format: Literal["b64_json"] = "b64_json"
-    with_codes: bool = Field(False, description="whether each image comes with its codes")
     grain: Literal["free", "keep"] = Field("free", description="whether the grain of what is redrawn may change")

@@ -66,7 +66,7 @@ async def generate(request: Request) -> Response:
 @routes.post("/v1/images/edits", openapi_extra=EDITION, response_model=None)
 async def edit(request: Request) -> Response:
     """Draw a part of an image anew, in the form of OpenAI's images API, where the model can: the mask, or else the
-    image, is transparent there. Both are cropped to their centre square and resized."""
+    image, is transparent there. Both are cropped to their centre square and resized. It streams as generations do."""
     server = server_of(request)
     raw = await server.receive(request, server.settings.body_bytes)
     texts, files = form(raw, request.headers.get("content-type", ""))
@@ -88,12 +88,16 @@ async def edit(request: Request) -> Response:
         picture = picture_file(files.get("image", b""), pixels)
         clear = clear_pixels(picture_file(files.get("mask", files.get("image", b"")), pixels), size)
         edit = generator.edit_of(square(open_rgb(picture), size), clear, grain=body.grain)
-        return generator.constrained(body.drawn(generator), edit)[0], edit
+        return body.drawn(generator, edit), edit
 
     async def draw() -> Samples:
         return await served.engine.draw(*await served.engine.run(prepare))
 
     request.state.log.update({"model": served.name, "images": body.n})
+    if body.stream:
+        with served.admit(body.n, drawing=False):
+            requests, edit = await attended(request, server.settings.timeout, served.engine.run(prepare))
+        return EventStream(_events(server, served, body, requests, request, edit))
     with served.admit(body.n):
         samples = await attended(request, server.settings.timeout, draw())
     server.metrics.images.labels(served.name).inc(body.n)
@@ -117,15 +121,21 @@ def _answer(served: Served, body: Generation | Edition, samples: Samples) -> dic
 
 
 async def _events(
-    server: Server, served: Served, body: Generation, requests: list[Drawn], request: Request
+    server: Server,
+    served: Served,
+    body: Generation | Edition,
+    requests: list[Drawn],
+    request: Request,
+    edit: Edit | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a request: OpenAI's events, with ``index`` where there are several images."""
     began, first = time.perf_counter(), True
+    act = "image_generation" if edit is None else "image_edit"
     counts = dict.fromkeys(range(len(requests)), 0)
 
     def event(preview: Preview) -> bytes:
         """Made in the pool, since PNG takes as long as the decoder of a small model."""
-        kind = f"image_generation.{'partial_image' if preview.codes is None else 'completed'}"
+        kind = f"{act}.{'partial_image' if preview.codes is None else 'completed'}"
         content: dict[str, Any] = {"type": kind, "created_at": int(time.time()), "progress": preview.progress}
         content |= {**_common(served, requests[0].seed), "quality": "auto", "background": "opaque"}
         if preview.codes is None:
@@ -139,7 +149,8 @@ async def _events(
 
     try:
         with served.admit(len(requests)):
-            async with asyncio.timeout(server.settings.timeout), aclosing(served.engine.previews(requests)) as previews:
+            previews = served.engine.previews(requests, edit)
+            async with asyncio.timeout(server.settings.timeout), aclosing(previews):
                 async for preview in previews:
                     chunk = await served.engine.run(lambda preview=preview: event(preview))  # type: ignore[misc]
                     if first:

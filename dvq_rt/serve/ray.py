@@ -18,7 +18,7 @@ from dvq_rt.files import read_dataclass
 from dvq_rt.labels import whole
 from dvq_rt.serve.app import create_app
 from dvq_rt.serve.gate import Gate
-from dvq_rt.serve.settings import Settings, named_engines
+from dvq_rt.serve.settings import Settings, named_engines, place
 from runtimes.errors import InputError
 
 SETTINGS = ("slots", "queue", "timeout", "images", "megabytes", "megapixels")
@@ -102,8 +102,12 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Cluster, Settings]:
     cluster: Cluster = read_dataclass(Cluster, own, "arguments", defaults=True, error=InputError)
     if foreign := sorted(set(given) - set(SETTINGS)):
         raise InputError(f"arguments: {foreign} are unknown; there are engines, {', '.join([*CLUSTER, *SETTINGS])}")
-    device = "cuda" if cluster.num_gpus else None
-    values = {"engines": named_engines(words), "threads": cluster.num_cpus, "device": device, **given}
+    device, engines = "cuda" if cluster.num_gpus else None, named_engines(words)
+    if placed := [folder for _, folder in engines if place(folder)[1]]:
+        raise InputError(
+            f"engines: {', '.join(placed)} names a device, but Ray gives each replica its own; leave it out"
+        )
+    values = {"engines": engines, "threads": cluster.num_cpus, "device": device, **given}
     return cluster, read_dataclass(Settings, values, "arguments", defaults=True, error=InputError)
 
 

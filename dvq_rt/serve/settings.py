@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from dvq_rt.manifest import DEMOS
 from runtimes.errors import InputError, short
 
 KEY_VARIABLE = "DVQ_RT_API_KEY"
+KEY = re.compile(r"[!-~]+")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+PLACE = re.compile(r"(.+)@(cpu|cuda(?::\d{1,3})?)", re.ASCII | re.DOTALL)
 SMALL_BODY = 1 << 20
 """Bytes of a body without pictures or codes."""
 UPLOADS = 16
@@ -26,9 +29,10 @@ class Settings:
     """
     Args:
         engines: pairs of the name that requests use and the engine folder (or ``demo:dq``, ``demo:mq``), one or more;
-            requests that name no model get the first.
+            requests that name no model get the first. A folder may name a device of its own, see ``place``.
         host, port: where it listens; port 0 takes a free one.
-        slots, threads, device: of each engine, see ``Generator``.
+        slots, threads: of each engine, see ``Generator``.
+        device: of engines that name none.
         queue: images of each engine that may wait for a slot; those beyond are refused with status 429.
         timeout: seconds that a request may take from its admission.
         workers: processes, each with its own engines.
@@ -78,13 +82,37 @@ class Settings:
         return self.megapixels << 20
 
 
+def read_key() -> str | None:
+    """The API key of the environment variable ``DVQ_RT_API_KEY`` without white space around it, such as the end of the
+    line of a file that it was read from; None if there is no such variable.
+
+    Raises:
+        InputError: it is empty, or holds what no key can be sent with.
+    """
+    text = os.environ.get(KEY_VARIABLE)
+    if text is None:
+        return None
+    key = text.strip()
+    if not KEY.fullmatch(key):
+        fault = "has white space inside, or characters that are not of ASCII" if key else "is empty"
+        raise InputError(f"{KEY_VARIABLE} {fault}; set it to a word of letters, digits and signs, or unset it")
+    return key
+
+
+def place(folder: str) -> tuple[str, str | None]:
+    """An engine's folder and its device, as in ``engines/faces@cuda:1``; None where there is no device at the end."""
+    match = PLACE.fullmatch(folder)
+    return (match[1], match[2]) if match else (folder, None)
+
+
 def named_engines(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Pairs of name and folder from ``NAME=DIR`` or ``DIR``, which is then named by the folder's last part; a demo by
-    its own name. Nothing given is the first demo."""
+    its own name. Either may end with ``@`` and a device. Nothing given is the first demo."""
     pairs = []
     for word in words or ("demo:dq",):
         name, given, folder = word.partition("=")
         if not given or not MODEL_NAME.fullmatch(name):
-            name, folder = (word if word in DEMOS else Path(word).resolve().name), word
+            alone = place(word)[0]
+            name, folder = (alone if alone in DEMOS else Path(alone).resolve().name), word
         pairs.append((name, folder))
     return tuple(pairs)

@@ -51,10 +51,13 @@ function showValues() {
 
 function fit() {
   const { defaults, labels, needs_label: needed, prompts, guidance, edits, bits_per_pixel: [least, most] } = model();
-  by('label').replaceChildren(...(needed ? [] : [new Option('any', '')]), ...labels.map((name, index) => new Option(name, String(index))));
+  for (const of of ['', 'edit-']) {
+    by(`${of}label`).replaceChildren(...(needed ? [] : [new Option('any', '')]), ...labels.map((name, index) => new Option(name, String(index))));
+    by(`${of}label-field`).hidden = !labels.length;
+    by(`${of}prompt-field`).hidden = !prompts;
+  }
   if (!needed && !prompts && labels.length) by('label').selectedIndex = 1;
-  by('label-field').hidden = !labels.length;
-  by('prompt-field').hidden = by('negative-field').hidden = !prompts;
+  by('negative-field').hidden = !prompts;
   by('guidance-field').hidden = !guidance;
   for (const [name, value] of Object.entries(defaults)) by(name).value = value ?? '';
   Object.assign(by('rate'), { step: 0.001, min: Math.ceil(1000 * least) / 1000, max: Math.ceil(1000 * most) / 1000, value: ((least + most) / 2).toFixed(3) });
@@ -67,7 +70,9 @@ function fit() {
 by('controls').addEventListener('input', showValues);
 by('model').addEventListener('change', fit);
 by('grain').addEventListener('change', () => { for (const [, part] of Object.values(parts)) part.refresh(); });
-by('dice').addEventListener('click', () => { by('seed').value = crypto.getRandomValues(new Uint32Array(1))[0]; });
+for (const dice of document.querySelectorAll('.dice')) {
+  dice.addEventListener('click', () => { by(dice.dataset.of).value = crypto.getRandomValues(new Uint32Array(1))[0]; });
+}
 by('stop').addEventListener('click', () => drawing.stop());
 
 by('controls').addEventListener('submit', async (event) => {

@@ -3,12 +3,12 @@
 import { bitmap, call, download, events, json, png } from './api.js';
 import { paint } from './grain.js';
 
-const PREVIEWS = 12;
+export const STREAMED = { stream: true, partial_images: 12, with_codes: true };
 const PLAIN = { temperature: 1, top_k: null, top_p: 1, top_k_position: null, top_p_position: 1, guidance: 1, positions: 'ordered' };
 const by = (id) => document.getElementById(id);
 
 /** The form as the body of a request. */
-export function body(model) {
+function body(model) {
   const value = { model: model.id, n: Number(by('n').value), seed: Number(by('seed').value) };
   for (const name of Object.keys(PLAIN)) {
     const text = by(name).value;
@@ -81,6 +81,30 @@ class Card {
   }
 }
 
+/** Cards for so many images of a seed. */
+export function blank(count, seed) {
+  return Array.from({ length: count }, (_, index) => new Card(index, seed));
+}
+
+/** Show the images of a stream as they come; resolves when all are there, or it was stopped or refused. */
+export async function fill(cards, ask, say) {
+  const began = performance.now();
+  let finished = 0;
+  try {
+    say(`Drawing ${cards.length === 1 ? 'one image' : `${cards.length} images`}.`);
+    for await (const event of events(await ask())) {
+      await cards[event.index].take(event, by('grain').checked);
+      if (event.type.endsWith('completed')) finished += 1;
+    }
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    say(`${finished === 1 ? 'One image' : `${finished} images`} in ${seconds} s.`);
+  } catch (error) {
+    for (const card of cards) if (!card.codes) card.say('not drawn');
+    if (error.name === 'AbortError') say(`Stopped after ${finished} of ${cards.length}.`);
+    else say(error.message, true);
+  }
+}
+
 export class Drawing {
   constructor(say) {
     this.say = say;
@@ -95,29 +119,13 @@ export class Drawing {
     this.control?.abort();
   }
 
-  /** Draw what the form says; resolves when all is there, was stopped, or was refused. */
+  /** Draw what the form says. */
   async run(model) {
-    const request = { ...body(model), stream: true, partial_images: PREVIEWS, with_codes: true };
+    const request = { ...body(model), ...STREAMED };
     this.control = new AbortController();
-    const gallery = by('gallery');
-    this.cards = Array.from({ length: request.n }, (_, index) => new Card(index, request.seed));
-    gallery.classList.toggle('large', model.image_size > 128);
-    gallery.replaceChildren(...this.cards.map((card) => card.figure));
-    const began = performance.now();
-    let finished = 0;
-    try {
-      this.say(`Drawing ${request.n === 1 ? 'one image' : `${request.n} images`}.`);
-      const response = await call('/v1/images/generations', json(request, this.control.signal));
-      for await (const event of events(response)) {
-        await this.cards[event.index].take(event, by('grain').checked);
-        if (event.type.endsWith('completed')) finished += 1;
-      }
-      const seconds = ((performance.now() - began) / 1000).toFixed(1);
-      this.say(`${finished === 1 ? 'One image' : `${finished} images`} in ${seconds} s.`);
-    } catch (error) {
-      for (const card of this.cards) if (!card.codes) card.say('not drawn');
-      if (error.name === 'AbortError') this.say(`Stopped after ${finished} of ${request.n}.`);
-      else this.say(error.message, true);
-    }
+    this.cards = blank(request.n, request.seed);
+    by('gallery').classList.toggle('large', model.image_size > 128);
+    by('gallery').replaceChildren(...this.cards.map((card) => card.figure));
+    await fill(this.cards, () => call('/v1/images/generations', json(request, this.control.signal)), this.say);
   }
 }

@@ -1,7 +1,7 @@
 // Painting a mask over a picture and having that part drawn anew, where the model can.
 
-import { bitmap, call } from './api.js';
-import { body } from './draw.js';
+import { call } from './api.js';
+import { STREAMED, blank, fill } from './draw.js';
 
 const by = (id) => document.getElementById(id);
 
@@ -9,12 +9,15 @@ export class Editing {
   constructor(say, model) {
     this.say = say;
     this.model = model;
+    this.cards = [];
     by('edit-photo').addEventListener('change', () => this.open(by('edit-photo').files[0]));
     by('clear').addEventListener('click', () => this.reset());
     by('redraw').addEventListener('click', () => this.run());
   }
 
-  refresh() {}
+  refresh() {
+    for (const card of this.cards) card.show(by('grain').checked);
+  }
 
   /** Show the centre square of a picture, to be painted on. */
   async open(file) {
@@ -32,8 +35,10 @@ export class Editing {
     const stroke = (event) => { if (event.buttons || event.type === 'pointerdown') this.stroke(event); };
     this.canvas.addEventListener('pointerdown', (event) => { this.canvas.setPointerCapture(event.pointerId); stroke(event); });
     this.canvas.addEventListener('pointermove', stroke);
+    this.cards = [];
     by('edited').replaceChildren(figure);
     this.reset();
+    this.say('');
   }
 
   reset() {
@@ -64,6 +69,7 @@ export class Editing {
 
   /** As OpenAI's API has it: the mask is transparent where the image is to be drawn anew. */
   async run() {
+    if (![by('edit-seed'), by('edit-n')].every((field) => field.reportValidity())) return;
     const mask = new OffscreenCanvas(this.mask.width, this.mask.height), context = mask.getContext('2d');
     context.fillRect(0, 0, mask.width, mask.height);
     context.globalCompositeOperation = 'destination-out';
@@ -71,22 +77,15 @@ export class Editing {
     const form = new FormData();
     form.set('image', await this.image.convertToBlob(), 'image.png');
     form.set('mask', await mask.convertToBlob(), 'mask.png');
-    for (const [name, value] of Object.entries(body(this.model()))) if (value !== null) form.set(name, String(value));
-    try {
-      this.say('Drawing.');
-      const answer = await (await call('/v1/images/edits', { method: 'POST', body: form })).json();
-      const results = await Promise.all(answer.data.map(async (item) => {
-        const figure = document.createElement('figure'), image = await bitmap(item.b64_json);
-        figure.innerHTML = '<canvas class="small" role="img" aria-label="Drawn anew"></canvas><figcaption>Drawn anew</figcaption>';
-        const canvas = figure.querySelector('canvas');
-        canvas.width = canvas.height = image.width;
-        canvas.getContext('2d').drawImage(image, 0, 0);
-        return figure;
-      }));
-      by('edited').replaceChildren(by('edited').firstChild, ...results);
-      this.say('');
-    } catch (error) {
-      this.say(error.message, true);
-    }
+    const fields = { ...STREAMED, model: this.model().id, n: by('edit-n').value, seed: by('edit-seed').value };
+    if (this.model().prompts) fields.prompt = by('edit-prompt').value;
+    if (by('edit-label').value !== '') fields.label = by('edit-label').value;
+    for (const [name, value] of Object.entries(fields)) form.set(name, String(value));
+    this.cards = blank(Number(fields.n), fields.seed);
+    by('edited').replaceChildren(by('edited').firstChild, ...this.cards.map((card) => card.figure));
+    this.cards[0].figure.scrollIntoView({ block: 'nearest' }); // it is below the settings on a phone
+    by('redraw').disabled = true;
+    await fill(this.cards, () => call('/v1/images/edits', { method: 'POST', body: form }), this.say);
+    by('redraw').disabled = false;
   }
 }
