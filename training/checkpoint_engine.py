@@ -11,15 +11,40 @@ import torch
 from numpy.typing import NDArray
 
 from dvq_rt.engine import Engine
+from dvq_rt.generator import Generator
 from dvq_rt.manifest import Manifest
 from dvq_rt.prompts import BYTES
+from runtimes.errors import InputError
 from runtimes.protocol import Array
-from training.checkpoint import TEXT_TOKENIZER, Model, load_checkpoint
+from training.checkpoint import CONFIG, TEXT_TOKENIZER, Model, load_checkpoint
 from training.frozen_text import frozen_of
 from training.models.tokenizer import EveryGrain, Tokenizer
 from training.sampling import embed_prompts
 from training.step import step_table
 from training.torch_program import SIDE_BY_SIDE, TorchDevice, TorchProgram
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint's."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def open_model(path: str | Path) -> Generator:
+    """An engine folder, a demo's name, or a checkpoint of both stages; errors as of both."""
+    return Generator.over(CheckpointEngine(path)) if is_checkpoint(path) else Generator(path)
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Path by name, of NAME=PATH or PATH.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    pairs = [(text.partition("=")[0], text.partition("=")[2]) if "=" in text else (text, text) for text in models]
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InputError(f"the models are named {names}; give each a name of its own, NAME=PATH")
+    return dict(pairs)
 
 
 class CheckpointEngine(Engine):

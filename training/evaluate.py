@@ -26,8 +26,8 @@ from dvq_rt import Generator, SamplingParams
 from dvq_rt.files import parse_json, write_file
 from runtimes.errors import ConfigError, InputError, guard
 from runtimes.onnxruntime import import_onnxruntime
-from training.checkpoint import CONFIG, load_checkpoint, load_tokenizer
-from training.checkpoint_engine import CheckpointEngine
+from training.checkpoint import load_checkpoint, load_tokenizer
+from training.checkpoint_engine import is_checkpoint, named, open_model
 from training.cli import guarded
 from training.config import read_config
 from training.data.folder import ImageFolder
@@ -52,24 +52,6 @@ from training.objective import StageOneConfig
 from training.perceptual import load_perceptual
 from training.train_tokenizer import held_out_folder
 from training.train_transformer import SECTIONS
-
-
-def is_checkpoint(path: str) -> bool:
-    """Whether a folder is a checkpoint's."""
-    return (Path(path) / CONFIG).is_file()
-
-
-def named(models: list[str]) -> dict[str, str]:
-    """Path by name, of NAME=PATH or PATH.
-
-    Raises:
-        InputError: two have the same name.
-    """
-    pairs = [(text.partition("=")[0], text.partition("=")[2]) if "=" in text else (text, text) for text in models]
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise InputError(f"the models are named {names}; give each a name of its own, NAME=PATH")
-    return dict(pairs)
 
 
 def numbers(name: str, text: str) -> list[float]:
@@ -270,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     of_tokenizers.add_argument(
         "--tokens", metavar="N[,N...]", help="budgets of mean codes an image (the smallest of the tokenizers' own)"
     )
-    of_tokenizers.add_argument("--images", type=int, default=5000, metavar="N", help="images of a side at most (5000)")
+    of_tokenizers.add_argument("--images", type=int, default=2000, metavar="N", help="images of a side at most (2000)")
     of_tokenizers.add_argument("--lpips", metavar="FOLDER", help="weights of LPIPS, see docs/training.md")
     of_models = parser.add_argument_group("an engine, or a checkpoint of both stages")
     of_models.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
@@ -308,12 +290,13 @@ def main(argv: list[str] | None = None) -> None:
     if all(checkpoints):
         evaluate_tokenizers(args, models, first, out)
     elif len(models) > 1:
-        raise InputError(f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one engine")
+        raise InputError(
+            f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one "
+            "engine; training.compare compares engines"
+        )
     path = next(iter(models.values()))
-    if not any(checkpoints):
-        evaluate_model(args, Generator(path), config, first, out)
-    elif len(models) == 1 and load_checkpoint(path).transformer is not None:
-        evaluate_model(args, Generator.over(CheckpointEngine(path)), config, first, out)
+    if not any(checkpoints) or len(models) == 1 and load_checkpoint(path).transformer is not None:
+        evaluate_model(args, open_model(path), config, first, out)
 
 
 if __name__ == "__main__":

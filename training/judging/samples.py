@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -166,7 +166,7 @@ def likelihood(generator: Generator, folder: ImageFolder, indices: Indices) -> d
     if generator.layout.order == UNORDERED:
         return None
     images, kept = folder.load(indices)
-    codes, (labels, prompts) = generator.encode(images), conditions(generator, folder, kept)
+    codes, (labels, prompts) = generator.encode(list(images)), conditions(generator, folder, kept)
     scores = generator.score(codes, labels, prompts=prompts, truncate=True)
     tokens = sum(len(score.content) for score in scores)
     nats = -sum(score.total for score in scores)
