@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
             "engine; training.compare compares engines"
         )
     path = next(iter(models.values()))
-    if not any(checkpoints) or len(models) == 1 and load_checkpoint(path).transformer is not None:
+    if not any(checkpoints) or (len(models) == 1 and load_checkpoint(path).transformer is not None):
         evaluate_model(args, open_model(path), config, first, out)
 
 
