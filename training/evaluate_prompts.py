@@ -89,7 +89,9 @@ def test_words(
         hit, told[name] = nearest_word({word: foreground_colour(image) for word, image in real.items()}, colours)
         hits.append(hit)
         chances += [1 / len(members)] * len(hit)
-        rows.append((f"{name.replace('{}', '...')}: {', '.join(members)}", [enlarged(image) for image in real.values()]))
+        rows.append(
+            (f"{name.replace('{}', '...')}: {', '.join(members)}", [enlarged(image) for image in real.values()])
+        )
         rows.append(("drawn", [enlarged(own[0]) for own in drawn.values()]))
     if not hits:
         return {}, []
