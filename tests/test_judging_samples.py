@@ -123,7 +123,7 @@ def test_inception_takes_exactly_its_published_tensors(tmp_path: Path) -> None:
 
 
 def test_equal_numbers() -> None:
-    """A set of the same law is as far at equal numbers, though it has more images, which alone would bring it nearer."""
+    """Sets of one law are as far at equal numbers, though one has more images, which alone would bring it nearer."""
     real, few, many = correlated(300, 1), correlated(40, 2)[:, ::-1], correlated(200, 3)[:, ::-1]
     table = at_equal_numbers(real, {"few": few, "many": many})
     assert (table["few"]["images"], table["few"]["parts"], table["many"]["parts"]) == (40, 1, 5)
