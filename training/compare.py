@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
     parser.add_argument("--n", type=int, default=16, help="samples per label for the judge (16)")
     parser.add_argument("--number", type=int, default=256, help="samples that are compared with real images (256)")
-    parser.add_argument("--images", type=int, default=2000, help="real images of a side at most (2000)")
+    parser.add_argument("--images", type=int, default=5000, help="real images of a side at most (5000)")
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from PIL import Image
 
 from dvq_rt import Generator, Samples, SamplingParams
 from dvq_rt.images import grain_overlay
-from runtimes.errors import InputError
+from runtimes.errors import DataError, InputError
 from training.data.folder import ImageFolder, Indices
 from training.data.pixels import Pixels, to_float
 from training.judging.classifier import Judge
-from training.judging.distribution import NEIGHBOURS
+from training.judging.distribution import NEIGHBOURS, Features
 from training.judging.engine import train_judge
 from training.judging.features import Extractor, extract
 from training.judging.metrics import (
@@ -103,35 +103,48 @@ def compare(
 
     Raises:
         InputError: a model has labels that the configuration lacks.
+        DataError: too few images are held out.
     """
     names = real.names
     for name, generator in models.items():
         if lacking := sorted(set(generator.class_names) - set(names)):
             raise InputError(f"{name} has the labels {lacking}, which the configuration lacks; give another --config")
-    result: dict[str, Any] = {"reconstruction": {k: reconstruction(g, real, k) for k, g in models.items()}}
     offered = {name: [label for label in names if label in g.class_names] for name, g in models.items()}
     shared = [label for label in names if all(label in labels for labels in offered.values())]
+    prompted = {name: g for name, g in models.items() if g.takes_prompts}
+    kinds = {"shared": (models, shared), "captions": (prompted, real.folder.classes if prompted else [])}
+    used = {key: used_images(real, labels) for key, (_, labels) in kinds.items() if labels}
+
+    result: dict[str, Any] = {"reconstruction": {k: reconstruction(g, real, k) for k, g in models.items()}}
     drawn: dict[str, Samples] = {}
     if any(offered.values()):
         judge = train_judge(real.folder, real.training, real.stage, names, steps)
         result["labels"], drawn = judged_labels(models, offered, real, judge, n, seed)
         result["nearest"] = nearest(models, drawn, real, judge)
-    if shared:
-        numbers = np.flatnonzero(np.isin(np.array(real.folder.classes), shared))
-        train, val = (side[np.isin(real.folder.labels[side], numbers)] for side in (real.train, real.val))
-        result["shared"] = {"labels": shared, "images": [len(train), len(val)]}
-        wanted = alike(train, number)
-        result["shared"]["sets"] = distances(
-            {name: (g, Conditions(labels_in(g, real.folder, wanted), None)) for name, g in models.items()},
-            *(real, extractor, train, val, seed),
-        )
-    if prompted := {name: g for name, g in models.items() if g.takes_prompts}:
-        wanted, sources = alike(real.train, number), {}
-        for name, g in prompted.items():
-            sources[name] = g, Conditions(labels_in(g, real.folder, wanted), conditions(g, real.folder, wanted).prompts)
-        result["captions"] = {"images": [len(real.train), len(real.val)]}
-        result["captions"]["sets"] = distances(sources, real, extractor, real.train, real.val, seed)
+    sides = (real.train, real.val)
+    features = [extract(extractor, real.pixels(side), "features of real images").features for side in sides]
+    for key, use in used.items():
+        wanted, sources = alike(real.train[use[0]], number), {}
+        for name, g in kinds[key][0].items():
+            prompts = conditions(g, real.folder, wanted).prompts if key == "captions" else None
+            sources[name] = g, Conditions(labels_in(g, real.folder, wanted), prompts)
+        train, val = (own[rows] for own, rows in zip(features, use, strict=True))
+        sets = distances(sources, extractor, train, val, seed)
+        result[key] = {"labels": kinds[key][1], "images": [len(train), len(val)], "sets": sets}
     return result, drawn
+
+
+def used_images(real: RealImages, labels: Sequence[str]) -> list[NDArray[np.bool_]]:
+    """Which of the training and of the held-out images have one of some labels.
+
+    Raises:
+        DataError: too few are held out for precision and recall.
+    """
+    numbers = [real.folder.classes.index(label) for label in labels]
+    train, val = (np.isin(real.folder.labels[side], numbers) for side in (real.train, real.val))
+    if val.sum() <= NEIGHBOURS:
+        raise DataError(f"{val.sum()} images of {list(labels)} are held out; precision needs more than {NEIGHBOURS}")
+    return [train, val]
 
 
 def labels_in(generator: Generator, folder: ImageFolder, indices: Indices) -> list[int | None]:
@@ -186,8 +199,7 @@ def nearest(
     models: Mapping[str, Generator], drawn: Mapping[str, Samples], real: RealImages, judge: Judge
 ) -> dict[str, Any]:
     """``memorisation`` by pixels and by the judge's features, of some samples of each model."""
-    training = real.pixels(real.folder.train)
-    held = real.pixels(real.folder.val[pick(len(real.folder.val), NEAREST)])
+    training, held = real.pixels(real.train), real.pixels(real.val[pick(len(real.val), NEAREST)])
     plain, mirrored = judge(training).features, judge(training[:, :, ::-1]).features
     out: dict[str, Any] = {}
     for name, samples in drawn.items():
@@ -205,21 +217,19 @@ def nearest(
 
 def distances(
     sources: Mapping[str, tuple[Generator, Conditions]],
-    real: RealImages,
     extractor: Extractor,
-    train: Indices,
-    val: Indices,
+    train: Features,
+    val: Features,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """``at_equal_numbers`` of held-out images and of each model's samples against training images."""
-    if len(val) <= NEIGHBOURS:
-        raise InputError(f"only {len(val)} images are held out; more than {NEIGHBOURS} are needed for precision")
-    sets: dict[str, NDArray[Any]] = {"held-out images": extract(extractor, real.pixels(val), "held out").features}
+    """``at_equal_numbers`` of held-out images and of each model's samples against training images, whose features
+    ``val`` and ``train`` are."""
+    sets: dict[str, Features] = {"held-out images": val}
     for name, (generator, wanted) in sources.items():
         params = SamplingParams.from_dict(generator.manifest.defaults)
         chunks = draw(generator, wanted, seed, params)
         sets[name] = extract(extractor, chunks, name, len(wanted.labels)).features
-    return at_equal_numbers(extract(extractor, real.pixels(train), "training images").features, sets)
+    return at_equal_numbers(train, sets)
 
 
 # --- tables and pictures ---------------------------------------------------------------------------------------
