@@ -35,6 +35,7 @@ from training.judging.metrics import (
 from training.judging.report import report, save_picture, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.train_transformer import StageTwoConfig
 
@@ -125,9 +126,9 @@ def test_evaluate_writes_numbers_pictures_and_a_table(
 def test_models_side_by_side(
     engine: Path, data: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Protects ``training.compare``: an engine and a checkpoint of the other family in one run, each with its own
-    number of codes and labels, the distances of both beside that of held-out images; and what cannot be compared."""
-    save_checkpoint(masked_model(("dots", "bars")), tmp_path / "new")
+    """Protects ``training.compare``: an engine and a checkpoint of the other family that reads prompts in one run, each
+    with its own number of codes and labels, distances beside that of held-out images; and what cannot be compared."""
+    save_checkpoint(masked_model(("dots", "bars"), text=TextConfig(16, 256, 1)), tmp_path / "new")
     out = tmp_path / "out"
     arguments = [str(data), f"old={engine}", f"new={tmp_path / 'new'}", "--config", str(config), "--out", str(out)]
     few = ["--n", "2", "--number", "6", "--images", "12", "--classifier-steps", "2"]
@@ -139,8 +140,9 @@ def test_models_side_by_side(
     assert values["reconstruction"]["new"]["codes"] == 25 and values["reconstruction"]["old"]["fixed_codes"] == 64
     samples = values["labels"]["samples"]
     assert samples["new"]["labels"]["squares"] == {"share": None, "count": 0} and samples["old"]["count"] == 6
-    assert values["shared"]["labels"] == ["bars", "dots"] and "captions" not in values
+    assert values["shared"]["labels"] == ["bars", "dots"]
     sets = values["shared"]["sets"]
+    assert set(values["captions"]["sets"]) == {"held-out images", "new"}
     assert set(sets) == {"held-out images", "old", "new"} and len({row["images"] for row in sets.values()}) == 1
     assert set(values["nearest"]["old"]) == {"pixels", "features"}
     for wrong, words in (([str(data), "demo:dq", str(engine)], "images of [16, 64]"), (arguments, "has the labels")):

@@ -279,8 +279,8 @@ def test_an_exported_model(model: Model, tmp_path: Path) -> None:
 
 
 def test_how_edits_are_measured(model: Model) -> None:
-    """Of a hole the likelihood by pins and the weight make up that of the image under its label and prompt; and what is
-    given counts for nothing, with caches as without."""
+    """The likelihood of a hole and the weight of its draws make up that of the image under its label and prompt, or of
+    what is left where the rest is given; without caches as with them."""
     layout, net, rng = model.layout, model.both()[1], np.random.default_rng(3)
     ids, rows = prompt_of(net, "an ant")
     for label in range(layout.starts):
@@ -294,10 +294,10 @@ def test_how_edits_are_measured(model: Model) -> None:
                 for row, given in ((tokens, None), (first, kind[1:]))
             ]
             whole, rest = drawn(net, [replace(request, record=LOGPROBS) for request in along], 2)
-            drawn_by_pins, weight = likelihood(net, edit, asked)
             totals = [sum(event.records[name].sum() for name in LOGPROBS) for event in (whole, rest)]
-            assert drawn_by_pins + weight == pytest.approx(totals[0], abs=2e-3) and drawn_by_pins <= 0
-            assert likelihood(net, edit, asked, given=True)[0] == pytest.approx(totals[1], abs=2e-3)
+            for given, total in zip((False, True), totals, strict=True):
+                by_draws, weight = likelihood(net, edit, asked, given)
+                assert by_draws + weight == pytest.approx(total, rel=2e-4) and by_draws < 0
 
 
 def test_the_table_of_edits(model: Model, tmp_path: Path) -> None:
