@@ -163,7 +163,6 @@ def hole_nats(net: StackedTransformer, edit: Edit, asked: Asked, candidates: Seq
 @torch.no_grad()
 def measure(
     generator: Generator,
-    engine: CheckpointEngine,
     folder: ImageFolder,
     images: Sequence[int],
     candidates: Sequence[int],
