@@ -243,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", nargs="*", default=[], metavar="PATH", help="images of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     args = parser.parse_args(argv)
-    if args.images < 1 or min(args.candidates, default=1) < 1:
-        raise InputError(f"--images is {args.images}, --candidates {args.candidates}; each must be at least 1")
+    if args.images < 1 or min(args.candidates, default=2) < 2:
+        raise InputError(f"--images is {args.images}, --candidates {args.candidates}; at least 1 and 2 are needed")
     generator = Generator.over(CheckpointEngine(args.checkpoint))
     read = read_config(args.config, SECTIONS, args.set)
     folder, _ = open_data(generator, args.data, read["training"], read["stage"])
