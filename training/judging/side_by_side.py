@@ -124,7 +124,8 @@ def compare(
     sides = (real.train, real.val)
     features = [extract(extractor, real.pixels(side), "features of real images").features for side in sides]
     for key, use in used.items():
-        wanted, sources = alike(real.train[use[0]], number), {}
+        wanted = alike(real.train[use[0]], number)
+        sources: dict[str, tuple[Generator, Conditions]] = {}
         for name, g in kinds[key][0].items():
             prompts = conditions(g, real.folder, wanted).prompts if key == "captions" else None
             sources[name] = g, Conditions(labels_in(g, real.folder, wanted), prompts)
