@@ -89,6 +89,7 @@ def small_model(
     seed: int = 0,
     sizes: DQVAEConfig = TOKENIZER,
     given: bool = False,
+    text: TextConfig | None = None,
 ) -> Model:
     """A whole model with random weights; with class names it also has a null label."""
     torch.manual_seed(seed + 100)
@@ -104,17 +105,20 @@ def small_model(
     vae.quantizer.codebook.normal_()
     layout = TokenLayout(32, sizes.sides, order, len(class_names), null_label=bool(class_names))
     defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
-    return Model(vae, small_transformer(layout, seed, given), tuple(class_names), defaults).eval()
+    return Model(vae, small_transformer(layout, seed, given, text), tuple(class_names), defaults).eval()
 
 
-def masked_model(class_names: Sequence[str] = (), seed: int = 0, **layout: Any) -> Model:
+def masked_model(
+    class_names: Sequence[str] = (), seed: int = 0, text: TextConfig | None = None, **layout: Any
+) -> Model:
     """As ``small_model``, of the MQ family; ``layout`` replaces arguments of the TokenLayout."""
     torch.manual_seed(seed + 100)
     vae = MQVAE(MASKED)
     vae.quantizer.codebook.normal_()
     fields = {**MASKED.layout(), "classes": len(class_names), "null_label": bool(class_names), **layout}
     defaults = {"guidance": 1.5, "temperature": 0.8} if class_names else {}
-    return Model(vae, small_transformer(TokenLayout(**fields), seed), tuple(class_names), defaults).eval()
+    net = small_transformer(TokenLayout(**fields), seed, text=text)
+    return Model(vae, net, tuple(class_names), defaults).eval()
 
 
 def ragged_tokens(layout: TokenLayout, count: int, seed: int = 0) -> list[Tokens]:

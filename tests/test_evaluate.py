@@ -1,12 +1,14 @@
 """The judge of an engine, on a random one and drawn images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import masked_model
 
 import training.judging.engine
 from dvq_rt import Generator
@@ -14,14 +16,14 @@ from dvq_rt.layout import TokenLayout
 from export.to_onnx import export_onnx
 from runtimes.errors import ConfigError, DataError, InputError
 from training import compare
-from training.checkpoint import Model
+from training.checkpoint import Model, save_checkpoint
 from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
 from training.data.stream import Augment
 from training.evaluate import main
-from training.judging.classifier import Classifier, balanced, degrade, judge, train_classifier
-from training.judging.engine import open_data
+from training.judging.classifier import Classifier, Judge, balanced, degrade, train_classifier
+from training.judging.engine import open_data, train_judge
 from training.judging.metrics import (
     accuracy,
     diversity,
@@ -33,6 +35,7 @@ from training.judging.metrics import (
 from training.judging.report import report, save_picture, sheet
 from training.loop import TrainConfig
 from training.models.dqvae import DQVAE, DQVAEConfig
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.train_transformer import StageTwoConfig
 
@@ -120,18 +123,33 @@ def test_evaluate_writes_numbers_pictures_and_a_table(
     assert set(values["memorisation"]["pixels"]) == set(values["memorisation"]["features"]) == keys
 
 
-def test_engines_side_by_side(
-    engine: Path, mq_engine: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_side_by_side(
+    engine: Path, data: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Protects ``training.compare``: both families in one picture and one table, each with its own number of codes."""
-    compare.main([str(data), str(engine), str(mq_engine), "--out", str(tmp_path / "both.png")])
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == str(tmp_path / "both.png") and Image.open(tmp_path / "both.png").width > 300
-    rows = [line for line in printed if line.startswith(f"| {engine}") or line.startswith(f"| {mq_engine}")]
-    assert len(rows) == 2 and "| 25.000 |" in rows[1]
-    with pytest.raises(SystemExit):
-        compare.main([str(data), "demo:dq", str(engine), "--out", str(tmp_path / "two.png")])
-    assert "the engines make images of [16, 64] pixels" in capsys.readouterr().err
+    """Protects ``training.compare``: an engine and a checkpoint of the other family that reads prompts in one run, each
+    with its own number of codes and labels, distances beside that of held-out images; and what cannot be compared."""
+    save_checkpoint(masked_model(("dots", "bars"), text=TextConfig(16, 256, 1)), tmp_path / "new")
+    out = tmp_path / "out"
+    arguments = [str(data), f"old={engine}", f"new={tmp_path / 'new'}", "--config", str(config), "--out", str(out)]
+    few = ["--n", "2", "--number", "6", "--images", "12", "--classifier-steps", "2"]
+    compare.main([*arguments, *few])
+    printed = capsys.readouterr().out
+    assert printed.strip().endswith(str(out)) and (out / "compare.md").read_text().strip() in printed
+    assert {path.name for path in out.iterdir()} == {"compare.md", "compare.json", "codes.png", "samples.png"}
+    values = json.loads((out / "compare.json").read_text())
+    assert values["reconstruction"]["new"]["codes"] == 25 and values["reconstruction"]["old"]["fixed_codes"] == 64
+    samples = values["labels"]["samples"]
+    assert samples["new"]["labels"]["squares"] == {"share": None, "count": 0} and samples["old"]["count"] == 6
+    assert values["shared"]["labels"] == ["bars", "dots"]
+    sets = values["shared"]["sets"]
+    assert set(values["captions"]["sets"]) == {"held-out images", "new"}
+    assert set(sets) == {"held-out images", "old", "new"} and len({row["images"] for row in sets.values()}) == 1
+    assert set(values["nearest"]["old"]) == {"pixels", "features"}
+    for wrong, words in (([str(data), "demo:dq", str(engine)], "images of [16, 64]"), (arguments, "has the labels")):
+        labels = 'stage.labels={"dots": ["d"], "squares": ["a"]}'
+        with pytest.raises(SystemExit):
+            compare.main([*wrong, "--out", str(out), *few, "--set", labels, "--set", "stage.flip_exclude=[]"])
+        assert words in capsys.readouterr().err
 
 
 def test_sweep_covers_the_grid(
@@ -155,11 +173,32 @@ def test_sweep_covers_the_grid(
 def test_split_and_labels_are_those_of_training(engine: Path, data: Path, config: Path, folder: ImageFolder) -> None:
     sections = {"training": TrainConfig, "stage": StageTwoConfig}
     values = read_config(config, sections, [])
-    opened, augment = open_data(Generator(engine), data, values["training"], values["stage"])
+    opened, stage = open_data(Generator(engine), data, values["training"], values["stage"])
     assert opened.classes == list(NAMES)  # the engine's order, although the configuration has another
     trained = ImageFolder(data, 16, val_fraction=0.2, labels=values["stage"].labels)
     assert {opened.relative(int(i)) for i in opened.val} == {trained.relative(int(i)) for i in trained.val}
-    assert augment == Augment(1, True, frozenset({"bars"}))
+    assert stage.flip_exclude == ("bars",)
+    rest = replace(values["stage"], labels={"squares": ["a"], "bars": ["c"], "dots": ["d"], "": ["*"]})
+    opened, _ = open_data(Generator(engine), data, values["training"], rest)
+    assert opened.classes == [*NAMES, ""] and (opened.labels == 3).sum() == 20  # what has none of the labels
+
+
+def test_the_judge_knows_every_class(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells all sub-folders apart, those of no label too, has seen none of what is held out, and mirrors no class
+    whose label is not mirrored."""
+    stage = StageTwoConfig(labels={"squares": ["a", "b"], "dots": ["d"]}, flip_exclude=("squares",), val_fraction=0.2)
+    folder, seen = ImageFolder(data, 16, val_fraction=0.2, labels=stage.labels), []
+    monkeypatch.setattr(
+        "training.judging.engine.train_classifier",
+        lambda every, steps, augment: (seen.append((every, augment)), Classifier(4))[1],
+    )
+    judge = train_judge(folder, TrainConfig(flip=True), stage, ("dots", "squares"), 1)
+    ((every, augment),) = seen
+    assert every.classes == list("abcd") and judge.label_of.tolist() == [1, 1, -1, 0]
+    assert augment.flip_exclude == {"a", "b"}
+    held = {folder.relative(int(i)) for i in folder.val}
+    names = {every.relative(int(i)) for i in every.train}
+    assert held and not held & names and len(names) == 80 - len(held)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +246,11 @@ def test_classifier_is_small_reproducible_and_leaves_the_random_state(folder: Im
     first, second = (train_classifier(folder, 3, Augment(shift=1)) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     images, _ = folder.load(folder.val)
-    assert np.array_equal(judge(first, images).features, judge(second, images).features)
+    judges = [Judge(net, np.arange(3)) for net in (first, second)]
+    assert np.array_equal(judges[0](images).features, judges[1](images).features)
     seen = first(to_float(folder.load(folder.train)[0]))[1]
     assert seen.mean(0).abs().max() < 1e-3 and seen.std(0, correction=0).max() == pytest.approx(1, abs=1e-3)
-    assert judge(first, images[:0]).features.shape == (0, judge(first, images).features.shape[1])
+    assert judges[0](images[:0]).features.shape == (0, judges[0](images).features.shape[1])
     with pytest.raises(ConfigError, match="at least 1"):
         train_classifier(folder, 0, Augment())
 

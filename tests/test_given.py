@@ -1,5 +1,6 @@
 """What is kept stands first: its sequences, the step, the plain sampler, training batches, and an exported engine."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,24 +8,30 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models import BOUND, relative_error, small_model, small_transformer
 from test_edits import LAYOUTS, PARAMS, as_codes, changed, drawn, random_codes, random_mask
 
 from dvq_rt.codes import Codes
 from dvq_rt.decoding import Request
 from dvq_rt.editing import Edit, given_first
-from dvq_rt.engine import LOGITS, LOGMASSES
+from dvq_rt.engine import LOGITS, LOGMASSES, LOGPROBS
 from dvq_rt.generator import Generator
 from dvq_rt.layout import HEADS, TokenLayout
+from dvq_rt.prompts import BYTES, TextTokenizer
 from dvq_rt.sampling import SamplingParams
 from dvq_rt.step import GIVEN_PORTS
 from export.to_onnx import export_onnx
 from runtimes.errors import InputError
+from training.checkpoint import Model, save_checkpoint
 from training.data.holes import GRAIN_SHAPES, SHAPES, arranged, random_hole
 from training.data.tokens import collate
+from training.evaluate_edits import Asked, holes, likelihood
+from training.evaluate_edits import main as measure
 from training.losses import stacked_losses
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.sampling import sample_tokens
+from training.sampling import embed_prompts, sample_tokens
 from training.step import step_table
 from training.torch_program import TOKENS, teacher_forced
 
@@ -222,25 +229,46 @@ def test_it_learns_from_what_comes_later() -> None:
         assert loss(True, 200) < 0.5 and loss(False, 200) > 1.9  # log 8 is 2.08
 
 
-def test_an_exported_model(tmp_path: Path) -> None:
-    """An engine of such a model is compared with PyTorch, given tokens included, edits exactly, and takes hints."""
-    model = small_model(("ant", "bee"), given=True)
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Labels, prompts and given tokens in one."""
+    return small_model(("ant", "bee"), given=True, text=TextConfig(length=16, vocabulary=256, blocks=1))
+
+
+def prompt_of(net: StackedTransformer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """A text as the uncached forward and as the step take it."""
+    ids = TextTokenizer(BYTES, 16).encode(text)
+    return ids, embed_prompts(net, [ids])[0]
+
+
+def test_an_exported_model(model: Model, tmp_path: Path) -> None:
+    """An engine of a model with labels, prompts and given tokens is compared with PyTorch, all three together; it edits
+    exactly, as the plain sampler does, and takes hints."""
     export_onnx(model, tmp_path / "engine", slots=4)
     generator = Generator(tmp_path / "engine", slots=4, threads=1)
-    (codes,) = generator.sample(1, "ant", seed=1).codes
+    net = model.both()[1]
+    (codes,) = generator.sample(1, "ant", seed=1, prompts="a cat").codes
     mask = np.zeros((4, 4), dtype=bool)
     mask[:, :2] = True
-    made = generator.edit(codes, mask, n=3, exact=True, seed=4)
+    texts = ["red", "", "a long prompt"]
+    made = generator.edit(codes, mask, exact=True, seed=4, prompts=texts)
     assert made.law == "given" and all(not changed(Edit(codes, mask), c) for c in made.codes)
     fields = Edit(codes, mask).constraint(given=True)
-    requests = [Request(0, made.params, 4, i, **fields) for i in range(3)]
-    assert model.transformer is not None
-    for event, mine in zip(drawn(model.transformer, requests, 6), made.codes, strict=True):
+    rows = [prompt_of(net, text)[1] if text else None for text in texts]
+    requests = [Request(0, made.params, 4, i, prompt=row, record=TOKENS, **fields) for i, row in enumerate(rows)]
+    events = drawn(net, requests, 6)
+    for event, mine in zip(events, made.codes, strict=True):
         assert (as_codes(codes.layout, event).codes == mine.codes).all()
+    first, count = [row for row in rows if row is not None][-1], int((fields["given"] > 0).sum())
+    (oracle,) = sample_tokens(net, [0], made.params, seed=4, first_image=2, prompts=[first], **fields)
+    for head, expected in zip(TOKENS, oracle, strict=True):
+        got = events[2].records[head].tolist()
+        assert got[: len(expected) - 1] == expected[1 : len(got) + 1] and len(got) > count + 5
     by_pins = generator.edit(codes, mask, n=3, exact=False, seed=4)
     assert by_pins.law == "pins" and by_pins.codes != made.codes
-    assert generator.sample(1, "ant", seed=1).codes == [codes]
-    codes = max(generator.sample(8, "ant", seed=2).codes, key=lambda c: int((c.grain == 0).sum()))
+    assert generator.sample(1, "ant", seed=1, prompts="a cat").codes == [codes]
+    several = generator.sample(8, "ant", seed=2).codes
+    codes = max(several, key=lambda c: int((c.grain == 0).sum()))
     few = np.zeros((4, 4), dtype=bool)
     few.reshape(-1)[np.flatnonzero(codes.grain == 0)[:2]] = True
     finer = generator.refine(codes, cells=few)
@@ -248,4 +276,47 @@ def test_an_exported_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fit; refine fewer cells"):
         whole = Codes(np.full((8, 8), 3), np.zeros((4, 4), np.int8), codes.layout)
         generator.refine(whole, ratio=1.0, labels="ant")
-    assert SamplingParams() != made.params
+
+
+def test_how_edits_are_measured(model: Model) -> None:
+    """The likelihood of a hole and the weight of its draws make up that of the image under its label and prompt, or of
+    what is left where the rest is given; without caches as with them."""
+    layout, net, rng = model.layout, model.both()[1], np.random.default_rng(3)
+    ids, rows = prompt_of(net, "an ant")
+    for label in range(layout.starts):
+        asked, codes = Asked(label, "an ant", ids, rows), random_codes(layout, rng)
+        tokens = codes.tokens(label)
+        for redraw in holes(layout, codes.grain).values():
+            edit = Edit(codes, redraw)
+            first, kind = given_first(layout, tokens, ~redraw)
+            along = [
+                Request(label, SamplingParams(), forced=(row.position[1:], row.content[1:]), given=given, prompt=rows)
+                for row, given in ((tokens, None), (first, kind[1:]))
+            ]
+            whole, rest = drawn(net, [replace(request, record=LOGPROBS) for request in along], 2)
+            totals = [sum(event.records[name].sum() for name in LOGPROBS) for event in (whole, rest)]
+            for given, total in zip((False, True), totals, strict=True):
+                by_draws, weight = likelihood(net, edit, asked, given)
+                assert by_draws + weight == pytest.approx(total, rel=2e-4) and by_draws < 0
+
+
+def test_the_table_of_edits(model: Model, tmp_path: Path) -> None:
+    """The command on a checkpoint with labels and prompts: every hole, every way of drawing, two pictures."""
+    captions = {}
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+            captions[f"{name}/{i}.png"] = f"{name} {i}"
+    (tmp_path / "images" / "captions.json").write_text(json.dumps(captions))
+    stage = {"labels": {"ant": ["ant"], "bee": ["bee"], "": ["*"]}, "val_fraction": 0.4}
+    (tmp_path / "config.json").write_text(json.dumps({"stage": stage}))
+    save_checkpoint(model, tmp_path / "ckpt")
+    arguments = [str(tmp_path / "ckpt"), str(tmp_path / "images"), "--config", str(tmp_path / "config.json")]
+    measure([*arguments, "--out", str(tmp_path / "out"), "--images", "2", "--candidates", "3", "--show", "cow/1.png"])
+    result = json.loads((tmp_path / "out" / "edits.json").read_text())["holes"]
+    assert {"left half", "right half", "upper half", "lower half", "centre"} <= set(result)
+    assert all(set(row) == {"pins", "3 candidates", "given"} for row in result.values())
+    assert all(place["nats"] < 0 for row in result.values() for place in row.values())
+    assert all((tmp_path / "out" / name).exists() for name in ("edits.md", "edits.png", "holes.png"))

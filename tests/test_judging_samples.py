@@ -19,7 +19,7 @@ from training.checkpoint_engine import CheckpointEngine
 from training.evaluate import main
 from training.judging.distribution import Statistics, frechet_distance, inception_score, precision_recall
 from training.judging.features import inception
-from training.judging.samples import draw, labels_like, read_samples
+from training.judging.samples import Conditions, alike, at_equal_numbers, draw, read_samples
 from training.models.inception import CLASSES, Inception
 
 RNG = np.random.default_rng(0)
@@ -122,10 +122,13 @@ def test_inception_takes_exactly_its_published_tensors(tmp_path: Path) -> None:
         inception(tmp_path / "nowhere.pth")
 
 
-def test_labels_follow_the_real_images() -> None:
-    labels = labels_like(np.array([0, 0, 0, 1, 2, 2]), 10)
-    assert labels == sorted(labels) and np.bincount(labels).tolist() in ([5, 2, 3], [5, 1, 4])
-    assert len(labels_like(np.array([0] * 99 + [1]), 7)) == 7
+def test_equal_numbers() -> None:
+    """Sets of one law are as far at equal numbers, though one has more images, which alone would bring it nearer."""
+    real, few, many = correlated(300, 1), correlated(40, 2)[:, ::-1], correlated(200, 3)[:, ::-1]
+    table = at_equal_numbers(real, {"few": few, "many": many})
+    assert (table["few"]["images"], table["few"]["parts"], table["many"]["parts"]) == (40, 1, 5)
+    assert table["many"]["frechet"] > 1.02 * frechet_distance(Statistics.of(real), Statistics.of(many))
+    assert alike(np.array([4, 7, 9]), 2).tolist() == [4, 7] and alike(np.array([4, 7]), 4).tolist() == [4, 4, 7, 7]
 
 
 def test_samples_are_read_from_files_and_shards(tmp_path: Path) -> None:
@@ -158,8 +161,8 @@ def test_a_checkpoint_draws_in_batches_as_an_engine_does(model: nn.Module, tmp_p
     save_checkpoint(model, tmp_path / "ckpt")
     generator = Generator.over(CheckpointEngine(tmp_path / "ckpt"))
     params = SamplingParams(temperature=0.8, guidance=1.5)
-    labels = [0] * 40 + [1] * 30
-    images = np.concatenate(list(draw(generator, labels, 5, params)))
+    labels: list[int | None] = [0] * 40 + [1] * 30
+    images = np.concatenate(list(draw(generator, Conditions(labels, None), 5, params)))
     last = generator.sample(2, [1, 1], 5, params, first=68).to_numpy()
     assert images.shape == (70, 16, 16, 3) and np.array_equal(images[68:], last)
     codes = generator.encode(Image.fromarray(images[0]))
@@ -189,6 +192,7 @@ def test_the_command_reports_a_checkpoint(tmp_path: Path, capsys: pytest.Capture
     field = json.loads((tmp_path / "one" / "evaluation.json").read_text())["field"]
     settings = field["settings"]["samples"]
     assert (settings["number"], settings["seed"], settings["params"]["temperature"]) == (8, 0, 0.5)
+    assert field["equal_numbers"]["held-out images"]["images"] == field["equal_numbers"]["samples"]["images"] > 3
     assert 0 <= field["precision"] <= 1 and field["likelihood"]["tokens_per_image"] > 16
     generator = Generator.over(CheckpointEngine(tmp_path / "ckpt"))
     generator.sample(8, [0] * 4 + [1] * 4, 0, SamplingParams(temperature=0.5, guidance=1.5)).save(tmp_path / "samples")

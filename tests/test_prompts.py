@@ -38,7 +38,7 @@ from training.data.folder import ImageFolder
 from training.evaluate_prompts import main as judge_prompts
 from training.frozen_text import describe_frozen, frozen_of, load_frozen
 from training.import_published import import_published
-from training.judging.prompts import COLOURS, families, foreground_colour, hue, matching, nearest_word
+from training.judging.prompts import COLOURS, by_word, families, foreground_colour, hue, matching, nearest_word
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prepare_coco import main as prepare_coco
@@ -531,15 +531,20 @@ def test_numbers_of_judging() -> None:
     real = {"red": np.array([255.0, 0, 0]), "blue": np.array([0.0, 0, 255])}
     hit, told = nearest_word(real, {"red": np.array([[200.0, 9, 9], [10, 10, 200]])})
     assert hit.tolist() == [True, False] and told["red"]["nearest"] == 0.5 and told["red"]["real_hue"] == 0
+    row = {"real_hue": 350.0, "hue": 20.0, "real_brightness": 9.0, "brightness": 4.0}
+    means = by_word([{"red": row}, {"red": {**row, "hue": 340.0, "brightness": 6.0}, "blue": row}])
+    assert means["red"] == {"captions": 2, "hue_error": 20.0, "real_brightness": 9.0, "brightness": 5.0}
 
 
-def test_the_command(generator: Generator, run: Path, data: Path, tmp_path: Path) -> None:
-    """The command reads what the run held out, writes its numbers and a picture of the combinations."""
-    arguments = [str(generator.path), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
+def test_the_command(run: Path, data: Path, tmp_path: Path) -> None:
+    """The command reads what the run held out, judges a checkpoint as it does an engine, and writes numbers and
+    pictures."""
+    arguments = [str(run / "checkpoint"), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
     assert judge_prompts([*arguments, "--images", "2", "--samples", "1"]) is None
     result = json.loads((tmp_path / "out" / "prompts.json").read_text())
     assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
     assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
+    assert (tmp_path / "out" / "words.png").exists() and result["colours"]["words"]["red"]["captions"] == 2
 
 
 def test_coco(tmp_path: Path) -> None:

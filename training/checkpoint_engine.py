@@ -6,36 +6,71 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dvq_rt.engine import Engine
+from dvq_rt.generator import Generator
 from dvq_rt.manifest import Manifest
-from runtimes.errors import CheckpointError
+from dvq_rt.prompts import BYTES
+from runtimes.errors import InputError
 from runtimes.protocol import Array
-from training.checkpoint import Model, load_checkpoint
+from training.checkpoint import CONFIG, TEXT_TOKENIZER, Model, load_checkpoint
+from training.frozen_text import frozen_of
 from training.models.tokenizer import EveryGrain, Tokenizer
+from training.sampling import embed_prompts
 from training.step import step_table
 from training.torch_program import SIDE_BY_SIDE, TorchDevice, TorchProgram
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint's."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def open_model(path: str | Path) -> Generator:
+    """An engine folder, a demo's name, or a checkpoint of both stages; errors as of both."""
+    return Generator.over(CheckpointEngine(path)) if is_checkpoint(path) else Generator(path)
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Path by name, of NAME=PATH or PATH.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    pairs = [(text.partition("=")[0], text.partition("=")[2]) if "=" in text else (text, text) for text in models]
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InputError(f"the models are named {names}; give each a name of its own, NAME=PATH")
+    return dict(pairs)
 
 
 class CheckpointEngine(Engine):
     """Encodes, draws, forces and decodes with a checkpoint's modules; ``Generator.over`` makes a generator of it.
 
     Raises:
-        CheckpointError: see ``load_checkpoint``; it holds one stage only, or a model that reads prompts.
+        CheckpointError: see ``load_checkpoint`` and ``frozen_of``; or it holds one stage only.
     """
 
     def __init__(self, path: str | Path) -> None:
-        model = load_checkpoint(path)
-        if model.text is not None:
-            raise CheckpointError(f"{path} reads prompts, which a checkpoint cannot be given here; judge its tokenizer")
+        self.model = model = load_checkpoint(path)
         self._tokenizer, net = model.both()
+        self._frozen = frozen_of(model)
         table = step_table(net)
         self._step = TorchProgram(net)
         super().__init__(Path(path), _manifest(model, table.to_dict(None)), TorchDevice())  # type: ignore[arg-type]
 
     def program(self, name: str) -> Any:
         return self._step if name == "step" else _Module(self._tokenizer, name)
+
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return embed_prompts(self.model.both()[1], [self.read(ids)])[0]
+
+    def read(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """A prompt's token ids as the model takes them: those, or its frozen encoder's features."""
+        return ids if self._frozen is None else self._frozen.of(ids)
 
 
 class _Module:
@@ -54,7 +89,11 @@ class _Module:
 
 
 def _manifest(model: Model, step: dict[str, Any]) -> Manifest:
-    vae, net = model.both()
+    (vae, net), text = model.both(), model.text
+    reads: dict[str, Any] = {}
+    if text is not None:
+        name = BYTES if model.text_tokenizer == BYTES else TEXT_TOKENIZER
+        reads = {"kind": "prefix", "max": text.length, "tokenizer": name, "empty": text.empty}
     return Manifest(
         layout=net.layout,
         family=model.family,
@@ -68,4 +107,5 @@ def _manifest(model: Model, step: dict[str, Any]) -> Manifest:
         defaults=model.defaults,
         parameters={"transformer": sum(p.numel() for p in net.parameters())},
         tokenizer=vae.routing(),
+        conditioning=reads,
     )

@@ -1,7 +1,9 @@
-"""Engines side by side on held-out images: ``python -m training.compare DATA ENGINE ENGINE ... --out PICTURE``.
+"""Models that draw, side by side: ``python -m training.compare DATA [NAME=]MODEL [NAME=]MODEL ... --out DIR``.
 
-Prints codes per image, bits per pixel, PSNR and SSIM of each engine, and draws originals above each engine's coded
-cells and reconstructions.
+All are judged in one run by the same real images: reconstructions of held-out ones; samples of each label, by a
+classifier of all classes of the data; samples of the labels that all models have, by their distance to the training
+images beside that of held-out ones; how near they are to single training images; and, of models that read prompts,
+samples of training captions against all training images. ``compare.md``, ``compare.json`` and pictures go into DIR.
 """
 
 from __future__ import annotations
@@ -11,50 +13,77 @@ from pathlib import Path
 from typing import Any
 
 from dvq_rt import Generator
-from dvq_rt.images import grain_overlay
-from runtimes.errors import ConfigError
+from dvq_rt.files import write_file
+from runtimes.errors import ConfigError, InputError, guard
+from training.checkpoint_engine import named, open_model
 from training.cli import guarded
 from training.config import read_config
-from training.judging.metrics import cost, fidelity, through
-from training.judging.report import enlarged, pick, save_picture, sheet, table
+from training.judging.features import efficientnet_features
+from training.judging.report import save_json, save_picture
+from training.judging.side_by_side import RealImages, compare, picture_codes, picture_labels, tables
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
+from training.run import say
 from training.train_tokenizer import held_out_folder
+from training.train_transformer import SECTIONS
 
-COLUMNS = 10
+
+def open_models(models: list[str]) -> dict[str, Generator]:
+    """Engines, or checkpoints that act as such, by name.
+
+    Raises:
+        InputError: two have the same name.
+        ConfigError: they make images of different sizes.
+    """
+    opened = {name: open_model(path) for name, path in named(models).items()}
+    sizes = {generator.manifest.image_size for generator in opened.values()}
+    if len(sizes) > 1:
+        raise ConfigError(f"the models make images of {sorted(sizes)} pixels; compare models of one size")
+    return opened
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__)
-    parser.add_argument("data", help="folder of images that the engines' models were trained on")
-    parser.add_argument("engines", nargs="+", metavar="ENGINE", help="engine folder, demo:dq or demo:mq")
-    parser.add_argument("--out", required=True, help="picture to write")
+    parser = argparse.ArgumentParser(prog="python -m training.compare", description="Models that draw, side by side.")
+    parser.add_argument("data", help="folder of images that the models were trained on")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH: engine, demo:dq, or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--config", default="emoji_transformer", help="stage 2, for labels and held-out images")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides")
     parser.add_argument("--tokenizer-config", default="emoji_tokenizer", help="stage 1, for its held-out images")
+    parser.add_argument("--n", type=int, default=16, help="samples per label for the judge (16)")
+    parser.add_argument("--number", type=int, default=256, help="samples that are compared with real images (256)")
+    parser.add_argument("--images", type=int, default=5000, help="real images of a side at most (5000)")
+    parser.add_argument("--classifier-steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    for name in ("n", "number", "images", "classifier_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    config = read_config(args.config, SECTIONS, args.set)
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     first = read_config(args.tokenizer_config, sections, [])
-    generators = [Generator(engine) for engine in args.engines]
-    sizes = {generator.manifest.image_size for generator in generators}
-    if len(sizes) > 1:
-        raise ConfigError(f"the engines make images of {sorted(sizes)} pixels; compare engines of one size")
-    folder = held_out_folder(args.data, sizes.pop(), first["training"], first["stage"])
-    folder.check_held_out()
-    images, _ = folder.load(folder.val)
-    shown = pick(len(images), COLUMNS)
-    pictures = [("original", [enlarged(images[i]) for i in shown])]
-    rows = []
-    for name, generator in zip(args.engines, generators, strict=True):
-        codes, decoded = through(generator, images, name)
-        spent, kept = cost(codes, folder.size), fidelity(images, decoded)
-        rows.append([name, spent["codes"], spent["bits_per_pixel"], f"{kept['psnr']:.2f}", kept["ssim"]])
-        scale, sides = pictures[0][1][0].width // folder.size, generator.layout.sides
-        overlays = [grain_overlay(images[i], codes[i].grain, sides, scale).convert("RGB") for i in shown]
-        pictures.append((f"{name}: codes", overlays))
-        pictures.append((f"{name}: decoded", [enlarged(decoded[i]) for i in shown]))
-    save_picture(Path(args.out), sheet(pictures))
-    print(table(["engine", "codes per image", "bits per pixel", "PSNR, dB", "SSIM"], rows))
-    print(Path(args.out))
+    models = open_models(args.models)
+    size = next(iter(models.values())).manifest.image_size
+    stage_1 = held_out_folder(args.data, size, first["training"], first["stage"])
+    real = RealImages.of(args.data, stage_1, config["training"], config["stage"], args.images)
+    extractor = efficientnet_features()
+    with guard(InputError, f"cannot make the folder {args.out}", "choose another --out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+    numbers = {"n": args.n, "number": args.number, "seed": args.seed}
+    result, drawn = compare(models, real, extractor, **numbers, steps=args.classifier_steps)
+    result["settings"] = {
+        **{"models": args.models, "data": args.data, "config": args.config, "overrides": args.set, **numbers},
+        **{"images": args.images, "classifier_steps": args.classifier_steps, "extractor": extractor.title},
+    }
+    text = tables(result)
+    save_json(args.out / "compare.json", result)
+    write_file(args.out / "compare.md", f"{text}\n".encode())
+    save_picture(args.out / "codes.png", picture_codes(models, real))
+    if drawn:
+        save_picture(args.out / "samples.png", picture_labels(drawn))
+    say(text)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
   at their own rates and at equal budgets, in ``tokenizers.md`` and ``tokenizers.json``; rate against distortion in
   ``rate_distortion.png``.
 - **An engine**, or one checkpoint of both stages: samples against the training images (Fréchet distance, Inception
-  Score, precision, recall), the likelihood of held-out images, and the verdict of a classifier that is trained on the
-  real images. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
+  Score, precision, recall; of held-out images too), the likelihood of held-out images, and the verdict of a classifier
+  that is trained on the real images of all classes, also those of none of the model's labels. Samples that are compared
+  with real images have their labels and, if the model reads prompts, captions; those that are judged have a label
+  alone. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
   ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR, with all settings.
 """
 
@@ -24,42 +26,32 @@ from dvq_rt import Generator, SamplingParams
 from dvq_rt.files import parse_json, write_file
 from runtimes.errors import ConfigError, InputError, guard
 from runtimes.onnxruntime import import_onnxruntime
-from training.checkpoint import CONFIG, load_checkpoint, load_tokenizer
-from training.checkpoint_engine import CheckpointEngine
+from training.checkpoint import load_checkpoint, load_tokenizer
+from training.checkpoint_engine import is_checkpoint, named, open_model
 from training.cli import guarded
 from training.config import read_config
 from training.data.folder import ImageFolder
-from training.judging.classifier import train_classifier
-from training.judging.distribution import Statistics
-from training.judging.engine import judge_engine, open_data, sweep
+from training.judging.distribution import NEIGHBOURS, Statistics
+from training.judging.engine import judge_engine, open_data, sweep, train_judge
 from training.judging.features import Extractor, efficientnet_features, extract, inception
 from training.judging.plot import line_plot
 from training.judging.report import pick, report, save_json, save_picture, table
-from training.judging.samples import compare_samples, draw, labels_like, likelihood, read_samples, sample_rows
+from training.judging.samples import (
+    alike,
+    at_equal_numbers,
+    compare_samples,
+    conditions,
+    draw,
+    likelihood,
+    read_samples,
+    sample_rows,
+)
 from training.judging.tokenizers import Coded, Judges, check_budgets, compare_rates, rate_distortion, rate_table
 from training.loop import TrainConfig
 from training.objective import StageOneConfig
 from training.perceptual import load_perceptual
 from training.train_tokenizer import held_out_folder
 from training.train_transformer import SECTIONS
-
-
-def is_checkpoint(path: str) -> bool:
-    """Whether a folder is a checkpoint's."""
-    return (Path(path) / CONFIG).is_file()
-
-
-def named(models: list[str]) -> dict[str, str]:
-    """Path by name, of NAME=PATH or PATH.
-
-    Raises:
-        InputError: two have the same name.
-    """
-    pairs = [(text.partition("=")[0], text.partition("=")[2]) if "=" in text else (text, text) for text in models]
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise InputError(f"the models are named {names}; give each a name of its own, NAME=PATH")
-    return dict(pairs)
 
 
 def numbers(name: str, text: str) -> list[float]:
@@ -142,7 +134,7 @@ def evaluate_model(
     args: argparse.Namespace, generator: Generator, config: dict[str, Any], first: dict[str, Any], out: Path
 ) -> None:
     """The part of ``main`` for an engine, or a checkpoint that acts as one."""
-    folder, augment = open_data(generator, args.data, config["training"], config["stage"])
+    folder, stage = open_data(generator, args.data, config["training"], config["stage"])
     held_out = held_out_folder(args.data, folder.size, first["training"], first["stage"])
     if not len(held_out.val) or not len(folder.val):
         raise ConfigError(f"no image of {args.data} is held out; add images, or raise val_fraction in both stages")
@@ -169,14 +161,15 @@ def evaluate_model(
         print(out)
         return
     began = time.monotonic()
-    model = train_classifier(folder, args.classifier_steps, augment)
+    judge = train_judge(folder, config["training"], stage, generator.class_names, args.classifier_steps)
     settings["classifier"] = {
         "steps": args.classifier_steps,
         "seconds": time.monotonic() - began,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": len(judge.label_of),
+        "parameters": sum(p.numel() for p in judge.net.parameters()),
     }
     if args.sweep:
-        trials = sweep(generator, folder, model, args.sweep, args.seed)
+        trials = sweep(generator, folder, judge, args.sweep, args.seed)
         save_json(out / "sweep.json", {"settings": settings, "rows": trials})
         shown = [name for name in trials[0] if name != "labels"]
         print(table(shown, [[trial[name] for name in shown] for trial in trials]))
@@ -185,7 +178,7 @@ def evaluate_model(
         def save(name: str, picture: Image.Image) -> None:
             save_picture(out / name, picture)
 
-        result = judge_engine(generator, folder, held_out, model, args.n, args.seed, params, save)
+        result = judge_engine(generator, folder, held_out, judge, args.n, args.seed, params, save)
         save_json(out / "evaluation.json", {"settings": settings, "field": fields, **result})
         print(report(result))
     print(out)
@@ -214,7 +207,7 @@ def field_numbers(
 ) -> tuple[dict[str, Any], list[list[Any]]]:
     """What papers report of samples and held-out images, with all settings, and as lines of a table."""
     extractor = extractor_of(args.inception)
-    used = folder.train[pick(len(folder.train), args.images)]
+    used, held = (side[pick(len(side), args.images)] for side in (folder.train, folder.val))
     if args.reference:
         real, statistics = None, Statistics.load(args.reference, extractor.width)
     else:
@@ -228,12 +221,16 @@ def field_numbers(
         drawn, count, plan = read_samples(args.samples, folder.size)
         how = {"folder": args.samples, "plan": plan}
     else:
-        labels = labels_like(folder.labels[used], args.number) if generator.layout.classes else [None] * args.number
-        drawn, count = draw(generator, labels, args.seed, params), args.number
-        how = {"params": params.to_dict(), "seed": args.seed, "number": count, "labels": "as the real images"}
+        wanted, count = conditions(generator, folder, alike(used, args.number)), args.number
+        drawn = draw(generator, wanted, args.seed, params)
+        how = {"params": params.to_dict(), "seed": args.seed, "number": count}
+        how["conditions"] = "labels, and captions if the model reads prompts, as the real images"
     made = extract(extractor, drawn, "features of samples", count)
     numbers = compare_samples(extractor, made, real, statistics, None if real is None else len(real))
-    numbers["likelihood"] = likelihood(generator, folder, folder.val[pick(len(folder.val), args.images)])
+    if real is not None and min(len(held), count) > NEIGHBOURS:
+        others = extract(extractor, folder.load(held)[0], "features of held-out images").features
+        numbers["equal_numbers"] = at_equal_numbers(real, {"held-out images": others, "samples": made.features})
+    numbers["likelihood"] = likelihood(generator, folder, held)
     numbers["settings"] = {"samples": how, "reference": args.reference or args.data, "inception": args.inception}
     return numbers, sample_rows(numbers, extractor)
 
@@ -255,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     of_tokenizers.add_argument(
         "--tokens", metavar="N[,N...]", help="budgets of mean codes an image (the smallest of the tokenizers' own)"
     )
-    of_tokenizers.add_argument("--images", type=int, default=5000, metavar="N", help="held-out images at most (5000)")
+    of_tokenizers.add_argument("--images", type=int, default=2000, metavar="N", help="images of a side at most (2000)")
     of_tokenizers.add_argument("--lpips", metavar="FOLDER", help="weights of LPIPS, see docs/training.md")
     of_models = parser.add_argument_group("an engine, or a checkpoint of both stages")
     of_models.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
@@ -293,12 +290,13 @@ def main(argv: list[str] | None = None) -> None:
     if all(checkpoints):
         evaluate_tokenizers(args, models, first, out)
     elif len(models) > 1:
-        raise InputError(f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one engine")
+        raise InputError(
+            f"{args.models} are not all checkpoints; give checkpoints of tokenizers, or one "
+            "engine; training.compare compares engines"
+        )
     path = next(iter(models.values()))
-    if not any(checkpoints):
-        evaluate_model(args, Generator(path), config, first, out)
-    elif len(models) == 1 and load_checkpoint(path).transformer is not None:
-        evaluate_model(args, Generator.over(CheckpointEngine(path)), config, first, out)
+    if not any(checkpoints) or (len(models) == 1 and load_checkpoint(path).transformer is not None):
+        evaluate_model(args, open_model(path), config, first, out)
 
 
 if __name__ == "__main__":

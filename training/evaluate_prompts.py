@@ -1,6 +1,7 @@
-"""Judge an engine that reads prompts: ``python -m training.evaluate_prompts ENGINE_DIR DATA --run RUN --out DIR``.
+"""Judge a model that reads prompts: ``python -m training.evaluate_prompts MODEL DATA --run RUN --out DIR``.
 
-Everything is drawn, encoded and scored by the engine. ``prompts.json`` and pictures go into DIR.
+Everything is drawn, encoded and scored by the engine, or the checkpoint, under prompts alone, without a label.
+``prompts.json`` and pictures go into DIR.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dvq_rt import Generator
 from dvq_rt.files import open_regular, parse_json, read_json
 from dvq_rt.progress import progress_bar
 from runtimes.errors import DataError, InputError, guard
+from training.checkpoint_engine import open_model
 from training.cli import guarded
 from training.data.captions import holds
 from training.data.folder import ImageFolder
 from training.judging.metrics import nearest_pixels
-from training.judging.prompts import COLOURS, TONES, families, foreground_colour, matching, nearest_word
+from training.judging.prompts import COLOURS, TONES, by_word, families, foreground_colour, matching, nearest_word
 from training.judging.report import enlarged, save_json, save_picture, sheet
 from training.run import IMAGES, SETTINGS, say
 
@@ -70,27 +73,30 @@ def score_captions(
 
 def test_words(
     generator: Generator, folder: ImageFolder, attributes: Sequence[str], count: int, seed: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[tuple[str, list[Image.Image]]]]:
     """Draw captions that differ in one word, ``count`` times each, and see whether the samples' colour is nearest to
-    that of the real image with that word."""
+    that of the real image with that word. Rows of a picture: the real images, and below them a sample of each."""
     images = {folder.captions(i)[0]: i for i in reversed(range(len(folder)))}
     groups = families(list(images), attributes)
     step = max(1, -(-len(groups) // MOST_FAMILIES))
     hits: list[NDArray[np.bool_]] = []
-    told, chances = {}, []
+    told, chances, rows = {}, [], []
     for name in progress_bar(list(groups)[::step], desc="drawing words", unit="caption"):
-        members = groups[name]
-        real = {word: foreground_colour(folder.pixels(images[text])) for word, text in members.items()}
-        drawn = {}
-        for word, text in members.items():
-            samples = generator.sample(count, prompts=text, seed=seed)
-            drawn[word] = np.stack([foreground_colour(image) for image in samples.to_numpy()])
-        hit, told[name] = nearest_word(real, drawn)
+        members = {word: groups[name][word] for word in attributes if word in groups[name]}
+        real = {word: folder.pixels(images[text]) for word, text in members.items()}
+        drawn = {word: generator.sample(count, prompts=text, seed=seed).to_numpy() for word, text in members.items()}
+        colours = {word: np.stack([foreground_colour(image) for image in own]) for word, own in drawn.items()}
+        hit, told[name] = nearest_word({word: foreground_colour(image) for word, image in real.items()}, colours)
         hits.append(hit)
         chances += [1 / len(members)] * len(hit)
+        rows.append(
+            (f"{name.replace('{}', '...')}: {', '.join(members)}", [enlarged(image) for image in real.values()])
+        )
+        rows.append(("drawn", [enlarged(own[0]) for own in drawn.values()]))
     if not hits:
-        return {}
-    return {"nearest": float(np.concatenate(hits).mean()), "chance": float(np.mean(chances)), "captions": told}
+        return {}, []
+    numbers = {"nearest": float(np.concatenate(hits).mean()), "chance": float(np.mean(chances))}
+    return {**numbers, "words": by_word(list(told.values())), "captions": told}, rows
 
 
 def picture_combinations(
@@ -114,28 +120,29 @@ def picture_combinations(
 @guarded
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate_prompts", description="Judge prompts.")
-    parser.add_argument("engine", help="engine folder of a model that reads prompts")
+    parser.add_argument("model", help="engine folder or checkpoint of a model that reads prompts")
     parser.add_argument("data", help="the images it was trained on, with captions")
     parser.add_argument("--run", type=Path, required=True, help="run folder of its training, which lists what it held")
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts.json and pictures")
-    parser.add_argument("--images", type=int, default=64, help="held-out images whose captions are scored")
-    parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption")
+    parser.add_argument("--images", type=int, default=48, help="held-out images whose captions are scored (48)")
+    parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption (4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slots", type=int, help="images drawn at once")
     args = parser.parse_args(argv)
     if args.images < 1 or args.samples < 1:
         raise InputError(f"--images is {args.images}, --samples {args.samples}; both must be at least 1")
-    with Generator(args.engine, slots=args.slots) as generator:
+    with open_model(args.model) as generator:
         if not generator.takes_prompts:
-            raise InputError(f"engine {args.engine} reads no prompts; give one of a model that was trained with text")
+            raise InputError(f"{args.model} reads no prompts; give a model that was trained with text")
         folder = ImageFolder(args.data, generator.manifest.image_size, val_fraction=0)
         train, held, phrases = read_split(folder, args.run)
         args.out.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {"engine": str(args.engine), "seed": args.seed}
+        result: dict[str, Any] = {"model": args.model, "run": str(args.run), "seed": args.seed}
         result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
-        result["colours"] = test_words(generator, folder, COLOURS, args.samples, args.seed)
-        result["skin_tones"] = test_words(generator, folder, TONES, args.samples, args.seed)
+        result["colours"], rows = test_words(generator, folder, COLOURS, args.samples, args.seed)
+        result["skin_tones"], more = test_words(generator, folder, TONES, args.samples, args.seed)
         save_json(args.out / "prompts.json", result)
+        if rows + more:
+            save_picture(args.out / "words.png", sheet(rows + more))
         if novel := [i for i in held if holds(folder.captions(i)[0], phrases)]:
             save_picture(
                 args.out / "combinations.png",

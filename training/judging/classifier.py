@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +69,29 @@ class Classifier(nn.Module):
 
 
 class Verdict(NamedTuple):
-    """``labels`` int64 [N], the most probable ones; ``features`` float32 [N, FEATURES], of length 1."""
+    """``labels`` int64 [N], those of the most probable classes, -1 for a class of none of the labels; ``features``
+    float32 [N, FEATURES], of length 1."""
 
     labels: NDArray[np.int64]
     features: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """A classifier, and the label int64 [classes] that each of its classes is one of, -1 for none."""
+
+    net: Classifier
+    label_of: NDArray[np.int64]
+
+    @torch.no_grad()
+    def __call__(self, images: Pixels) -> Verdict:
+        """What it makes of images uint8 [N, S, S, 3]."""
+        classes, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
+        for start in range(0, len(images), 64):
+            logits, raw_features = self.net(to_float(images[start : start + 64]))
+            classes.append(logits.argmax(1).numpy())
+            features.append(F.normalize(raw_features).numpy())
+        return Verdict(self.label_of[np.concatenate(classes)], np.concatenate(features))
 
 
 def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Classifier:
@@ -106,10 +126,11 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
 
 
 def balanced(folder: ImageFolder) -> Indices:
-    """int64 [labels * M]: the training images of each label, repeated to M, the number of the most frequent one's."""
+    """int64 [labels * M]: the training images of each label, repeated to M, the number of the most frequent one's; of
+    labels without any, none."""
     members = [folder.train[folder.labels[folder.train] == label] for label in range(len(folder.classes))]
     most = max(map(len, members))
-    return np.concatenate([np.resize(each, most) for each in members])
+    return np.concatenate([np.resize(each, most) for each in members if len(each)])
 
 
 def degrade(x: Tensor) -> Tensor:
@@ -119,14 +140,3 @@ def degrade(x: Tensor) -> Tensor:
     blurred = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     mix, noise = torch.rand(2, len(x), 1, 1, 1)
     return x + mix * (blurred - x) + NOISE * noise * torch.randn_like(x)
-
-
-@torch.no_grad()
-def judge(model: Classifier, images: Pixels) -> Verdict:
-    """What the classifier makes of images uint8 [N, S, S, 3]."""
-    labels, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
-    for start in range(0, len(images), 64):
-        logits, raw_features = model(to_float(images[start : start + 64]))
-        labels.append(logits.argmax(1).numpy())
-        features.append(F.normalize(raw_features).numpy())
-    return Verdict(np.concatenate(labels), np.concatenate(features))

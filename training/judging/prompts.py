@@ -73,7 +73,8 @@ def nearest_word(
         real: word -> colour [3]; drawn: word -> colours [N, 3].
 
     Returns:
-        bool [samples], and by word the hue of the real image, that of the samples, and the share that is nearest.
+        bool [samples], and by word hue and brightness of the real image and of the samples, and the share that is
+        nearest.
     """
     names = list(real)
     table = np.stack([real[name] for name in names])
@@ -82,5 +83,21 @@ def nearest_word(
         nearest = np.square(colours[:, None] - table).sum(2).argmin(1)
         hit = nearest == names.index(word)
         hits.append(hit)
-        told[word] = {"real_hue": hue(real[word][None]), "hue": hue(colours), "nearest": float(hit.mean())}
+        told[word] = {
+            **{"real_hue": hue(real[word][None]), "hue": hue(colours)},
+            **{"real_brightness": float(real[word].mean()), "brightness": float(colours.mean())},
+            "nearest": float(hit.mean()),
+        }
     return np.concatenate(hits), told
+
+
+def by_word(captions: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of what ``nearest_word`` told of several captions the means by word: the distance of the samples' hue from the
+    real image's, ``hue_error`` in degrees (90 by chance), and both brightnesses in grey levels."""
+    out = {}
+    for word in dict.fromkeys(word for told in captions for word in told):
+        rows = [told[word] for told in captions if word in told]
+        apart = [abs((row["hue"] - row["real_hue"] + 180) % 360 - 180) for row in rows]
+        means = {key: float(np.mean([row[key] for row in rows])) for key in ("real_brightness", "brightness")}
+        out[word] = {"captions": len(rows), "hue_error": float(np.mean(apart)), **means}
+    return out

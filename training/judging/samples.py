@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,29 +23,44 @@ from runtimes.errors import InputError, guard
 from training.data.folder import ImageFolder, Indices
 from training.data.listing import SUFFIXES
 from training.data.pixels import Pixels
-from training.judging.distribution import Statistics, frechet_distance, inception_score, precision_recall
+from training.judging.distribution import Features, Statistics, frechet_distance, inception_score, precision_recall
 from training.judging.features import Extracted, Extractor
-from training.judging.metrics import through
 
 BATCH = 64
 PLAN = "plan.json"
 """What ``dvq-rt sample --n N --out FOLDER/`` writes beside its shards: how they were drawn."""
 
 
-def labels_like(labels: NDArray[np.int64], count: int) -> list[int]:
-    """``count`` labels in the proportions of those of real images, ascending; what rounding leaves over goes to the
-    labels that it robbed most."""
-    share = np.bincount(labels) * (count / len(labels))
-    each = np.floor(share).astype(int)
-    each[np.argsort(each - share, kind="stable")[: count - each.sum()]] += 1
-    return [label for label, times in enumerate(each) for _ in range(times)]
+class Conditions(NamedTuple):
+    """What images are drawn and scored under: ``labels``, None for none, and ``prompts``, None for the empty one; the
+    latter are None altogether for a model that reads none."""
+
+    labels: list[int | None]
+    prompts: list[str | None] | None
 
 
-def draw(generator: Generator, labels: Sequence[int | None], seed: int, params: SamplingParams) -> Iterator[Pixels]:
-    """Samples of labels in batches, uint8 [B, S, S, 3]: the images that one call with all labels would give."""
+def conditions(generator: Generator, folder: ImageFolder, indices: Indices) -> Conditions:
+    """The own labels and first captions of real images, as far as the model knows such."""
+    known = generator.layout.classes
+    labels = [int(label) if label < known else None for label in folder.labels[indices]]
+    captions = [next(iter(folder.captions(int(i))), None) for i in indices]
+    return Conditions(labels, captions if generator.takes_prompts else None)
+
+
+def alike(indices: Indices, count: int) -> Indices:
+    """``count`` of some images, evenly over them, each as often as the others if there are fewer."""
+    return indices[np.linspace(0, len(indices), count, endpoint=False).astype(np.int64)]
+
+
+def draw(generator: Generator, wanted: Conditions, seed: int, params: SamplingParams) -> Iterator[Pixels]:
+    """Samples in batches, uint8 [B, S, S, 3]: the images that one call with all conditions would give."""
+    labels, prompts = wanted
     for first in range(0, len(labels), BATCH):
-        wanted = labels[first : first + BATCH]
-        yield generator.sample(len(wanted), wanted, seed, params, first=first).to_numpy()
+        part = slice(first, first + BATCH)
+        texts = None if prompts is None else prompts[part]
+        own = labels[part]
+        options: dict[str, Any] = {"first": first, "prompts": texts, "truncate": True}
+        yield generator.sample(len(own), own, seed, params, **options).to_numpy()
 
 
 def read_samples(folder: str | Path, size: int) -> tuple[Iterator[Pixels], int, Any]:
@@ -123,16 +138,36 @@ def compare_samples(
     }
 
 
+def at_equal_numbers(real: Features, sets: dict[str, Features]) -> dict[str, dict[str, float]]:
+    """Fréchet distance, precision and recall of several sets of images against real ones, from as many images of each
+    set as the smallest one has: means over parts of that size. Few images make all three worse, equally few equally so.
+
+    Args:
+        real: features float [N, D]; sets: by name, float [M, D], M above ``distribution.NEIGHBOURS``.
+    """
+    size, statistics = min(map(len, sets.values())), Statistics.of(real)
+    out = {}
+    for name, made in sets.items():
+        mixed = made[np.random.default_rng(0).permutation(len(made))]
+        parts = [mixed[start : start + size] for start in range(0, len(made) - size + 1, size)]
+        distances = [frechet_distance(statistics, Statistics.of(part)) for part in parts]
+        shares = np.array([precision_recall(real, part) for part in parts]).mean(0)
+        out[name] = {
+            **{"frechet": float(np.mean(distances)), "precision": float(shares[0]), "recall": float(shares[1])},
+            **{"images": size, "parts": len(parts)},
+        }
+    return out
+
+
 def likelihood(generator: Generator, folder: ImageFolder, indices: Indices) -> dict[str, float] | None:
-    """Negative log-likelihood of images under their own labels, in nats, by teacher forcing under the grammar: a mean
-    image's, a mean token's, and the number of tokens and images. None for a model that knows no order of the cells,
-    which gives no likelihood."""
+    """Negative log-likelihood of images under their own labels and captions, in nats, by teacher forcing under the
+    grammar: a mean image's, a mean token's, and the number of tokens and images. None for a model that knows no order
+    of the cells, which gives no likelihood."""
     if generator.layout.order == UNORDERED:
         return None
     images, kept = folder.load(indices)
-    codes, _ = through(generator, images, "held-out images")
-    labels = folder.labels[kept].tolist() if generator.layout.classes else None
-    scores = generator.score(codes, labels)
+    codes, (labels, prompts) = generator.encode(list(images)), conditions(generator, folder, kept)
+    scores = generator.score(codes, labels, prompts=prompts, truncate=True)
     tokens = sum(len(score.content) for score in scores)
     nats = -sum(score.total for score in scores)
     return {
@@ -156,6 +191,10 @@ def sample_rows(values: dict[str, Any], extractor: Extractor) -> list[list[Any]]
             ["samples", values["samples"]],
             ["real images", values["real_images"]],
         ]
+    for name, row in values.get("equal_numbers", {}).items():
+        title = f"{name.replace('_', ' ')}, {row['images']} at a time"
+        numbers = "; ".join(f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
+        rows.append([f"{title}: Fréchet distance, precision, recall", numbers])
     held = values.get("likelihood")
     if held:
         rows += [
