@@ -32,13 +32,14 @@ from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import Pixels, to_float
 from training.data.stream import batches
-from training.data.tokens import code_counts, collate
+from training.data.tokens import collate, padded_to
 from training.judging.report import save_json, table
 from training.loop import TrainConfig, make_optimizer
 from training.losses import PICTURE_LOSSES
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.train_transformer import BUCKET, SECTIONS, StageTwoConfig, batch_losses, padded_to
+from training.sequences import BUCKET
+from training.train_transformer import SECTIONS, StageTwoConfig, batch_losses
 
 Loop = Callable[[int], int]
 """Takes the step of a number and returns how many images or tokens it learned from."""
@@ -93,7 +94,7 @@ def stage_two(
     down, size, layout = descend(net, training), training.batch_size, net.layout
     parts = [coded(vae, images[start : start + size]) for start in range(0, len(images), size)]
     data = Coded(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    lengths = code_counts(layout, data.grain)
+    lengths = layout.count_codes(data.grain)
     by_length = lengths.argsort(kind="stable").reshape(BUCKET, size)
     by_length = by_length[np.random.default_rng(training.seed).permutation(BUCKET)]
 

@@ -34,7 +34,6 @@ from training.data.folder import ImageFolder, Indices
 from training.data.pixels import Pixels, to_float
 from training.data.stream import Augment, batches
 from training.data.texts import Texts
-from training.data.tokens import code_counts
 from training.models.tokenizer import Tokenizer
 
 BATCH = 32
@@ -247,7 +246,7 @@ class Codes:
 
     def lengths(self, layout: TokenLayout) -> Indices:
         """Number of codes of each image, int64 [N]."""
-        return np.concatenate([code_counts(layout, file.get_tensor("grain")) for file in self._files])
+        return np.concatenate([layout.count_codes(file.get_tensor("grain")) for file in self._files])
 
     def captions(self, row: int) -> tuple[str, ...]:
         """The texts that describe the image of a row."""
