@@ -16,6 +16,7 @@ from export.lowering import OPSET
 from export.tracing import trace
 from runtimes.errors import ExportError
 from training.checkpoint import TEXT_TOKENIZER, Model
+from training.checkpoint_engine import manifest_of
 from training.frozen_text import frozen_of
 from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
@@ -122,22 +123,16 @@ def describe(
         step: its interface, see ``StepTable.to_dict``.
         backend: name and version of what the engine is made for.
     """
-    vae, net = model.both()
-    return Manifest(
-        layout=net.layout,
-        family=model.family,
-        image_size=vae.config.image_size,
+    return manifest_of(
+        model,
+        step,
         slots=slots,
-        step=step,
         precision=precision,
         weights=weights,
         backend=backend[0],
         target=target,
         tools={backend[0]: backend[1], **{name: version(name) for name in ("torch", "onnx")}},
-        class_names=model.class_names,
-        defaults=model.defaults,
         parameters=count_parameters(model),
-        tokenizer=vae.routing(),
         conditioning=conditioning(model),
     )
 
