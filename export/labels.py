@@ -40,9 +40,7 @@ def keep_labels(model: Model, names: Sequence[str]) -> Model:
     }
     result = StackedTransformer(net.config, smaller, model.text)
     result.load_state_dict({k: v[kept_rows[k]] if k in kept_rows else v for k, v in net.state_dict().items()})
-    kept_model = Model(vae, result.eval(), tuple(names), model.defaults, model.text_tokenizer).eval()
-    kept_model.text_encoder = model.text_encoder
-    return kept_model
+    return model.with_parts(vae, result, tuple(names)).eval()
 
 
 def rows(start: int, kept: Sequence[int]) -> Tensor:

@@ -95,8 +95,7 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
     labels = [i % layout.starts for i in range(count)]
-    prompts, frozen = random_prompts(model, count), frozen_of(model)
-    texts: list[NDArray[Any]] = [*prompts] if frozen is None else [frozen.of(ids) for ids in prompts]
+    prompts, texts = random_prompts(model, count), random_texts(model, count)
     embedded = embed_prompts(net, texts) if texts else []
 
     # encoder and decoder
@@ -112,9 +111,8 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
         rows = [drawn_tokens(layout, event) for event in sample_events(net, labels, drawn, seed=1, prompts=embedded)]
     kinds: list[NDArray[np.int64] | None] = [None] * len(rows)
     if net.config.given:  # of every second sequence the left half comes first
-        keep = np.arange(layout.sides[0] ** 2).reshape(layout.sides[0], -1) % layout.sides[0] < layout.sides[0] // 2
         for i in range(0, len(rows), 2):
-            rows[i], kinds[i] = given_first(layout, rows[i], keep)
+            rows[i], kinds[i] = given_first(layout, rows[i], half_given(layout))
     longest = max(len(row.content) for row in rows)
     steps = np.unique(np.linspace(0, longest - 2, STEPS).astype(np.int64))
     if limit is not None and short:
@@ -158,6 +156,18 @@ def random_prompts(model: Model, count: int) -> list[NDArray[np.int64]]:
     vocabulary, rng = config.vocabulary or model.prompts().vocabulary, np.random.default_rng(0)
     lengths = [min(12, config.length), 1, config.length, 0]
     return [rng.integers(vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
+
+
+def random_texts(model: Model, count: int) -> list[NDArray[Any]]:
+    """``random_prompts`` as the transformer takes them: the token ids, or a frozen encoder's features."""
+    frozen = frozen_of(model)
+    return [ids if frozen is None else frozen.of(ids) for ids in random_prompts(model, count)]
+
+
+def half_given(layout: TokenLayout) -> NDArray[np.bool_]:
+    """The left half of the coarsest cells, bool [h, w]."""
+    side = layout.sides[0]
+    return np.arange(side**2).reshape(side, -1) % side < side // 2
 
 
 def prompt_table(prompts: list[NDArray[np.float32]]) -> NDArray[np.float32]:

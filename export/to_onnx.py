@@ -101,8 +101,6 @@ def export_onnx(
         calibrate, tuning = whole("calibrate", calibrate, 0, MOST_IMAGES), whole("tuning", tuning, 0, MOST_STEPS)
         if tuning and not calibrate:
             raise ConfigError(f"tuning is {tuning} and calibrate 0; tuning needs images")
-        if model.text is not None:
-            raise ExportError(f"weights {weights} are not made for models that read prompts; use fp32 or fp16")
         if tuning and target != "cpu":
             raise ConfigError(f"tuning is {tuning}; it is for target 'cpu', where activations are rounded too")
     limit = None

@@ -16,6 +16,7 @@ from training.checkpoint import Model
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.router import fit_biases
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 
 Logits = dict[str, NDArray[np.float32]]
@@ -67,11 +68,13 @@ MASKED = MQVAEConfig(
 )
 
 
-def small_transformer(layout: TokenLayout, seed: int = 0, given: bool = False) -> StackedTransformer:
+def small_transformer(
+    layout: TokenLayout, seed: int = 0, given: bool = False, text: TextConfig | None = None
+) -> StackedTransformer:
     """Random weights, large enough that every draw matters, in eval mode; ``given``: tokens may be given first."""
     torch.manual_seed(seed)
     config = TransformerConfig(32, 4, 1, 2, block_size=layout.max_length, given=given)
-    net = StackedTransformer(config, layout)
+    net = StackedTransformer(config, layout, text)
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(3) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.1)

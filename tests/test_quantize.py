@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from small_models import ragged_tokens, small_model
+from small_models import ragged_tokens, small_model, small_transformer
 from torch import Tensor
 
 import export.accuracy as accuracy
@@ -18,7 +18,7 @@ from dvq_rt.bench import step_bytes
 from dvq_rt.generator import Generator
 from export.accuracy import choices, compare, decoder_psnr
 from export.lowering import grouped_query_attention
-from export.quantization.calibration import calibration_sequences, observe
+from export.quantization.calibration import Case, calibration_cases, observe
 from export.quantization.model import quantize_transformer
 from export.quantization.tuning import tune
 from export.quantization.weights import (
@@ -34,6 +34,7 @@ from export.to_onnx import export_onnx
 from export.tracing import trace
 from runtimes.errors import ConfigError, ExportError, InputError
 from training.checkpoint import Model
+from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer
 from training.step import Attention, reference_attention
 from training.torch_program import stacked
@@ -103,20 +104,23 @@ def test_moments_are_of_the_inputs(class_model: Model) -> None:
     assert net
     tokens = ragged_tokens(class_model.layout, 2)[1]
 
-    found, scales = observe(net, [tokens], moments=True)
+    found, scales = observe(net, [Case(tokens)], moments=True)
     assert len(found) == 4 * 3 + 2 and len(scales) == 3
     assert all(m.shape[0] == m.shape[1] and torch.equal(m, m.T) for m in found.values())
     assert not any(m._forward_hooks for m in net.modules())
 
 
-@pytest.fixture(scope="module", params=["int8", "int4", "int4 mq", "int8 uncalibrated", "int4 tuned"])
+@pytest.fixture(scope="module", params=["int8", "int4", "int4 mq", "int8 uncalibrated", "int4 tuned text"])
 def quantized(
     request: pytest.FixtureRequest, class_model: Model, mq_model: Model, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Generator, Model]:
     weights, _, kind = request.param.partition(" ")
     folder = tmp_path_factory.mktemp("quantized") / "engine"
     model = mq_model if kind == "mq" else class_model
-    calibrate, tuning = 0 if kind == "uncalibrated" else 4, 2 if kind == "tuned" else 0
+    if "text" in kind:  # and given tokens
+        net = small_transformer(class_model.layout, given=True, text=TextConfig(8, 256, 1))
+        model = class_model.with_parts(class_model.both()[0], net)
+    calibrate, tuning = 0 if kind == "uncalibrated" else 4, 2 if "tuned" in kind else 0
     export_onnx(model, folder, slots=4, weights=weights, calibrate=calibrate, tuning=tuning)
     return Generator(folder, threads=1), model
 
@@ -201,12 +205,12 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
     others; integers stay integers, and the models given are not changed."""
     net = class_model.transformer
     assert net
-    rows, other = calibration_sequences(net, 16)[0], calibration_sequences(net, 8, seed=1)[0]
-    start = quantize_transformer(net, "int4", rows)
+    cases, other = calibration_cases(class_model, 16)[0], calibration_cases(class_model, 8, seed=1)[0]
+    start = quantize_transformer(net, "int4", cases)
     before = start.content_blocks[0].mlp[2].packed.clone()
 
     def distance(student: torch.nn.Module) -> float:
-        inputs, used = stacked(net.layout, other)
+        inputs, used = stacked(net.layout, [case.tokens for case in other])
         with torch.no_grad():
             parts = [
                 torch.nn.functional.kl_div(
@@ -216,7 +220,7 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
             ]
         return float(sum(parts))
 
-    tuned = tune(net, start, rows, 120)
+    tuned = tune(net, start, cases, 120)
     assert distance(tuned) < 0.8 * distance(start)
     layer = tuned.content_blocks[0].mlp[2]
     assert isinstance(layer, QuantLinear) and (layer.packed != before).any()
@@ -227,9 +231,9 @@ def test_tuning_brings_the_model_nearer(class_model: Model) -> None:
 def test_layers_that_keep_8_bits() -> None:
     """With 4 bits the heads, the block that all others build on and half of each MLP keep 8; the model given is not
     changed."""
-    net = small_model().transformer
-    assert net
-    found = quantize_transformer(net, "int4", calibration_sequences(net, 1)[0], feed_back=False)
+    model = small_model()
+    net = model.both()[1]
+    found = quantize_transformer(net, "int4", calibration_cases(model, 1)[0], feed_back=False)
     bits = {name: m.bits for name, m in found.named_modules() if isinstance(m, QuantLinear)}
     kept = {name for name, b in bits.items() if b == 8}
     first = {name for name in bits if name.startswith("position_blocks.0.")}
@@ -245,7 +249,7 @@ def test_cache_in_8_bits(class_model: Model, tmp_path: Path) -> None:
     assert net
     heads, width = 2, 128
     scales = torch.rand(2, heads, 1, width // heads) / 100 + 0.01
-    nothing, ranges = observe(net, calibration_sequences(net, 2)[0], moments=False)
+    nothing, ranges = observe(net, calibration_cases(class_model, 2)[0], moments=False)
     seen = ranges["position_blocks.0.attn.qkv"]
     assert not nothing
     assert seen.shape == (2, net.config.heads, 1, net.config.width // net.config.heads) and 0 < seen.max() < 1

@@ -117,6 +117,15 @@ class Model(nn.Module):
             )
         return self.tokenizer, self.transformer
 
+    def with_parts(
+        self, tokenizer: Tokenizer, transformer: StackedTransformer, class_names: tuple[str, ...] | None = None
+    ) -> Model:
+        """A model of other networks and, if given, other labels, the rest being this one's."""
+        names = self.class_names if class_names is None else class_names
+        made = Model(tokenizer, transformer, names, self.defaults, self.text_tokenizer)
+        made.text_encoder = self.text_encoder
+        return made
+
     @property
     def text(self) -> TextConfig | None:
         """What the transformer knows of prompts; None if it reads none."""

@@ -20,6 +20,8 @@ class StageOneConfig:
     """What stage 1 has beyond TrainConfig.
 
     Args:
+        learns: ``all``, or ``decoder``: only what makes images of codes learns, so that every image keeps its codes and
+            a transformer that was trained on them fits. That needs a tokenizer to start from.
         warmup_fraction: share of the steps, at the start, without quantization; then the codebook starts from k-means.
         quantizer_weight: factor of the commitment loss.
         min_perplexity: share of the codebook that the perplexity of the codes must reach; training ends with an error
@@ -39,6 +41,7 @@ class StageOneConfig:
         discriminator_width, discriminator_layers: see PatchDiscriminator.
     """
 
+    learns: str = "all"
     warmup_fraction: float = 0.25
     quantizer_weight: float = 1.0
     min_perplexity: float = 0.01
@@ -59,6 +62,7 @@ class StageOneConfig:
         if not isinstance(self.lpips_weights, str):
             object.__setattr__(self, "lpips_weights", tuple(self.lpips_weights))
         for name, known in (
+            ("learns", ("all", "decoder")),
             ("picture", PICTURE_LOSSES),
             ("perceptual", PERCEPTUAL),
             ("adversarial", ADVERSARIAL_LOSSES),

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         config = read_config(args.config, SECTIONS, args.set)
         stage: StageTwoConfig = config["stage"]
         plain = stage.labels == {"": ["*"]}
-        count = args.labels or (0 if plain else len(stage.labels))
+        count = args.labels or len([label for label in stage.labels if label])
         if not count and not plain:
             raise ConfigError(f"{args.config} makes every sub-folder a label; give their number with --labels")
         layout = TokenLayout(

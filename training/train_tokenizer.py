@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvq_rt.files import read_dataclass
 from dvq_rt.images import grain_overlay, grid, to_uint8
+from runtimes.errors import ConfigError
 from training import processes
 from training.checkpoint import Model, digest, family_config, load_strictly, load_tokenizer, new_tokenizer
 from training.cli import guarded
@@ -57,7 +58,7 @@ def train_tokenizer(
         tokenizer, training, stage: sizes and settings.
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
         init: checkpoint folder whose tokenizer, of the same sizes, is trained on. Its codebook is used from the first
-            step; of a DQ-VAE the entropy thresholds are made anew of these images.
+            step; of a DQ-VAE the entropy thresholds are made anew of these images, if all learns.
         device: see ``processes.start``.
 
     Raises:
@@ -71,6 +72,9 @@ def train_tokenizer(
     folder.check_held_out()
     settings = {"tokenizer": tokenizer, "training": training, "stage": stage}
     before = None if init is None else load_tokenizer(init)
+    fixed = stage.learns == "decoder"
+    if fixed and init is None:
+        raise ConfigError("stage.learns is 'decoder', which needs the codes of a tokenizer; give it with --init")
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
     if perceptual:
         inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
@@ -82,9 +86,11 @@ def train_tokenizer(
         torch.manual_seed(training.seed)
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
-            load_strictly(vae, before.state_dict(), f"the tokenizer of {init}")
-        if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not resumed:
+            begin_from(vae, before, str(init), fixed)
+        if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not (resumed or fixed):
             processes.on_first(lambda: fit_router(vae, folder))  # ``fit`` gives it to the others
+        if fixed:
+            vae.fix_codes()
         last = vae.get_parameter("decoder.conv_out.weight")
         grains = len(tokenizer.sides)
         objective = Objective(stage, begins(training.steps), tokenizer.codebook_size, last, perceptual, grains)
@@ -92,6 +98,22 @@ def train_tokenizer(
             perceptual.to(accelerator.device)
         stages = learning(vae, objective, folder, training, accelerator.device)
         return fit(stages, training, path, resumed, accelerator)
+
+
+def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> None:
+    """Give a tokenizer the weights of another one, which must be of its sizes; if the codes are ``fixed``, what makes
+    images of them may be of others, and starts anew then.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    mine, theirs = vae.state_dict(), before.state_dict()
+    behind = {name for name in (*mine, *theirs) if name.startswith(vae.behind_codes)}
+    of_sizes = [{name: state[name].shape for name in behind if name in state} for state in (mine, theirs)]
+    if fixed and of_sizes[0] != of_sizes[1]:
+        say(f"the decoder of {source} is of another size; it starts anew")
+        theirs = {name: (mine if name in behind else theirs)[name] for name in mine if name in behind or name in theirs}
+    load_strictly(vae, theirs, f"the tokenizer of {source}")
 
 
 def learning(
@@ -125,7 +147,7 @@ def learning(
 
     def validate(model: Model) -> dict[str, float]:
         net = tokenizer_of(model)
-        if isinstance(net, DQVAE) and net.config.router == "feature":  # it goes on learning
+        if isinstance(net, DQVAE) and net.config.router == "feature" and not net.codes_fixed:  # it goes on learning
             fit_router(net, folder)
         sums: dict[str, float] = {}
         for images, _ in folder.chunks(folder.val, 16):

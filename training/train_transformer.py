@@ -24,7 +24,7 @@ from dvq_rt.prompts import BYTES
 from dvq_rt.sampling import SamplingParams
 from runtimes.errors import CheckpointError, ConfigError, DataError, short
 from training import processes
-from training.checkpoint import Model, digest, load_checkpoint, load_strictly, load_tokenizer
+from training.checkpoint import Model, digest, load_checkpoint, load_tokenizer
 from training.cli import guarded
 from training.config import read_config
 from training.data.codes import Tokenization, begin, open_codes
@@ -44,6 +44,7 @@ from training.run import open_run, say
 from training.sampling import embed_prompts
 from training.sequences import Sequences
 from training.torch_program import sample_events
+from training.warm_start import begin_from
 
 SHOWN_PROMPTS = 16
 """Held-out captions that pictures are drawn for during training."""
@@ -54,8 +55,9 @@ class StageTwoConfig:
     """What stage 2 has beyond TrainConfig and TransformerConfig (whose ``block_size`` comes from the layout).
 
     Args:
-        labels: label -> sub-folders it joins, ["*"] joins all; empty makes every sub-folder a label. The one label ""
-            is an unconditional model: ``{"": ["*"]}``.
+        labels: label -> sub-folders it joins, ["*"] joins the rest; empty makes every sub-folder a label. The one label
+            "" is an unconditional model: ``{"": ["*"]}``. Behind other labels "" gathers images that have none, which
+            are trained with the null label.
         flip_exclude: labels whose images are never mirrored.
         flip_exclude_words: phrases; images with a caption that has all words of one are never mirrored.
         hold_out: phrases; images with a caption that has all words of one are held out.
@@ -99,6 +101,11 @@ class StageTwoConfig:
         for label, names in self.labels.items():
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")
+        if len(self.labels) > 1 and "" in self.labels and (list(self.labels)[-1] or not self.label_dropout):
+            raise ConfigError(
+                'stage.labels: "" (images without a label) must be the last one, and needs the null label, a '
+                "stage.label_dropout above 0"
+            )
         SamplingParams.from_dict(self.defaults)
 
 
@@ -138,7 +145,7 @@ def train_transformer(
         tokenizer: checkpoint folder of stage 1.
         transformer, training, stage: sizes and settings.
         resume: go on from the run's checkpoint, if there is one; see ``open_run``.
-        init: checkpoint folder whose transformer, of the same sizes and vocabularies, is trained on.
+        init: checkpoint folder whose transformer, of the same sizes, is trained on; see ``begin_from``.
         codes: what ``training.tokenize`` has written for these images, tokenizer and settings; None makes it, in the
             run folder.
         text: makes a model that reads prompts, trained on the images' captions; None makes one without.
@@ -152,10 +159,11 @@ def train_transformer(
     vae = load_tokenizer(tokenizer).requires_grad_(False).to(accelerator.device)
     work = tokenization(data, vae, training, stage)
     folder = work.folder
-    unconditional = folder.classes == [""]
+    names = tuple(filter(None, folder.classes))  # the null label's number is that of "", if it is there
+    unconditional = not names
     layout = TokenLayout(
         order=stage.order,
-        classes=0 if unconditional else len(folder.classes),
+        classes=len(names),
         null_label=stage.label_dropout > 0 and not unconditional,
         **{**vae.config.layout(), **({"first": stage.first} if stage.first else {})},
     )
@@ -176,7 +184,6 @@ def train_transformer(
         if resumed:
             model = load_checkpoint(path / "checkpoint")
         else:
-            names = () if unconditional else tuple(folder.classes)
             frozen = load_frozen(text.encoder) if text and text.encoder else None
             known = before.text_tokenizer if before is not None and before.text else ""
             source, reads = (BYTES, None) if text is None else read_captions(folder, text, frozen, known)
@@ -230,22 +237,6 @@ def make_codes(out: Path, work: Tokenization) -> None:
         for part in own:
             work.write(out, part, bar.update)
     processes.on_first(lambda: None)  # all are done
-
-
-def begin_from(model: Model, before: Model, source: str) -> None:
-    """Give a model the transformer of another one, which must have its sizes and vocabularies.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    (tokenizer, net), (other_tokenizer, other) = model.both(), before.both()
-    load_strictly(net, other.state_dict(), f"the transformer of {source}")
-    if net.layout != other.layout:
-        raise CheckpointError(f"{source} has the layout {other.layout}, this run {net.layout}; its tokens mean others")
-    if digest(tokenizer) != digest(other_tokenizer):
-        say(f"{source} was trained on the codes of another tokenizer, which the transformer has to learn anew")
-    if model.class_names != before.class_names:
-        say(f"the labels of {source} were {short(before.class_names)}; in their places are {short(model.class_names)}")
 
 
 def learning(

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Names and layers, in the order in which they run."""
-    yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    """Names and layers of a transformer's step, in the order in which they run; the text encoder runs once an image."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith("text."):
+            yield name, layer
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dvq_rt.layout import TokenLayout, Tokens
-from export.quantization.calibration import calibration_sequences, observe
+from dvq_rt.layout import TokenLayout
+from export.quantization.calibration import Case, calibration_cases, observe
 from export.quantization.decoder import quantize_decoder
 from export.quantization.layers import linear_layers, replace_layer
 from export.quantization.tuning import tune
@@ -39,13 +39,11 @@ def quantize_model(model: Model, weights: str, calibrate: int, tuning: int) -> M
     """
     vae, net = model.both()
     check_widths(net, weights)
-    rows, maps = calibration_sequences(net, calibrate)
-    quantized = quantize_transformer(net, weights, rows, feed_back=calibrate > 0)
+    cases, maps = calibration_cases(model, calibrate)
+    quantized = quantize_transformer(net, weights, cases, feed_back=calibrate > 0)
     if tuning:
-        quantized = tune(net, quantized, rows, tuning)
-    return Model(
-        quantize_decoder(vae, [torch.from_numpy(codes) for codes in maps]), quantized, model.class_names, model.defaults
-    )
+        quantized = tune(net, quantized, cases, tuning)
+    return model.with_parts(quantize_decoder(vae, [torch.from_numpy(codes) for codes in maps]), quantized)
 
 
 def quantize_weights(model: Model, weights: str, calibrate: int) -> Model:
@@ -57,15 +55,15 @@ def quantize_weights(model: Model, weights: str, calibrate: int) -> Model:
     """
     vae, net = model.both()
     check_widths(net, weights)
-    rows, _ = calibration_sequences(net, calibrate)
-    quantized = quantize_transformer(net, weights, rows, feed_back=calibrate > 0, weights_only=True)
-    return Model(copy.deepcopy(vae), quantized, model.class_names, model.defaults)
+    cases, _ = calibration_cases(model, calibrate)
+    quantized = quantize_transformer(net, weights, cases, feed_back=calibrate > 0, weights_only=True)
+    return model.with_parts(copy.deepcopy(vae), quantized)
 
 
 def quantize_transformer(
     model: StackedTransformer,
     weights: str,
-    rows: Sequence[Tokens],
+    cases: Sequence[Case],
     *,
     feed_back: bool = True,
     weights_only: bool = False,
@@ -74,13 +72,13 @@ def quantize_transformer(
 
     Args:
         weights: ``int8`` or ``int4``.
-        rows: of typical images, which the caches' ranges come from.
-        feed_back: feed rounding errors back along the inputs' second moments over ``rows``, as in GPTQ
+        cases: of typical images, which the caches' ranges come from.
+        feed_back: feed rounding errors back along the inputs' second moments over these, as in GPTQ
             (arXiv 2210.17323); if not, weights are rounded to the nearest.
         weights_only: leave activations and caches as they are.
     """
     net = copy.deepcopy(model)
-    moments, scales_of_caches = observe(net, rows, moments=feed_back)
+    moments, scales_of_caches = observe(net, cases, moments=feed_back)
 
     def quantized(name: str, layer: nn.Linear) -> nn.Module:
         bits = layer_bits(name, weights, net.layout)

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dvq_rt.layout import Tokens
+from dvq_rt.layout import padded
+from export.quantization.calibration import Case
 from export.quantization.layers import replace_layer
 from export.quantization.weights import BLOCK, QuantLinear, round_activations
+from training.data.tokens import collate_prompts
 from training.models.transformer import StackedTransformer
 from training.torch_program import stacked
 
@@ -54,13 +56,13 @@ class TunedLinear(nn.Module):
 
 
 def tune(
-    teacher: StackedTransformer, student: StackedTransformer, rows: Sequence[Tokens], steps: int
+    teacher: StackedTransformer, student: StackedTransformer, cases: Sequence[Case], steps: int
 ) -> StackedTransformer:
     """A copy of a quantized model, tuned to the float model's distributions of both heads.
 
     Args:
         teacher: the float model; student: with QuantLinear layers.
-        rows: sequences to tune on.
+        cases: sequences to tune on.
         steps: optimization steps of ``BATCH`` sequences.
     """
     net = copy.deepcopy(student).requires_grad_(True)
@@ -73,14 +75,16 @@ def tune(
         optimizer, lambda i: min(1.0, (i + 1) / 10) * (0.5 + 0.5 * float(np.cos(np.pi * i / steps)))
     )
     rng = np.random.default_rng(0)
-    by_length = sorted(rows, key=lambda row: len(row.content))
+    by_length = sorted(cases, key=lambda case: len(case.tokens.content))
     for _ in tqdm(range(steps), desc="tuning integers", dynamic_ncols=True):
-        start = int(rng.integers(0, max(1, len(rows) - BATCH + 1)))
-        inputs, used = stacked(teacher.layout, by_length[start : start + BATCH])
+        start = int(rng.integers(0, max(1, len(cases) - BATCH + 1)))
+        batch = by_length[start : start + BATCH]
+        inputs, used = stacked(teacher.layout, [case.tokens for case in batch])
+        more = beside(batch)
         with torch.no_grad():
-            targets = teacher(*inputs)
+            targets = teacher(*inputs, **more)
         loss = torch.zeros(())
-        for target, logits in zip(targets, net(*inputs), strict=True):
+        for target, logits in zip(targets, net(*inputs, **more), strict=True):
             wanted, given = F.log_softmax(target[used], -1), F.log_softmax(logits[used], -1)
             loss = loss + F.kl_div(given, wanted, log_target=True, reduction="batchmean")
         optimizer.zero_grad()
@@ -89,6 +93,16 @@ def tune(
         schedule.step()
     swap(net, TunedLinear, TunedLinear.finished)
     return net.eval().requires_grad_(False)
+
+
+def beside(batch: Sequence[Case]) -> dict[str, Tensor]:
+    """Prompts and kinds of a batch, as ``StackedTransformer.forward`` takes them; those that its cases have."""
+    prompts = [case.prompt for case in batch if case.prompt is not None]
+    made = collate_prompts(prompts) if prompts else {}
+    if any(case.kind is not None for case in batch):
+        kinds = [np.zeros(len(c.tokens.content), np.int64) if c.kind is None else c.kind for c in batch]
+        made["kind"] = torch.from_numpy(padded([kind[:-1] for kind in kinds], 0))
+    return made
 
 
 def swap(model: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> None:

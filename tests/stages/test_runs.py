@@ -248,6 +248,37 @@ def test_fine_tuning_stage_one(
     assert f"{tmp_path} is no checkpoint folder" in refused(capsys, [*base, "--init", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("sizes", "trained"), [("one", "first"), ("masked", "adversarial")])
+def test_decoders_that_learn_alone(
+    sizes: str,
+    trained: str,
+    data: Path,
+    configs: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Images keep their codes to the bit while the decoder learns, which may be of another size than before."""
+    start = request.getfixturevalue(trained) / "best"
+    base = [str(data), "--config", str(configs / f"{sizes}.json"), "--set", "stage.learns=decoder"]
+    base += ["--set", "training.steps=3", "--out"]
+    before = load_checkpoint(start).tokenizer
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name, width in (("same", 16), ("wide", 24)):
+        size = ["--set", f"tokenizer.decoder_channels={width}"]
+        train_tokenizer.main([*base, str(tmp_path / name), "--init", str(start), *size])
+        assert ("the decoder of" in capsys.readouterr().out) == (name == "wide")
+        tuned = load_checkpoint(tmp_path / name / "best").tokenizer
+        assert before is not None and tuned is not None
+        old, new = before.state_dict(), tuned.state_dict()
+        ahead = [key for key in old if not key.startswith(tuned.behind_codes)]
+        assert ahead and all(torch.equal(old[key], new[key]) for key in ahead)
+        (codes, grain), now = before.encode_maps(images), tuned.encode_maps(images)
+        assert torch.equal(codes, now[0]) and torch.equal(grain, now[1])
+        assert not torch.equal(before.decode_maps(codes), tuned.decode_maps(codes))
+    assert "needs the codes of a tokenizer" in refused(capsys, [*base, str(tmp_path / "none")])
+
+
 def test_fine_tuning_stage_two(
     first: Path, second: Path, data: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,3 +301,8 @@ def test_fine_tuning_stage_two(
     save_checkpoint(other, tmp_path / "first" / "best")
     train_transformer.main([*stage_2(data, configs, tmp_path / "first", tmp_path / "far"), *short, *start])
     assert "was trained on the codes of another tokenizer" in capsys.readouterr().out
+    some = ["--set", 'stage.labels={"bars": ["bars"], "": ["*"]}', "--set", "stage.given=0.3"]  # discs have no label
+    train_transformer.main([*stage_2(data, configs, first, tmp_path / "some"), *short, *start, *some])
+    assert "the labels ['discs'] of" in capsys.readouterr().out
+    assert losses(tmp_path / "some")[0] < 0.7 * losses(second)[0]
+    assert load_checkpoint(tmp_path / "some" / "best").class_names == ("bars",)

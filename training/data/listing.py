@@ -31,8 +31,8 @@ def list_images(
 
     Args:
         root: folder or list.
-        labels: label name to the classes that it joins, ``["*"]`` joins all, others are left out; None: each class,
-            sorted, is one.
+        labels: label name to the classes that it joins, ``["*"]`` joins all that no other label names; None: each
+            class, sorted, is one.
         exclude: classes that are left out before.
 
     Raises:
@@ -74,8 +74,10 @@ def choose_classes(
     there = [name for name in there if name not in set(exclude)]
     if labels is None:
         return {name: [name] for name in there}
-    groups: dict[str, Sequence[str]] = {
-        label: there if list(names) == ["*"] else list(names) for label, names in labels.items()
+    groups: dict[str, Sequence[str]] = {label: list(names) for label, names in labels.items()}
+    named = {name for names in groups.values() for name in names}
+    groups = {
+        label: [n for n in there if n not in named] if names == ["*"] else names for label, names in groups.items()
     }
     if not groups:
         raise DataError(f"labels is empty; name at least one label, or pass None to make each class of {root} one")

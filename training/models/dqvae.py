@@ -297,6 +297,7 @@ class DQVAE(Tokenizer):
 
     entropy_thresholds: Tensor
     router_biases: Tensor
+    behind_codes = ("post_quant_conv", "decoder")
 
     def __init__(self, config: DQVAEConfig) -> None:
         super().__init__()
@@ -352,7 +353,7 @@ class DQVAE(Tokenizer):
         else:
             maps = self.encoder(images)
             logits = in_float32(lambda *maps: self.router(maps), *maps)
-            gate = draw_gate(logits, gumbel_noise(logits)) if self.training else None
+            gate = draw_gate(logits, gumbel_noise(logits)) if self.router.training else None
             grain = (logits + self.router_biases if gate is None else gate).argmax(-1)
             scores = logits[..., -1] - logits[..., 0]
         return Features(self.quant_conv(self.merge(maps, grain, gate)), grain, scores, maps, logits, gate)

@@ -243,6 +243,8 @@ class Encoding(NamedTuple):
 class MQVAE(Tokenizer):
     """The tokenizer."""
 
+    behind_codes = ("demasker", "decoder")
+
     def __init__(self, config: MQVAEConfig) -> None:
         super().__init__()
         self.config = config

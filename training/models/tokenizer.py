@@ -44,6 +44,23 @@ class Tokenizer(nn.Module):
 
     config: Any
     quantizer: EMAQuantizer
+    behind_codes: tuple[str, ...]
+    """The names of the modules that make images of codes."""
+    codes_fixed = False
+
+    def fix_codes(self) -> None:
+        """Let nothing but the modules behind the codes learn, so that images keep their codes."""
+        self.codes_fixed = True
+        for name, module in self.named_children():
+            module.requires_grad_(name in self.behind_codes)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        super().train(mode)
+        if self.codes_fixed:
+            for name, module in self.named_children():
+                module.train(mode and name in self.behind_codes)
+        return self
 
     def encode_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``codes`` and ``grain`` maps of images, float [B, 3, H, W] in [-1, 1].
