@@ -159,4 +159,5 @@ class Record:
 
     def close(self) -> None:
         self._bar.close()
-        self.tracker.finish()
+        with self._refused():
+            self.tracker.finish()
