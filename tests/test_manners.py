@@ -23,7 +23,7 @@ def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((DEMOS["demo:dq"] / "manifest.json").read_text(encoding="utf-8"))
     assert values.pop("path") == str(DEMOS["demo:dq"])
     del manifest["sha256"]
-    assert values == {**manifest, "conditioning": {}}
+    assert values == {"conditioning": {}, **manifest}
 
 
 def test_verify_as_json(capsys: pytest.CaptureFixture[str]) -> None:
