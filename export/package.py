@@ -16,6 +16,7 @@ from export.lowering import OPSET
 from export.tracing import trace
 from runtimes.errors import ExportError
 from training.checkpoint import TEXT_TOKENIZER, Model
+from training.checkpoint_engine import manifest_of
 from training.frozen_text import frozen_of
 from training.models.dqvae import DQVAE
 from training.models.tokenizer import Tokenizer
@@ -97,14 +98,6 @@ def write_tokenizer(model: Model, folder: Path) -> None:
         (folder / TEXT_TOKENIZER).write_text(model.text_tokenizer, encoding="utf-8")
 
 
-def conditioning(model: Model) -> dict[str, Any]:
-    """What the manifest says of prompts."""
-    if (text := model.text) is None:
-        return {}
-    name = BYTES if model.text_tokenizer == BYTES else TEXT_TOKENIZER
-    return {"kind": "prefix", "max": text.length, "tokenizer": name, "empty": text.empty}
-
-
 def describe(
     model: Model,
     step: dict[str, Any],
@@ -122,23 +115,16 @@ def describe(
         step: its interface, see ``StepTable.to_dict``.
         backend: name and version of what the engine is made for.
     """
-    vae, net = model.both()
-    return Manifest(
-        layout=net.layout,
-        family=model.family,
-        image_size=vae.config.image_size,
+    return manifest_of(
+        model,
+        step,
         slots=slots,
-        step=step,
         precision=precision,
         weights=weights,
         backend=backend[0],
         target=target,
         tools={backend[0]: backend[1], **{name: version(name) for name in ("torch", "onnx")}},
-        class_names=model.class_names,
-        defaults=model.defaults,
         parameters=count_parameters(model),
-        tokenizer=vae.routing(),
-        conditioning=conditioning(model),
     )
 
 

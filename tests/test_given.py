@@ -24,7 +24,7 @@ from dvq_rt.step import GIVEN_PORTS
 from export.to_onnx import export_onnx
 from runtimes.errors import InputError
 from training.checkpoint import Model, save_checkpoint
-from training.data.holes import GRAIN_SHAPES, SHAPES, arranged, random_hole
+from training.data.holes import GRAIN_SHAPES, SHAPES, drawn_hole
 from training.data.tokens import collate
 from training.evaluate_edits import Asked, holes, likelihood
 from training.evaluate_edits import main as measure
@@ -154,15 +154,15 @@ def test_training_batches() -> None:
     grain = np.stack([c.grain for c in several])
     coarse = rng.integers(0, 32, grain.shape).astype(np.int32)
     data = Rows([c.codes for c in several], grain)
-    keys = [(1, 0), None, (1, 2), (1, 3), (1, 4), (1, 5)]
-    batch = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys, coarse)
-    again = collate(layout, data, np.arange(6), np.zeros(6, np.int64), keys, coarse)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    for i, key in enumerate(keys):
+    holes = [None if i == 1 else drawn_hole(layout, grain[i], (1, i)) for i in range(6)]
+    batch = collate(layout, data, np.arange(6), np.zeros(6, np.int64), holes, coarse)
+    for i, hole in enumerate(holes):
         tokens, kind = several[i].tokens(0), np.zeros(200, np.int64)
-        if key is not None:
-            tokens, kind = arranged(layout, tokens, grain[i].astype(np.int64), coarse[i].astype(np.int64), key)
-            assert (kind > 0).any()
+        if hole is not None:
+            again = drawn_hole(layout, grain[i], (1, i))
+            assert all((one == other).all() for one, other in zip(hole, again, strict=True))
+            tokens, kind = given_first(layout, tokens, ~hole.redraw, np.where(hole.told, coarse[i], -1))
+            assert (kind == 1).any() and (kind == 2).sum() == hole.told.sum()
         t = len(tokens.content) - 1
         wanted = np.where(kind[1 : t + 1] > 0, -1, tokens.content[1:])
         assert batch["target_content"][i, :t].tolist() == wanted.tolist()
@@ -172,15 +172,17 @@ def test_training_batches() -> None:
 def test_holes() -> None:
     """Every shape of hole comes, leaves a code to keep and one to draw, and fits the longest sequence with hints."""
     layout, rng = TokenLayout(8, (4, 8)), np.random.default_rng(0)
-    seen = set()
+    seen, hints = set(), 0
     for i in range(200):
         codes = random_codes(layout, rng)
-        hole = random_hole(layout, codes.grain.astype(np.int64), rng)
-        seen.add(hole.tobytes())
+        hole = drawn_hole(layout, codes.grain, (0, i))
+        seen.add(hole.redraw.tobytes())
         coarse = rng.integers(0, 8, codes.grain.shape)
-        tokens, _ = arranged(layout, codes.tokens(0), codes.grain.astype(np.int64), coarse, (0, i))
+        tokens, kind = given_first(layout, codes.tokens(0), ~hole.redraw, np.where(hole.told, coarse, -1))
         assert len(tokens.content) - 1 <= layout.max_length
-    assert len(seen) > 100
+        assert {0, 1} <= set(kind[1:].tolist())
+        hints += int(hole.told.sum())
+    assert len(seen) > 100 and hints > 50
     for shape in (*SHAPES, *GRAIN_SHAPES):
         masks = [shape(8, rng.integers(0, 2, (8, 8)), rng) for _ in range(20)]
         assert all(mask.shape == (8, 8) and mask.dtype == bool for mask in masks)

@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training import plan
 from training.bench import in_turns, line, stage_two
+from training.data.tokens import padded_to
 from training.footprint import Allocations, footprint, of_sizes, real, tokenizer_work, transformer_work
 from training.loop import TrainConfig
 from training.models.text import TextConfig
 from training.models.transformer import TransformerConfig
 from training.objective import StageOneConfig
 from training.plan import mean_codes
-from training.train_transformer import padded_to
 
 
 def test_allocations_are_those_that_live_at_once() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models import TOKENIZER
 from test_data import noise, write
 
@@ -146,6 +147,12 @@ def test_other_tokenizers_and_images_are_refused(place: Path, whole: Path) -> No
     with pytest.raises(DataError, match=r"images of .*set [0-9a-f]{12} there and [0-9a-f]{12} now"):
         check(whole, work(place))
     other.unlink()
+    changed = place / "set" / "ant" / "00.png"
+    before = changed.read_bytes()
+    write(changed, Image.new("RGB", (16, 16)))
+    with pytest.raises(DataError, match=r"sizes of the image files of .*set [0-9a-f]{12} there and [0-9a-f]{12} now"):
+        check(whole, work(place))
+    changed.write_bytes(before)
     with pytest.raises(DataError, match="holds no codes"):
         check(place / "set", work(place))
     part = run(place, "cut") / "val-00000.safetensors"

@@ -2,6 +2,7 @@
 
     python tests/two_processes.py same      # 50 steps of each kind of run, with one process and with two
     python tests/two_processes.py kills     # ten kills of a two-process run
+    python tests/two_processes.py full      # a two-process run into a disk that gets full (Linux, as root)
 
 Prints what docs/training.md says. ``tests/stages/test_processes.py`` does less of it, fast.
 """
@@ -125,14 +126,7 @@ def kills(work: Path, count: int = 10) -> None:
     """Kill both processes at random moments, go on, and compare with a run that was left alone."""
     config = {**ADVERSARIAL, "training": STAGE_1["training"] | {"ema": 0.9, "checkpoint_every": 5, "keep_last": 2}}
     whole, cut = ([*job(name, config, work, "steps=160"), "--resume"] for name in ("whole", "cut"))
-
-    def ended(arguments: list[str]) -> None:
-        for process in forked(arguments, work / "output"):
-            process.join()
-            if process.exitcode:
-                sys.exit((work / "output").read_text()[-2000:])
-
-    ended(whole)
+    ended(whole, work)
     rng, log = random.Random(1), work / "cut" / "log.jsonl"
     for n in range(count):
         before = len(rows(log))
@@ -150,7 +144,47 @@ def kills(work: Path, count: int = 10) -> None:
             process.join()
         step = load_training_state(work / "cut" / "checkpoint", tensors=False).step
         print(f"kill {n + 1}: with {len(rows(log))} rows in the log, the checkpoint of step {step}", flush=True)
-    ended(cut)
+    ended(cut, work)
+    compare(work)
+
+
+def full(work: Path) -> None:
+    """Fill the disk of a run up at several places, make room, go on, and compare with a run that was left alone."""
+    config = {**ADVERSARIAL, "training": STAGE_1["training"] | {"ema": 0.9, "checkpoint_every": 5}}
+    whole, cut = ([*job(name, config, work, "steps=40"), "--resume"] for name in ("whole", "cut"))
+    ended(whole, work)
+    (work / "cut").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(work / "cut")]
+    if subprocess.run(mount, check=False).returncode:
+        sys.exit("no small disk can be mounted here: be root on Linux")
+    try:
+        filler = work / "cut" / "filler"
+        for free in (0, 1_000_000, 3_000_000):
+            disk = os.statvfs(work / "cut")
+            filler.write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - free)))
+            output = work / f"output-{free}"
+            codes = [process.join(600) or process.exitcode for process in forked(cut, output)]
+            filler.unlink()
+            begun = (work / "cut" / "checkpoint").exists()
+            step = load_training_state(work / "cut" / "checkpoint", tensors=False).step if begun else None
+            told = sorted({line for line in output.read_text().splitlines() if line.startswith("error: ")})
+            print(f"{free} bytes free: exit codes {codes}, checkpoint of step {step}", *told, sep="\n  ", flush=True)
+        ended(cut, work)
+        compare(work)
+    finally:
+        subprocess.run(["umount", str(work / "cut")], check=False)
+
+
+def ended(arguments: list[str], work: Path) -> None:
+    """A job of two processes that has to come right."""
+    for process in forked(arguments, work / "output"):
+        process.join()
+        if process.exitcode:
+            sys.exit((work / "output").read_text()[-2000:])
+
+
+def compare(work: Path) -> None:
+    """Say whether two runs ended alike."""
     for name in ("model.safetensors", "training.safetensors"):
         one, two = (load_file(work / run / "checkpoint" / name) for run in ("whole", "cut"))
         print(name, "equal to the bit:", set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one))
@@ -182,7 +216,7 @@ def main() -> None:
         return worker(int(sys.argv[2]), json.loads(sys.argv[3]))
     with tempfile.TemporaryDirectory() as folder:
         pictures(Path(folder) / "data")
-        {"same": same, "kills": kills}[sys.argv[1]](Path(folder))
+        {"same": same, "kills": kills, "full": full}[sys.argv[1]](Path(folder))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Ours against a plain loop that works as the released code does, in turns in one 
 - stage 1: the plain loop decodes every image file anew in each step; ours keeps decoded images and prepares batches
   ahead.
 - stage 2: the plain loop codes the images anew in each epoch and pads every sequence to the longest that the grammar
-  allows; ours codes them once and puts sequences of like length together.
+  allows; ours codes them once and puts sequences of like length together. With ``--precision bf16`` ours alone
+  computes the transformer so.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from training.config import read_config
 from training.data.folder import ImageFolder
 from training.data.pixels import Pixels, to_float
 from training.data.stream import batches
-from training.data.tokens import code_counts, collate
+from training.data.tokens import collate, padded_to
 from training.judging.report import save_json, table
 from training.loop import TrainConfig, make_optimizer
 from training.losses import PICTURE_LOSSES
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
-from training.train_transformer import BUCKET, SECTIONS, StageTwoConfig, batch_losses, padded_to
+from training.sequences import BUCKET
+from training.train_transformer import SECTIONS, StageTwoConfig, batch_losses
 
 Loop = Callable[[int], int]
 """Takes the step of a number and returns how many images or tokens it learned from."""
@@ -93,17 +95,19 @@ def stage_two(
     down, size, layout = descend(net, training), training.batch_size, net.layout
     parts = [coded(vae, images[start : start + size]) for start in range(0, len(images), size)]
     data = Coded(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    lengths = code_counts(layout, data.grain)
+    lengths = layout.count_codes(data.grain)
     by_length = lengths.argsort(kind="stable").reshape(BUCKET, size)
     by_length = by_length[np.random.default_rng(training.seed).permutation(BUCKET)]
 
-    def learn(batch: dict[str, Tensor]) -> int:
-        down(batch_losses(net, batch)["loss"])
+    def learn(batch: dict[str, Tensor], half: bool = False) -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = batch_losses(net, batch)["loss"]
+        down(loss)
         return int((batch["target_content"] >= 0).sum())
 
     def ours(step: int) -> int:
         rows = by_length[step % BUCKET]
-        return learn(collate(layout, data, rows, labels[rows]))
+        return learn(collate(layout, data, rows, labels[rows]), training.precision == "bf16")
 
     def plain(step: int) -> int:
         rows = np.arange(size) + step % BUCKET * size
@@ -158,13 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="emoji_transformer", help="stage 2: JSON file, or a name in configs")
     parser.add_argument("--batch", type=int, default=8, help="images of a step (8)")
     parser.add_argument("--rounds", type=int, default=5, help=f"of {BUCKET} steps each (5)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our stage 2 (fp32)")
     parser.add_argument("--out", help="write all numbers to this JSON file")
     args = parser.parse_args(argv)
     for name in ("batch", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     config = read_config(args.config, SECTIONS, [])
-    training = TrainConfig(steps=1, batch_size=args.batch, shift=0)
+    training = TrainConfig(steps=1, batch_size=args.batch, shift=0, precision=args.precision)
     torch.manual_seed(training.seed)
     vae = load_tokenizer(args.tokenizer).requires_grad_(False)
     stage: StageTwoConfig = config["stage"]
@@ -183,7 +188,12 @@ def main(argv: list[str] | None = None) -> None:
     lines = [line("stage 1", "images/s", first), line("stage 2", "tokens/s", second)]
     print(table(["stage", "ours", "plain loop", "ratio (range of the rounds)"], lines))
     if args.out:
-        settings = {"batch": args.batch, "config": args.config, "threads": torch.get_num_threads()}
+        settings = {
+            "batch": args.batch,
+            "config": args.config,
+            "precision": args.precision,
+            "threads": torch.get_num_threads(),
+        }
         save_json(Path(args.out), {"settings": settings, "stage_1": first, "stage_2": second})
 
 

@@ -174,7 +174,8 @@ def save_checkpoint(model: Model, folder: str | Path, state: TrainingState | Non
     Raises:
         CheckpointError: the disk refused.
     """
-    with new_folder(folder, overwrite=True, error=CheckpointError) as fresh:
+    refused = guard(CheckpointError, f"cannot write {folder}")  # safetensors has errors of its own
+    with refused, new_folder(folder, overwrite=True, error=CheckpointError) as fresh:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / WEIGHTS)
         if model.text_tokenizer != BYTES:
             (fresh / TEXT_TOKENIZER).write_text(model.text_tokenizer, encoding="utf-8")

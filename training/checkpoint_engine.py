@@ -60,7 +60,16 @@ class CheckpointEngine(Engine):
         self._frozen = frozen_of(model)
         table = step_table(net)
         self._step = TorchProgram(net)
-        super().__init__(Path(path), _manifest(model, table.to_dict(None)), TorchDevice())  # type: ignore[arg-type]
+        manifest = manifest_of(
+            model,
+            table.to_dict(None),
+            slots=SIDE_BY_SIDE,
+            precision="fp32",
+            weights="fp32",
+            tools={"torch": torch.__version__},
+            parameters={"transformer": sum(p.numel() for p in net.parameters())},
+        )
+        super().__init__(Path(path), manifest, TorchDevice())  # type: ignore[arg-type]
 
     def program(self, name: str) -> Any:
         return self._step if name == "step" else _Module(self._tokenizer, name)
@@ -88,7 +97,12 @@ class _Module:
         return {name: part.numpy() for name, part in out._asdict().items() if names is None or name in names}
 
 
-def _manifest(model: Model, step: dict[str, Any]) -> Manifest:
+def manifest_of(model: Model, step: dict[str, Any], **of_engine: Any) -> Manifest:
+    """The manifest of a model as an engine, whose fields that do not follow from the model are given by name.
+
+    Args:
+        step: its interface, see ``StepTable.to_dict``.
+    """
     (vae, net), text = model.both(), model.text
     reads: dict[str, Any] = {}
     if text is not None:
@@ -98,14 +112,10 @@ def _manifest(model: Model, step: dict[str, Any]) -> Manifest:
         layout=net.layout,
         family=model.family,
         image_size=vae.config.image_size,
-        slots=SIDE_BY_SIDE,
         step=step,
-        precision="fp32",
-        weights="fp32",
-        tools={"torch": torch.__version__},
         class_names=model.class_names,
         defaults=model.defaults,
-        parameters={"transformer": sum(p.numel() for p in net.parameters())},
         tokenizer=vae.routing(),
         conditioning=reads,
+        **of_engine,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,12 +132,22 @@ class Record:
         say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Give a picture uint8 [H, W, 3] to the tracker."""
+        """Give a picture uint8 [H, W, 3] to the tracker.
+
+        Raises:
+            ConfigError: the disk refused; so do ``read`` and ``validated``.
+        """
         options = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
-        self.tracker.log_images({name: image[None]}, step=step, **options)
+        with self._refused():
+            self.tracker.log_images({name: image[None]}, step=step, **options)
 
     def _track(self, kind: str, values: dict[str, Any], step: int) -> None:
-        self.tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        with self._refused():
+            self.tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def _refused(self) -> AbstractContextManager[None]:
+        what = f"the tracker {self.tracker.name} cannot write into {self.run}"
+        return guard(ConfigError, what, "make room, and go on with --resume")
 
     def _write(self, row: dict[str, Any]) -> None:
         if processes.number() == 0:
@@ -148,4 +159,5 @@ class Record:
 
     def close(self) -> None:
         self._bar.close()
-        self.tracker.finish()
+        with self._refused():
+            self.tracker.finish()

@@ -118,9 +118,10 @@ def _held(lock: TextIO, folder: Path) -> Iterator[None]:
         lock.seek(0)
         holder = lock.read(200).strip() or "another process"
         raise ConfigError(f"{folder} is being trained into by {holder}; wait for its end, or choose another --out")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    lock.flush()
+    holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with guard(ConfigError, f"cannot write {folder / LOCK}", "make room, or choose another --out"):
+        lock.truncate(0)
+        os.write(lock.fileno(), holder.encode())  # what a buffer held would be tried again, and fail, at the end
     try:
         yield
     finally:
@@ -265,5 +266,12 @@ def cut_log(run: Path, step: int) -> None:
 
 
 def log(run: Path, row: dict[str, Any]) -> None:
-    with (run / LOG).open("a", encoding="utf-8") as file:
+    """Add a row to the log.
+
+    Raises:
+        ConfigError: the disk refused.
+    """
+    path = run / LOG
+    refused = guard(ConfigError, f"cannot write {path}", "make room, and go on with --resume")
+    with refused, path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -6,7 +6,6 @@ import argparse
 import copy
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dvq_rt.decoding import cells_to_maps
 from dvq_rt.files import read_dataclass
@@ -38,16 +36,16 @@ from training.data.tokens import collate
 from training.frozen_text import describe_frozen, load_frozen
 from training.judging.metrics import psnr
 from training.loop import Stage, TrainConfig, fit
-from training.losses import stacked_losses, target_counts
+from training.losses import stacked_losses
 from training.models.tokenizer import Tokenizer
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prompts import Prompts, TextSettings, directed_images, hold_out, read_captions
 from training.run import open_run, say
 from training.sampling import embed_prompts
+from training.sequences import Sequences
 from training.torch_program import sample_events
 from training.warm_start import begin_from
 
-BUCKET = 16  # batches that share a draw of images, sorted by length so that little is padded
 SHOWN_PROMPTS = 16
 """Held-out captions that pictures are drawn for during training."""
 
@@ -259,63 +257,16 @@ def learning(
     layout, names = net.layout, model.class_names
     train, val = open_codes(codes, work)
     check_labels(folder, train.labels, val.labels)
-    counts = np.bincount(train.labels, minlength=len(folder.classes)).astype(float)
-    weights = counts[train.labels] ** -stage.balance
-    weights /= weights.sum()
-    lengths = train.lengths(layout)
-
-    def stream(step: int) -> Iterator[list[dict[str, Tensor]]]:
-        size = training.batch_size
-        while True:
-            bucket, place = divmod(step, BUCKET)
-            rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, bucket], dtype=np.uint64)))
-            drawn = rng.choice(len(weights), BUCKET * size, p=weights)
-            drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(BUCKET, size)
-            drawn = drawn[rng.permutation(BUCKET)]
-            dropped = rng.random((BUCKET, size)) < stage.label_dropout
-            numbers, silence = rng.random((2, BUCKET, size))  # which caption, and whether any
-            for row in range(place, BUCKET):
-                given = train.labels[drawn[row]]
-                given = np.where(dropped[row], layout.classes, given) if layout.null_label else given
-                edits = holes(step, size) if stage.given else None
-                yield own_parts(drawn[row], given, numbers[row], silence[row], edits)
-                step += 1
-
-    def holes(step: int, size: int) -> list[tuple[int, int] | None]:
-        """Of each image of a step the key of its edit, or None."""
-        rng = np.random.Generator(np.random.Philox(key=np.array([training.seed, step], dtype=np.uint64)).jumped())
-        return [
-            (training.seed, step * size + i) if share < stage.given else None
-            for i, share in enumerate(rng.random(size))
-        ]
-
-    def own_parts(
-        images: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        numbers: NDArray[Any],
-        silence: NDArray[Any],
-        edits: list[tuple[int, int] | None] | None,
-    ) -> list[dict[str, Tensor]]:
-        """This process's rows of the parts of a batch, each part as long as its longest sequence anywhere."""
-        made = []
-        for rows in np.split(np.arange(len(images)), training.accumulate):
-            own = np.split(rows, processes.count())[processes.number()]
-            if edits is None:
-                length = lengths[images[rows]].max() + layout.max_length - layout.filled_cells
-                part = padded_to(collate(layout, train, images[own], labels[own]), int(length))
-            else:  # hints make sequences longer, by how much is known once all are made
-                keys = [edits[i] for i in rows]
-                whole = collate(layout, train, images[rows], labels[rows], keys, train.coarse)
-                part = {name: values[own - rows[0]] for name, values in whole.items()}
-            if prompts is not None:
-                silent = silence[rows] < prompts.text.dropout
-                told = prompts.collate(train.images[images[rows]], numbers[rows], silent)
-                part |= {name: values[own - rows[0]] for name, values in told.items()}
-            made.append({name: processes.moved(values, device) for name, values in part.items()})
-        targets = ((p["target_position"], p["target_content"], p["target_segment"]) for p in made)
-        counted = torch.stack([target_counts(*each, layout.segments) for each in targets]).sum(0)
-        counts = processes.total(counted) / (len(made) * processes.count())
-        return [{**part, "counts": counts} for part in made]
+    sequences = Sequences(
+        train,
+        layout,
+        training,
+        device,
+        weights=np.bincount(train.labels).astype(float)[train.labels] ** -stage.balance,
+        label_dropout=stage.label_dropout,
+        given=stage.given,
+        prompts=prompts,
+    )
 
     def validate(model: Model) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -348,19 +299,12 @@ def learning(
     def loss(net: nn.Module, part: dict[str, Tensor], step: int, scale: float | Tensor) -> dict[str, Tensor]:
         return batch_losses(net, part)
 
-    return Stage(model, transformer_of, stream, loss, validate, pictures)
+    return Stage(model, transformer_of, sequences.stream, loss, validate, pictures)
 
 
 def transformer_of(model: Model) -> StackedTransformer:
     """The transformer of a whole model."""
     return model.both()[1]
-
-
-def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A collated batch with sequences of a length."""
-    more = length - batch["content"].shape[1]
-    without = ("target_content", "target_position")  # -1 where there is none
-    return {name: F.pad(x, (0, more), value=-1 if name in without else 0) for name, x in batch.items()}
 
 
 def check_labels(folder: ImageFolder, train: NDArray[np.int64], val: NDArray[np.int64]) -> None:

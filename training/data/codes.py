@@ -34,7 +34,6 @@ from training.data.folder import ImageFolder, Indices
 from training.data.pixels import Pixels, to_float
 from training.data.stream import Augment, batches
 from training.data.texts import Texts
-from training.data.tokens import code_counts
 from training.models.tokenizer import Tokenizer
 
 BATCH = 32
@@ -93,6 +92,7 @@ class Tokenization:
         augment = {**asdict(self.augment), "flip_exclude": sorted(self.augment.flip_exclude)}
         augment["flip_exclude_images"] = sorted(self.augment.flip_exclude_images)
         made = {"tokenizer": digest(self.tokenizer), "images": folder.digest(), "split": split}
+        made["bytes"] = hashlib.sha256(folder.sizes.tobytes()).hexdigest()
         made["classes"] = hashlib.sha256(json.dumps(folder.classes).encode()).hexdigest()
         sizes = {"copies": self.copies, "seed": self.seed, "shard_size": self.shard_size, "coarse": self.coarse}
         return json.loads(json.dumps({**made, **sizes, "size": folder.size, "augment": augment}))
@@ -181,10 +181,12 @@ def check(out: Path, work: Tokenization) -> None:
     """
     told = read_json(out / MANIFEST, error=DataError, what=f"{out} holds no codes", mend=AGAIN)
     wanted = work.manifest()
-    told = {"coarse": False, **told} if isinstance(told, dict) else told  # older folders lack it
+    older = {"coarse": False, "bytes": wanted["bytes"]}  # what older folders lack
+    told = {**older, **told} if isinstance(told, dict) else told
     if not isinstance(told, dict) or set(told) != set(wanted):
         raise DataError(f"{out / MANIFEST} is damaged or of another version; {AGAIN}")
-    names = {"tokenizer": "tokenizer", "images": f"images of {work.folder.root}", "split": "held-out images"}
+    root = work.folder.root
+    names = {"images": f"images of {root}", "split": "held-out images", "bytes": f"sizes of the image files of {root}"}
     if other := [name for name in wanted if told[name] != wanted[name]]:
         both = "; ".join(f"{names.get(n, n)} {_brief(told[n])} there and {_brief(wanted[n])} now" for n in other)
         raise DataError(f"{out} holds the codes of something else ({both}); give the same, or {AGAIN}")
@@ -247,7 +249,7 @@ class Codes:
 
     def lengths(self, layout: TokenLayout) -> Indices:
         """Number of codes of each image, int64 [N]."""
-        return np.concatenate([code_counts(layout, file.get_tensor("grain")) for file in self._files])
+        return np.concatenate([layout.count_codes(file.get_tensor("grain")) for file in self._files])
 
     def captions(self, row: int) -> tuple[str, ...]:
         """The texts that describe the image of a row."""

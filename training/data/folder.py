@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,11 @@ class ImageFolder:
         """SHA-256 of which images there are and of which class, the pixels not included."""
         rows = sorted((self.relative(i), self.classes[label]) for i, label in enumerate(self.labels.tolist()))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    @cached_property
+    def sizes(self) -> Indices:
+        """Bytes of each encoded image, int64 [N], when it was first asked for."""
+        return np.array([self._source.size(row) for row in self._rows.tolist()], dtype=np.int64)
 
     def report_unreadable(self) -> None:
         """Warn once, with a count and the first few names, of the unreadable files found since the last report."""

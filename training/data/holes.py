@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from dvq_rt.editing import Mask, given_first
-from dvq_rt.layout import TokenLayout, Tokens
+from dvq_rt.editing import Mask
+from dvq_rt.layout import TokenLayout
 
 HINTED = 0.1
 """Share of the redrawn cells of a finer grain whose coarsest code is told beforehand."""
@@ -71,26 +73,22 @@ def random_hole(layout: TokenLayout, grain: NDArray[np.int64], rng: np.random.Ge
     return np.ones_like(grain, dtype=bool)
 
 
-def arranged(
-    layout: TokenLayout,
-    tokens: Tokens,
-    grain: NDArray[np.int64],
-    coarse: NDArray[np.int64] | None,
-    key: tuple[int, int],
-) -> tuple[Tokens, NDArray[np.int64]]:
-    """A sequence with what a random edit keeps in front (``given_first``), and the kinds of its tokens.
+class Hole(NamedTuple):
+    """What an edit redraws: ``redraw`` bool [sides[0], sides[0]], coarsest cells; ``told`` likewise, those of them
+    whose code in the coarsest grain is a hint."""
 
-    Args:
-        grain: of the image, int [sides[0], sides[0]]; coarse: the codes that its cells have in the coarsest grain,
-            likewise, None for no hints.
-        key: of the random numbers.
-    """
+    redraw: Mask
+    told: Mask
+
+
+def drawn_hole(layout: TokenLayout, grain: NDArray[np.int64], key: tuple[int, int]) -> Hole:
+    """The hole that a key draws for an image of grains int [sides[0], sides[0]], with as many hints as its sequence has
+    room for, one more token each; there are none in layouts of one grain."""
     rng = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)).jumped(2))
-    redraw, hints = random_hole(layout, grain, rng), None
-    if coarse is not None and layout.segments > 1:
+    redraw = random_hole(layout, grain, rng)
+    told = np.zeros_like(redraw)
+    if layout.segments > 1:
         told = redraw & (grain > 0) & (rng.random(grain.shape) < HINTED)
-        spare = layout.max_length - len(tokens.content) + 1
         drop = np.flatnonzero(told)
-        told.reshape(-1)[rng.permutation(drop)[spare:]] = False  # as many as there is room for
-        hints = np.where(told, coarse, -1)
-    return given_first(layout, tokens, ~redraw, hints)
+        told.reshape(-1)[rng.permutation(drop)[layout.cells - int(layout.count_codes(grain)) :]] = False
+    return Hole(redraw, told)

@@ -152,6 +152,10 @@ class Shards:
         """The encoded image."""
         return io.BytesIO(self._read(index, 0))
 
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image."""
+        return int(self._places[index, 0, 1])
+
     def captions(self, index: int) -> tuple[str, ...]:
         """Of one image; () without any."""
         found: list[str] = []

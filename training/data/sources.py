@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dvq_rt.files import read_json
-from runtimes.errors import DataError
+from runtimes.errors import DataError, guard
 from training.data.listing import list_images
 from training.data.shards import Shards, is_shards
 from training.data.texts import Texts
@@ -36,6 +36,9 @@ class Source(Protocol):
     def open(self, index: int) -> Path | io.BytesIO:
         """The encoded image, as ``dvq_rt.images.open_rgb`` takes it; DataError where it cannot be read."""
 
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image; DataError where it is not there any more."""
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The texts that describe an image; () where there are none."""
 
@@ -58,6 +61,11 @@ class Files:
 
     def open(self, index: int) -> Path:
         return self.base / self.names[index]
+
+    def size(self, index: int) -> int:
+        path = self.open(index)
+        with guard(DataError, f"cannot read {path}"):
+            return path.stat().st_size
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions.get(self.names[index], ())

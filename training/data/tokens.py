@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
+from dvq_rt.editing import given_first
 from dvq_rt.layout import TokenLayout
-from training.data.holes import arranged
+from training.data.holes import Hole
 
 
 class CodeRows(Protocol):
@@ -23,25 +25,19 @@ class CodeRows(Protocol):
     def grain(self) -> Any: ...
 
 
-def code_counts(layout: TokenLayout, grain: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Number of codes of each image, int64 [N], of grain maps [N, hc, wc]."""
-    codes_of_a_cell = np.array([*((side // layout.sides[0]) ** 2 for side in layout.sides), 0])  # -1 has none
-    return codes_of_a_cell[grain].sum((1, 2))
-
-
 def collate(
     layout: TokenLayout,
     data: CodeRows,
     images: NDArray[np.int64],
     labels: NDArray[np.int64],
-    holes: Sequence[tuple[int, int] | None] | None = None,
+    holes: Sequence[Hole | None] | None = None,
     coarse: Any = None,
 ) -> dict[str, Tensor]:
     """Token sequences of images padded on the right, where causal attention never looks.
 
     Args:
-        holes: of each image the key of the random numbers by which a part of it is given first
-            (``training.data.holes.arranged``), or None; None at all for models that are not trained for it.
+        holes: of each image what is redrawn of it, so that the rest is given first, or None; None at all for models
+            that are not trained for it.
         coarse: for hints, the codes int [hc, wc] that the cells of an image have in the coarsest grain, by its number.
 
     Returns:
@@ -51,11 +47,10 @@ def collate(
     """
     rows = [layout.to_tokens(data.codes[i], data.grain[i], int(label)) for i, label in zip(images, labels, strict=True)]
     kinds: list[NDArray[np.int64]] = [np.zeros(len(row.content), np.int64) for row in rows]
-    for place, key in enumerate(holes or ()):
-        if key is not None:
-            i = images[place]
-            told = None if coarse is None else coarse[i].astype(np.int64)
-            rows[place], kinds[place] = arranged(layout, rows[place], data.grain[i].astype(np.int64), told, key)
+    for place, hole in enumerate(holes or ()):
+        if hole is not None:
+            hints = None if coarse is None else np.where(hole.told, coarse[images[place]].astype(np.int64), -1)
+            rows[place], kinds[place] = given_first(layout, rows[place], ~hole.redraw, hints)
     length = max(len(r.content) for r in rows) - 1
     offsets = np.array([layout.position_offset(s) for s in range(layout.segments)])
     names = ["content", "position", "segment", "following", "target_content", "target_position", "target_segment"]
@@ -75,6 +70,13 @@ def collate(
             for name in ("target_content", "target_position"):
                 out[name][i, :t][kinds[i][1:] > 0] = -1
     return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def padded_to(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A collated batch with sequences of a length."""
+    more = length - batch["content"].shape[1]
+    without = ("target_content", "target_position")  # -1 where there is none
+    return {name: F.pad(x, (0, more), value=-1 if name in without else 0) for name, x in batch.items()}
 
 
 def collate_prompts(prompts: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
