@@ -91,11 +91,11 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """The machine, and of the GPU its name, kind, driver and clocks."""
-        gpu = None if self._gpu is None else self._gpu._asdict()
+        gpu = None if self._gpu is None else {k: v for k, v in self._gpu._asdict().items() if k != "bus"}
         return {**machine(), "rehearsal": self.rehearsal, "gpu": gpu, "card": self.card().to_dict()}
 
     def card(self) -> Card:
-        return Card() if self.rehearsal else read_card(self.index)
+        return Card() if self._gpu is None else read_card(self._gpu.bus)
 
     def memory(self) -> dict[str, float]:
         """MiB in use: the process's peak on the host, and all on the GPU."""

@@ -27,6 +27,7 @@ from runtimes.protocol import Array
 Bytes = NDArray[np.uint8]
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+OWN_CAPTURES = 1  # CUstreamCaptureMode: thread local
 OUT_OF_MEMORY = "out of GPU memory ({asked}): use fewer slots, or close what else uses the GPU"
 LOST = {46: "it is in use or not available", 214: "its memory had an error", 700: "a kernel touched wrong memory"}
 LOST |= {702: "a kernel took too long", 719: "a kernel failed"}
@@ -43,11 +44,13 @@ RESTART = "start a new process; if it happens again, look into nvidia-smi and th
 
 
 class Gpu(NamedTuple):
-    """A GPU: ``name``, ``target`` such as ``sm89``, and CUDA ``version`` of its driver, e.g. (13, 0)."""
+    """A GPU: ``name``, ``target`` such as ``sm89``, CUDA ``version`` of its driver, e.g. (13, 0), and where it is,
+    ``bus``, e.g. ``0000:65:00.0``."""
 
     name: str
     target: str
     version: tuple[int, int]
+    bus: str = ""
 
 
 def driver_version() -> tuple[int, int] | None:
@@ -77,7 +80,7 @@ def find_gpu(needed: int | None = None, index: int = 0) -> Gpu:
         )
     library = _driver()
     device, count, numbers = ctypes.c_int(0), ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
-    name = ctypes.create_string_buffer(256)
+    name, bus = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
     assert library is not None
     status = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     if not status and 0 < count.value <= index:
@@ -88,7 +91,9 @@ def find_gpu(needed: int | None = None, index: int = 0) -> Gpu:
     library.cuDeviceGetName(name, len(name), device)
     for number, attribute in zip(numbers, (CAPABILITY_MAJOR, CAPABILITY_MINOR), strict=True):
         library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    return Gpu(name.value.decode(errors="replace"), f"sm{numbers[0].value}{numbers[1].value}", version)
+    library.cuDeviceGetPCIBusId(bus, len(bus), device)
+    target = f"sm{numbers[0].value}{numbers[1].value}"
+    return Gpu(name.value.decode(errors="replace"), target, version, bus.value.decode(errors="replace"))
 
 
 def _driver() -> Any:
@@ -96,6 +101,21 @@ def _driver() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError:
         return None
+
+
+_THREAD = threading.local()
+
+
+def mind_own_captures() -> None:
+    """Let the calling thread use GPUs while another one captures a graph.
+
+    ONNX Runtime captures in CUDA's strictest mode: allocating, freeing and copying then fail in all threads of the
+    process, and take the capture with them, but in threads that have said that only captures of their own count.
+    """
+    if getattr(_THREAD, "told", False):
+        return
+    library, mode = _driver(), ctypes.c_int(OWN_CAPTURES)
+    _THREAD.told = library is None or not library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class Device(Protocol):
@@ -168,12 +188,14 @@ class TorchDevice:
         self.stream: int = self._stream.cuda_stream
 
     def current(self) -> AbstractContextManager[None]:
+        mind_own_captures()
         context: AbstractContextManager[None] = self._torch.cuda.device(self.index)
         return context
 
     @contextlib.contextmanager
     def _queue(self, work: str) -> Iterator[None]:
         """The stream and its GPU, with PyTorch's errors as ours."""
+        mind_own_captures()
         try:
             with self._torch.cuda.stream(self._stream):
                 yield
@@ -196,11 +218,12 @@ class TorchDevice:
             tensor = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
         array: Bytes = tensor.numpy()
         self._pinned[array.ctypes.data] = tensor
+        weakref.finalize(array, self._pinned.pop, array.ctypes.data, None).atexit = False
         return array
 
     def upload(self, address: int, values: Bytes) -> None:
         with self._queue("a copy to the GPU"):  # from pageable memory: read before this returns
-            self._tensors[address][: values.size].copy_(self._torch.from_numpy(values))
+            self._tensors[address][: values.size].copy_(self._torch.from_numpy(values), non_blocking=True)
 
     def download(self, address: int, into: Bytes) -> Any:
         with self._queue("a copy from the GPU"):
@@ -230,6 +253,13 @@ class TorchDevice:
             graph.replay()
 
 
+class Handle:
+    """Holds a thing of CUDA's, which itself takes no weak references."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+
 class CudaPythonDevice:
     """Device memory through NVIDIA's own bindings of the CUDA runtime."""
 
@@ -240,6 +270,7 @@ class CudaPythonDevice:
         self.stream = int(self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        mind_own_captures()
         error, *result = getattr(self._cuda, name)(*arguments)
         if int(error):
             raise BackendError(cuda_error(name, int(error), getattr(error, "name", str(error))))
@@ -262,13 +293,24 @@ class CudaPythonDevice:
         return address
 
     def release(self, address: int) -> None:
-        self._cuda.cudaFree(address)  # a lost GPU has freed it itself
+        self._drop("cudaFree", address)
+
+    def _drop(self, name: str, thing: Any) -> None:
+        """Free something, in whichever thread; a lost GPU has freed it itself."""
+        mind_own_captures()
+        getattr(self._cuda, name)(thing)
+
+    def _kept(self, thing: Any, end: str) -> Handle:
+        """A thing of CUDA's that the call ``end`` frees with the last reference to it."""
+        handle = Handle(thing)
+        weakref.finalize(handle, self._drop, end, thing).atexit = False
+        return handle
 
     def pinned(self, size: int) -> Bytes:
         with self.current():
             address = int(self._call("cudaMallocHost", size))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        weakref.finalize(array, self._cuda.cudaFreeHost, address).atexit = False
+        weakref.finalize(array, self._drop, "cudaFreeHost", address).atexit = False
         return array
 
     def upload(self, address: int, values: Bytes) -> None:
@@ -279,12 +321,12 @@ class CudaPythonDevice:
         with self.current():
             self._copy(into.ctypes.data, address, into.size, "DeviceToHost")
             event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+            mark = self._kept(event, "cudaEventDestroy")
             self._call("cudaEventRecord", event, self._stream)
-        return event
+        return mark
 
     def wait(self, mark: Any) -> None:
-        self._call("cudaEventSynchronize", mark)
-        self._call("cudaEventDestroy", mark)
+        self._call("cudaEventSynchronize", mark.thing)
 
     def copy(self, target: int, source: int, size: int) -> None:
         self._copy(target, source, size, "DeviceToDevice")
@@ -299,12 +341,15 @@ class CudaPythonDevice:
             self._call("cudaStreamBeginCapture", self._stream, mode)
             try:
                 work()
-            finally:
-                graph = self._call("cudaStreamEndCapture", self._stream)
-            return self._call("cudaGraphInstantiate", graph, 0)
+            except BaseException:
+                self._cuda.cudaStreamEndCapture(self._stream)  # what it says of the failed capture hides the cause
+                raise
+            graph = self._kept(self._call("cudaStreamEndCapture", self._stream), "cudaGraphDestroy")
+            return self._kept(self._call("cudaGraphInstantiate", graph.thing, 0), "cudaGraphExecDestroy")
 
     def launch(self, graph: Any) -> None:
-        self._call("cudaGraphLaunch", graph, self._stream)
+        with self.current():
+            self._call("cudaGraphLaunch", graph.thing, self._stream)
 
 
 def copy_bandwidth(device: Device, size: int = 2**29, copies: int = 16) -> float:

@@ -141,8 +141,10 @@ class TrtProgram:
     def enqueue(self, table: dict[str, int]) -> None:
         """Queue one run on the stream, from and to these addresses."""
         if table is not self._pointed:
+            self._pointed = None
             for name, address in table.items():
-                self._context.set_tensor_address(name, address)
+                if not self._context.set_tensor_address(name, address):
+                    raise BackendError(f"{self._name} refused the address of {name}: {explain(self._api.complaint())}")
             self._pointed = table
         with self.device.current():
             good = self._context.execute_async_v3(self.device.stream)

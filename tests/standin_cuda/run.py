@@ -125,6 +125,7 @@ def grouped(calls: dict[str, int]) -> str:
         "copies on the device": lambda name: name == "copy device to device",
         "copies from or to the host": lambda name: name in ("copy host to device", "copy device to host"),
         "waits": lambda name: "Synchronize" in name,
+        "captures that forbid other threads' calls": lambda name: name == "capture that forbids other threads' calls",
         "graph launches": lambda name: name == "cudaGraphLaunch",
     }
     found = {group: sum(count for name, count in calls.items() if of(name)) for group, of in groups.items()}
