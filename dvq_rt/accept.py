@@ -27,7 +27,8 @@ from dvq_rt.sampling import SamplingParams
 from dvq_rt.timing import Reader, interleave, machine, peak_memory
 from dvq_rt.verify import Check, check, verify
 from runtimes.card import Card, read_card
-from runtimes.cuda import copy_bandwidth, find_gpu, open_device
+from runtimes.cuda import find_gpu
+from runtimes.cuda_devices import copy_bandwidth, open_device
 from runtimes.devices import read_device
 from runtimes.errors import InputError
 

@@ -28,9 +28,10 @@ def replace_empty_sums(proto: onnx.ModelProto) -> int:
     for i, node in reversed(list(enumerate(graph.node))):
         if node.op_type != "ReduceSum" or node.input[0] not in empty:
             continue
+        rank = len(empty[node.input[0]])
         axes = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
         keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
-        if keep or axes not in ([-1], [len(empty[node.input[0]]) - 1]):
+        if keep or axes not in ([-1], [rank - 1]):
             continue
         (total,) = node.output
         zero = onnx.helper.make_tensor("zero", kinds[total], [1], [0])
@@ -39,7 +40,9 @@ def replace_empty_sums(proto: onnx.ModelProto) -> int:
         del graph.node[i]
         graph.node.insert(i, zeros)
         graph.node.insert(i, size)
-        shape = onnx.helper.make_tensor_value_info(f"{total}_size", onnx.TensorProto.INT64, [len(empty[node.input[0]]) - 1])
+        shape = onnx.helper.make_tensor_value_info(
+            f"{total}_size", onnx.TensorProto.INT64, [len(empty[node.input[0]]) - 1]
+        )
         graph.value_info.append(shape)
         replaced += 1
     return replaced

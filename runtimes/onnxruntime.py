@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtimes.cuda import Device, GpuBuffer, failed, find_gpu, open_device
+from runtimes.cuda import Device, GpuBuffer, failed, find_gpu
+from runtimes.cuda_devices import open_device
 from runtimes.devices import read_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import AGAIN, external_files, identity, read_file

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, GpuBuffer, find_gpu, open_device
+from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, GpuBuffer, find_gpu
+from runtimes.cuda_devices import open_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import read_file
 from runtimes.in_flight import IN_FLIGHT

@@ -31,7 +31,8 @@ from export.fusion import fuse_residual_norms
 from export.gpu_baselines import measure
 from export.precision import narrow
 from export.to_onnx import export_onnx
-from runtimes.cuda import Gpu, copy_bandwidth
+from runtimes.cuda import Gpu
+from runtimes.cuda_devices import copy_bandwidth
 from runtimes.devices import read_device
 from runtimes.errors import BackendError, ConfigError, ExportError, InputError
 from training.checkpoint import Model

@@ -19,13 +19,15 @@ from standin import HostApi, HostDevice
 from test_tensorrt_export import SLOTS, TARGETS, Traced
 
 import runtimes.cuda as cuda
+import runtimes.cuda_devices as devices
 import runtimes.tensorrt as backend
 from dvq_rt.__main__ import main
 from dvq_rt.decoding import Request, Scheduler
 from dvq_rt.generator import Generator
 from dvq_rt.manifest import GRAPHS, Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
-from runtimes.cuda import CudaPythonDevice, Gpu, TorchDevice, find_gpu
+from runtimes.cuda import Gpu, find_gpu
+from runtimes.cuda_devices import CudaPythonDevice, TorchDevice
 from runtimes.errors import BackendError, EngineError, InputError
 from runtimes.graph_files import check_interface
 from runtimes.protocol import TensorSpec
@@ -319,9 +321,9 @@ def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(cuda.importlib, "import_module", missing)
+    monkeypatch.setattr(devices.importlib, "import_module", missing)
     with pytest.raises(BackendError, match=r"PyTorch with CUDA or cuda-python .*pip install cuda-python"):
-        cuda.open_device()
+        devices.open_device()
 
 
 class Runtime:

@@ -22,7 +22,8 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 HERE = Path(__file__).resolve().parent
 BUILT = "STANDIN_CUDA"
@@ -137,6 +138,9 @@ def use(engines: list[str], slots: int, folder: Path) -> None:
     import numpy as np
     import onnxruntime
 
+    from runtimes.cuda import Device
+    from runtimes.onnxruntime_cuda import cuda_options
+
     runtime = ctypes.CDLL("libcudart.so.13")
 
     def allocate(size: int) -> int:
@@ -150,9 +154,7 @@ def use(engines: list[str], slots: int, folder: Path) -> None:
     formats = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
     for engine in engines:
         for part in ("encoder", "decoder", "step"):
-            options = {"device_id": "0", "use_tf32": "0"}
-            if part == "step":
-                options |= {"user_compute_stream": str(stream.value), "enable_cuda_graph": "1"}
+            options = cuda_options(cast(Device, SimpleNamespace(index=0, stream=stream.value)), main=part == "step")
             session = onnxruntime.InferenceSession(
                 f"{engine}/{part}.onnx", providers=[("CUDAExecutionProvider", options)], enable_fallback=0
             )
