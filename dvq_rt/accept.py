@@ -153,6 +153,8 @@ def accept(
         say("two engines at once")
     report["together"] = [together(*pair) for pair in pairwise(engines)]
     length = min(engine.layout.max_length for engine in engines) // 2
+    if baselines is not None:
+        say("PyTorch, which is compiled first")
     report["baselines"] = {} if baselines is None else baselines(here.device, plan.slots, length, plan.rounds)
     report["seconds"] = time.monotonic() - began
     checks = [c for entry in report["engines"] for c in entry["checks"]] + report["together"]
