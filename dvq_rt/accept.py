@@ -27,7 +27,8 @@ from dvq_rt.sampling import SamplingParams
 from dvq_rt.timing import Reader, interleave, machine, peak_memory
 from dvq_rt.verify import Check, check, verify
 from runtimes.card import Card, read_card
-from runtimes.cuda import copy_bandwidth, find_gpu, open_device
+from runtimes.cuda import find_gpu
+from runtimes.cuda_devices import copy_bandwidth, open_device
 from runtimes.devices import read_device
 from runtimes.errors import InputError
 
@@ -91,11 +92,11 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """The machine, and of the GPU its name, kind, driver and clocks."""
-        gpu = None if self._gpu is None else self._gpu._asdict()
+        gpu = None if self._gpu is None else {k: v for k, v in self._gpu._asdict().items() if k != "bus"}
         return {**machine(), "rehearsal": self.rehearsal, "gpu": gpu, "card": self.card().to_dict()}
 
     def card(self) -> Card:
-        return Card() if self.rehearsal else read_card(self.index)
+        return Card() if self._gpu is None else read_card(self._gpu.bus)
 
     def memory(self) -> dict[str, float]:
         """MiB in use: the process's peak on the host, and all on the GPU."""
@@ -152,6 +153,8 @@ def accept(
         say("two engines at once")
     report["together"] = [together(*pair) for pair in pairwise(engines)]
     length = min(engine.layout.max_length for engine in engines) // 2
+    if baselines is not None:
+        say("PyTorch, which is compiled first")
     report["baselines"] = {} if baselines is None else baselines(here.device, plan.slots, length, plan.rounds)
     report["seconds"] = time.monotonic() - began
     checks = [c for entry in report["engines"] for c in entry["checks"]] + report["together"]

@@ -1,6 +1,7 @@
-"""Fewer kernels for CUDA: a residual sum, the bias before it and the layer norm after it as one operator.
+"""Graphs as ONNX Runtime's CUDA kernels want them: fewer of them, and none that is given nothing.
 
-ONNX Runtime does this itself only where nothing else reads the sum, and in a pre-norm block the next sum always does.
+A residual sum, the bias before it and the layer norm after it become one operator. ONNX Runtime does this itself only
+where nothing else reads the sum, and in a pre-norm block the next sum always does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,50 @@ from collections import Counter
 import onnx
 
 DOMAIN = "com.microsoft"
+
+
+def replace_empty_sums(proto: onnx.ModelProto) -> int:
+    """Write the sums over an axis of length 0 as zeros, in place: ONNX Runtime's CUDA kernel refuses them, and a model
+    with one segment compares its positions with no further ones.
+
+    Returns:
+        how many were replaced.
+    """
+    graph = proto.graph
+    empty = empty_values(graph)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    replaced = 0
+    for i, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "ReduceSum" or node.input[0] not in empty:
+            continue
+        rank = len(empty[node.input[0]])
+        axes = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
+        keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        if keep or axes not in ([-1], [rank - 1]):
+            continue
+        (total,) = node.output
+        zero = onnx.helper.make_tensor("zero", kinds[total], [1], [0])
+        size = onnx.helper.make_node("Shape", [node.input[0]], [f"{total}_size"], name=f"{node.name}_size", end=-1)
+        zeros = onnx.helper.make_node("ConstantOfShape", [f"{total}_size"], [total], name=node.name, value=zero)
+        del graph.node[i]
+        graph.node.insert(i, zeros)
+        graph.node.insert(i, size)
+        shape = onnx.helper.make_tensor_value_info(
+            f"{total}_size", onnx.TensorProto.INT64, [len(empty[node.input[0]]) - 1]
+        )
+        graph.value_info.append(shape)
+        replaced += 1
+    return replaced
+
+
+def empty_values(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """Sizes of the tensors with an axis of length 0, by name; an axis that may have any length counts as -1."""
+    sizes = {
+        v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
+        for v in graph.value_info
+    }
+    return {name: dims for name, dims in sizes.items() if 0 in dims}
 
 
 def fuse_residual_norms(proto: onnx.ModelProto) -> int:

@@ -20,6 +20,7 @@ from dvq_rt.labels import whole
 from dvq_rt.manifest import Manifest, write_engine
 from dvq_rt.sampling import SamplingParams
 from export.coverage.check import check_coverage
+from export.folding import fold_projection_biases
 from export.labels import keep_labels
 from export.lowering import TARGETS, attention_for
 from export.package import check_whole, describe, summary, write_graphs, write_tokenizer
@@ -120,8 +121,9 @@ def export_onnx(
             )
         elif weights == "fp16":
             round_to_half(rounded)
+        folded = rounded if integers or precision == "fp32" else fold_projection_biases(rounded)
         # in the opset of these graphs convolutions have no bf16
-        traced = narrow(rounded, precision, tokenizer=precision != "bf16")
+        traced = narrow(folded, precision, tokenizer=precision != "bf16")
         table = step_table(traced.both()[1], torch.int8 if integers and target == "cpu" else None)
         manifest = describe(
             model,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,27 +86,28 @@ def export_tensorrt(
     built: list[Plan] = []
 
     def build(folder: Path) -> Manifest:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.onnx.") as name:
-            graphs = Path(name)
-            say("tracing")
-            trace_graphs(traced, graphs, table, slots)
-            for part in manifest.graphs:
-                caches = manifest.step["caches"] if part == "step" else []
-                check_graph(load_graph(graphs / f"{part}.onnx"), caches)
-            measured = manifest
-            if precision == "bf16":
-                write_tensors(graphs / "golden.safetensors", golden_values(model, limit))
-                say("not compared with PyTorch: ONNX Runtime cannot run bf16 on a CPU")
-            else:
-                say(f"comparing with PyTorch in ONNX Runtime on the CPU, at most {limit} tokens a sequence")
-                measured = check_engine(model, graphs, manifest, limit)
-                if precision != "fp32":
-                    keep_drawn(Engine(graphs, manifest, OnnxRuntimeBackend()))
-            for part in manifest.graphs:
-                say(f"building {part}")
-                built.append(build_plan(api, graphs / f"{part}.onnx", folder, manifest.step, targets))
-            shutil.move(graphs / "golden.safetensors", folder)
-            write_tokenizer(model, folder)
+        graphs = folder / "onnx"  # within, so that what is left of a killed process is removed with the folder
+        graphs.mkdir()
+        say("tracing")
+        trace_graphs(traced, graphs, table, slots)
+        for part in manifest.graphs:
+            caches = manifest.step["caches"] if part == "step" else []
+            check_graph(load_graph(graphs / f"{part}.onnx"), caches)
+        measured = manifest
+        if precision == "bf16":
+            write_tensors(graphs / "golden.safetensors", golden_values(model, limit))
+            say("not compared with PyTorch: ONNX Runtime cannot run bf16 on a CPU")
+        else:
+            say(f"comparing with PyTorch in ONNX Runtime on the CPU, at most {limit} tokens a sequence")
+            measured = check_engine(model, graphs, manifest, limit)
+            if precision != "fp32":
+                keep_drawn(Engine(graphs, manifest, OnnxRuntimeBackend()))
+        for part in manifest.graphs:
+            say(f"building {part}")
+            built.append(build_plan(api, graphs / f"{part}.onnx", folder, manifest.step, targets))
+        shutil.move(graphs / "golden.safetensors", folder)
+        shutil.rmtree(graphs)
+        write_tokenizer(model, folder)
         return measured
 
     return write_engine(out, build, overwrite=overwrite), built

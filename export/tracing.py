@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dvq_rt.files import guard
-from export.fusion import fuse_residual_norms
+from export.fusion import fuse_residual_norms, replace_empty_sums
 from export.lowering import OPSET, TRANSLATIONS
 from runtimes.errors import ExportError
 
@@ -75,6 +75,7 @@ def trace(
         node.doc_string = ""
     if fused:
         fuse_residual_norms(proto)
+        replace_empty_sums(proto)
     if half_weights:
         store_half(proto)
     save(proto, path)

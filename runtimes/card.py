@@ -41,12 +41,17 @@ class Card:
         return asdict(self)
 
 
-def read_card(index: int = 0) -> Card:
-    """A GPU as it is now; empty without ``nvidia-smi``, or if it does not answer."""
+def read_card(bus: str) -> Card:
+    """A GPU as it is now; empty without ``nvidia-smi``, or if it does not answer.
+
+    Args:
+        bus: where it is, such as ``0000:65:00.0``: ``nvidia-smi`` counts GPUs in another order than CUDA, and counts
+            those that ``CUDA_VISIBLE_DEVICES`` hides.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return Card()
-    command = [tool, f"--id={index}", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    command = [tool, f"--id={bus}", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

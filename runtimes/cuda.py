@@ -1,19 +1,16 @@
-"""The CUDA driver; and memory, copies, events and graphs on one stream, by PyTorch if installed, else cuda-python.
+"""The CUDA driver and what its errors mean, what a GPU offers (``Device``), and buffers on it.
 
-Written to the documented APIs; nothing here but the driver probe has run on a GPU, for lack of one.
+Written to the documented APIs; nothing here has run on a GPU, for lack of one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib
 import math
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +24,7 @@ from runtimes.protocol import Array
 Bytes = NDArray[np.uint8]
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+OWN_CAPTURES = 1  # CUstreamCaptureMode: thread local
 OUT_OF_MEMORY = "out of GPU memory ({asked}): use fewer slots, or close what else uses the GPU"
 LOST = {46: "it is in use or not available", 214: "its memory had an error", 700: "a kernel touched wrong memory"}
 LOST |= {702: "a kernel took too long", 719: "a kernel failed"}
@@ -43,11 +41,13 @@ RESTART = "start a new process; if it happens again, look into nvidia-smi and th
 
 
 class Gpu(NamedTuple):
-    """A GPU: ``name``, ``target`` such as ``sm89``, and CUDA ``version`` of its driver, e.g. (13, 0)."""
+    """A GPU: ``name``, ``target`` such as ``sm89``, CUDA ``version`` of its driver, e.g. (13, 0), and where it is,
+    ``bus``, e.g. ``0000:65:00.0``."""
 
     name: str
     target: str
     version: tuple[int, int]
+    bus: str = ""
 
 
 def driver_version() -> tuple[int, int] | None:
@@ -77,7 +77,7 @@ def find_gpu(needed: int | None = None, index: int = 0) -> Gpu:
         )
     library = _driver()
     device, count, numbers = ctypes.c_int(0), ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
-    name = ctypes.create_string_buffer(256)
+    name, bus = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
     assert library is not None
     status = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     if not status and 0 < count.value <= index:
@@ -88,7 +88,9 @@ def find_gpu(needed: int | None = None, index: int = 0) -> Gpu:
     library.cuDeviceGetName(name, len(name), device)
     for number, attribute in zip(numbers, (CAPABILITY_MAJOR, CAPABILITY_MINOR), strict=True):
         library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    return Gpu(name.value.decode(errors="replace"), f"sm{numbers[0].value}{numbers[1].value}", version)
+    library.cuDeviceGetPCIBusId(bus, len(bus), device)
+    target = f"sm{numbers[0].value}{numbers[1].value}"
+    return Gpu(name.value.decode(errors="replace"), target, version, bus.value.decode(errors="replace"))
 
 
 def _driver() -> Any:
@@ -96,6 +98,21 @@ def _driver() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError:
         return None
+
+
+_THREAD = threading.local()
+
+
+def mind_own_captures() -> None:
+    """Let the calling thread use GPUs while another one captures a graph.
+
+    ONNX Runtime captures in CUDA's strictest mode: allocating, freeing and copying then fail in all threads of the
+    process, and take the capture with them, but in threads that have said that only captures of their own count.
+    """
+    if getattr(_THREAD, "told", False):
+        return
+    library, mode = _driver(), ctypes.c_int(OWN_CAPTURES)
+    _THREAD.told = library is None or not library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class Device(Protocol):
@@ -135,194 +152,6 @@ class Device(Protocol):
 
     def launch(self, graph: Any) -> None:
         """Do a captured graph's work."""
-
-
-def open_device(index: int = 0) -> Device:
-    """A GPU with a stream of its own, through PyTorch if that has CUDA, else through cuda-python.
-
-    Raises:
-        BackendError: neither package is there.
-    """
-    try:
-        torch = importlib.import_module("torch")  # by name: the runtime must not need it
-        if torch.cuda.is_available():
-            return TorchDevice(torch, index)
-    except ImportError:
-        pass
-    try:
-        return CudaPythonDevice(importlib.import_module("cuda.bindings.runtime"), index)
-    except ImportError as error:
-        raise BackendError(
-            f"GPU memory needs PyTorch with CUDA or cuda-python ({error}); pip install cuda-python"
-        ) from error
-
-
-class TorchDevice:
-    """Device memory as PyTorch tensors of bytes."""
-
-    def __init__(self, torch: Any, index: int = 0) -> None:
-        self._torch, self.index = torch, index
-        self._tensors: dict[int, Any] = {}
-        self._pinned: dict[int, Any] = {}
-        self._stream = torch.cuda.Stream(device=f"cuda:{index}")
-        self.stream: int = self._stream.cuda_stream
-
-    def current(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._torch.cuda.device(self.index)
-        return context
-
-    @contextlib.contextmanager
-    def _queue(self, work: str) -> Iterator[None]:
-        """The stream and its GPU, with PyTorch's errors as ours."""
-        try:
-            with self._torch.cuda.stream(self._stream):
-                yield
-        except self._torch.cuda.OutOfMemoryError as error:
-            raise BackendError(OUT_OF_MEMORY.format(asked=work)) from error
-        except RuntimeError as error:
-            raise BackendError(failed(work, str(error))) from error
-
-    def allocate(self, size: int) -> int:
-        with self._queue(f"allocating {size:,} bytes"):
-            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device=f"cuda:{self.index}")
-        self._tensors[tensor.data_ptr()] = tensor
-        return int(tensor.data_ptr())
-
-    def release(self, address: int) -> None:
-        self._tensors.pop(address, None)
-
-    def pinned(self, size: int) -> Bytes:
-        with self._queue(f"pinning {size:,} bytes"):
-            tensor = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
-        array: Bytes = tensor.numpy()
-        self._pinned[array.ctypes.data] = tensor
-        return array
-
-    def upload(self, address: int, values: Bytes) -> None:
-        with self._queue("a copy to the GPU"):  # from pageable memory: read before this returns
-            self._tensors[address][: values.size].copy_(self._torch.from_numpy(values))
-
-    def download(self, address: int, into: Bytes) -> Any:
-        with self._queue("a copy from the GPU"):
-            event = self._torch.cuda.Event()
-            self._pinned[into.ctypes.data].copy_(self._tensors[address][: into.size], non_blocking=True)
-            event.record()
-        return event
-
-    def wait(self, mark: Any) -> None:
-        with self._queue("work before a copy from the GPU"):
-            mark.synchronize()
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        with self._queue("a copy on the GPU"):
-            self._tensors[target][:size].copy_(self._tensors[source][:size])
-
-    def capture(self, work: Callable[[], None]) -> Any:
-        with self._queue("capturing a graph"):
-            graph = self._torch.cuda.CUDAGraph()
-            self._stream.synchronize()
-            with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        return graph
-
-    def launch(self, graph: Any) -> None:
-        with self._queue("launching a graph"):
-            graph.replay()
-
-
-class CudaPythonDevice:
-    """Device memory through NVIDIA's own bindings of the CUDA runtime."""
-
-    def __init__(self, runtime: Any, index: int = 0) -> None:
-        self._cuda, self.index = runtime, index
-        with self.current():
-            self._stream = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
-        self.stream = int(self._stream)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        error, *result = getattr(self._cuda, name)(*arguments)
-        if int(error):
-            raise BackendError(cuda_error(name, int(error), getattr(error, "name", str(error))))
-        return result[0] if result else None
-
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        before = self._call("cudaGetDevice")
-        self._call("cudaSetDevice", self.index)
-        try:
-            yield
-        finally:
-            if before != self.index:
-                self._cuda.cudaSetDevice(before)
-
-    def allocate(self, size: int) -> int:
-        with self.current():
-            address = int(self._call("cudaMalloc", size))
-            self._call("cudaMemsetAsync", address, 0, size, self._stream)
-        return address
-
-    def release(self, address: int) -> None:
-        self._cuda.cudaFree(address)  # a lost GPU has freed it itself
-
-    def pinned(self, size: int) -> Bytes:
-        with self.current():
-            address = int(self._call("cudaMallocHost", size))
-        array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        weakref.finalize(array, self._cuda.cudaFreeHost, address).atexit = False
-        return array
-
-    def upload(self, address: int, values: Bytes) -> None:
-        # from pageable memory: read before this returns
-        self._copy(address, values.ctypes.data, values.size, "HostToDevice")
-
-    def download(self, address: int, into: Bytes) -> Any:
-        with self.current():
-            self._copy(into.ctypes.data, address, into.size, "DeviceToHost")
-            event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
-            self._call("cudaEventRecord", event, self._stream)
-        return event
-
-    def wait(self, mark: Any) -> None:
-        self._call("cudaEventSynchronize", mark)
-        self._call("cudaEventDestroy", mark)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        self._copy(target, source, size, "DeviceToDevice")
-
-    def _copy(self, target: int, source: int, size: int, way: str) -> None:
-        kind = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{way}")
-        self._call("cudaMemcpyAsync", target, source, size, kind, self._stream)
-
-    def capture(self, work: Callable[[], None]) -> Any:
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.current():
-            self._call("cudaStreamBeginCapture", self._stream, mode)
-            try:
-                work()
-            finally:
-                graph = self._call("cudaStreamEndCapture", self._stream)
-            return self._call("cudaGraphInstantiate", graph, 0)
-
-    def launch(self, graph: Any) -> None:
-        self._call("cudaGraphLaunch", graph, self._stream)
-
-
-def copy_bandwidth(device: Device, size: int = 2**29, copies: int = 16) -> float:
-    """Bytes per second that a GPU reads and writes while it copies ``size`` bytes, ``copies`` times."""
-    ends = [device.allocate(size) for _ in range(2)]
-    mark = device.pinned(1)
-    try:
-        times = []
-        for count in (1, 1 + copies):  # the difference leaves the wait out
-            began = time.perf_counter()
-            for _ in range(count):
-                device.copy(ends[1], ends[0], size)
-            device.wait(device.download(ends[1], mark))
-            times.append(time.perf_counter() - began)
-    finally:
-        for address in ends:
-            device.release(address)
-    return 2 * size * copies / max(times[1] - times[0], 1e-9)
 
 
 def cuda_error(call: str, number: int, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtimes.cuda import Device, GpuBuffer, failed, find_gpu, open_device
+from runtimes.cuda import Device, GpuBuffer, failed, find_gpu
+from runtimes.cuda_devices import open_device
 from runtimes.devices import read_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import AGAIN, external_files, identity, read_file
 from runtimes.in_flight import IN_FLIGHT
-from runtimes.onnxruntime_cuda import PROVIDER, CudaProgram, cuda_options
+from runtimes.onnxruntime_cuda import PROVIDER, CudaProgram, cuda_options, load_libraries
 from runtimes.protocol import Array, Buffer, Files, TensorSpec
 
 FLOOR = (1, 19)
@@ -260,6 +262,7 @@ class OnnxRuntimeBackend:
         if name.kind == "cuda":
             find_gpu(None, name.number)
             self._gpu = open_device(name.number)
+            load_libraries(self._ort)
 
     def _options(self, main: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -301,7 +304,8 @@ class OnnxRuntimeBackend:
         try:
             # from its path a graph's weights lie better in memory than from bytes: steps are 1.05 times as fast
             source = graph if beside else str(path)
-            with IN_FLIGHT:
+            # onnxruntime leaves its GPU as the thread's current one
+            with IN_FLIGHT, contextlib.nullcontext() if self._gpu is None else self._gpu.current():
                 session = self._ort.InferenceSession(
                     source, options, providers=self._for_program(main), enable_fallback=0
                 )

@@ -3,7 +3,8 @@
 The buffers are this project's own (``runtimes.cuda``), and the session runs on their stream, so that copies, steps and
 the reads between them are in order without waiting. ONNX Runtime captures a graph for each ``gpu_graph_id`` that a run
 names: the two bindings of a loop, one per direction of the double-buffered state, have one each. When an id is new it
-runs the graph twice, once to allocate and once to capture; a step that is run twice from the same state gives the same.
+runs the graph plainly, captures it and launches it; a step that is run several times from one state gives the same. A
+capture forbids other threads much, see ``runtimes.cuda.mind_own_captures``.
 
 Written to the documented API and tried with ONNX Runtime's own CUDA code over a driver that computes nothing
 (``tests/standin_cuda``); nothing here has run on a GPU.
@@ -11,7 +12,9 @@ Written to the documented API and tried with ONNX Runtime's own CUDA code over a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -29,16 +32,26 @@ ASYNCHRONOUS = "disable_synchronize_execution_providers"
 GRAPH_ID = "gpu_graph_id"
 
 
+def load_libraries(ort: ModuleType) -> None:
+    """CUDA's and cuDNN's libraries from their pip packages; of itself onnxruntime looks in the system's folders only,
+    and in what PyTorch has loaded. What it prints of missing ones goes to standard error."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+
+
 def cuda_options(device: Device, main: bool) -> dict[str, str]:
     """Options of the provider for a program.
 
-    Products of float32 keep all their digits (``use_tf32``), and convolutions are chosen without trying, so that an
-    engine gives the same numbers every time it is opened. The step (``main``) runs on the stream of its buffers and
+    Products of float32 keep all their digits (``use_tf32``), fused layer norms sum in float32 as the others do
+    (``strict_mode``), and convolutions are chosen without trying, so that an engine gives the same numbers every time
+    it is opened. The step (``main``) runs on the stream of its buffers and
     becomes CUDA graphs; other programs have streams of their own, beside which it goes on.
     """
     options = {
         "device_id": str(device.index),
         "use_tf32": "0",
+        "enable_skip_layer_norm_strict_mode": "1",
         "cudnn_conv_algo_search": "HEURISTIC",
         "arena_extend_strategy": "kSameAsRequested",
     }

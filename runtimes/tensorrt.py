@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, GpuBuffer, find_gpu, open_device
+from runtimes.cuda import OUT_OF_MEMORY, Device, Gpu, GpuBuffer, find_gpu
+from runtimes.cuda_devices import open_device
 from runtimes.errors import BackendError, EngineError
 from runtimes.graph_files import read_file
 from runtimes.in_flight import IN_FLIGHT
@@ -141,8 +142,10 @@ class TrtProgram:
     def enqueue(self, table: dict[str, int]) -> None:
         """Queue one run on the stream, from and to these addresses."""
         if table is not self._pointed:
+            self._pointed = None
             for name, address in table.items():
-                self._context.set_tensor_address(name, address)
+                if not self._context.set_tensor_address(name, address):
+                    raise BackendError(f"{self._name} refused the address of {name}: {explain(self._api.complaint())}")
             self._pointed = table
         with self.device.current():
             good = self._context.execute_async_v3(self.device.stream)

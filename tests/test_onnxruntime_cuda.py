@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -27,16 +28,18 @@ from dvq_rt.manifest import read_engine
 from dvq_rt.sampling import SamplingParams
 from export.coverage.check import check_coverage, cover
 from export.coverage.kernels import read_table
-from export.fusion import fuse_residual_norms
+from export.folding import SHIFT, fold
+from export.fusion import fuse_residual_norms, replace_empty_sums
 from export.gpu_baselines import measure
 from export.precision import narrow
 from export.to_onnx import export_onnx
-from runtimes.cuda import Gpu, copy_bandwidth
+from runtimes.cuda import Gpu
+from runtimes.cuda_devices import copy_bandwidth
 from runtimes.devices import read_device
 from runtimes.errors import BackendError, ConfigError, ExportError, InputError
 from training.checkpoint import Model
 
-ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (13, 0))
+ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", (13, 0), "0000:65:00.0")
 PARAMS = SamplingParams(guidance=1.5, temperature=0.8)
 
 
@@ -83,6 +86,7 @@ def test_images_are_those_of_the_cpu(kind: Any, half: Path, monkeypatch: pytest.
     step, decoder = ort.options
     assert (step["enable_cuda_graph"], step["user_compute_stream"], step["device_id"]) == ("1", "7", "1")
     assert "enable_cuda_graph" not in decoder and decoder["device_id"] == "1", "the decoder has a stream of its own"
+    assert {o["enable_skip_layer_norm_strict_mode"] for o in ort.options} == {"1"}, "norms sum in float32"
     steps = [word for word in device.log if word in ("capture", "launch")]
     assert steps[:2] == ["capture"] * 2 and set(steps[2:]) == {"launch"}, "one graph for each direction"
     assert device.log.count("wait") <= len(steps) // 8 + 2 * 7, "the host waits when it polls, and for each image"
@@ -163,14 +167,16 @@ def test_names_of_devices() -> None:
 
 # --- the graphs ------------------------------------------------------------------------------------------------
 def test_the_exported_engine(half: Path) -> None:
-    """Caches are float16 and attended to by one operator, sampling stays float32, pixels are bytes of the device, and
-    no node lacks a kernel."""
+    """Caches are float16 and attended to by one operator, which no bias is added before, sampling stays float32, pixels
+    are bytes of the device, and no node lacks a kernel."""
     manifest = read_engine(half)
     assert (manifest.target, manifest.precision, manifest.weights) == ("cuda", "fp16", "fp16")
     assert {spec["dtype"] for spec in manifest.step["inputs"] if spec["name"].startswith("cache")} == {"float16"}
     graph = onnx.load(half / "step.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("GroupQueryAttention") == 3 and kinds.count("SkipLayerNormalization") == 7
+    makers = {value: node.op_type for node in graph.node for value in node.output}
+    assert {makers[n.input[0]] for n in graph.node if n.op_type == "GroupQueryAttention"} == {"MatMul"}
     types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
     for node in graph.node:
         if node.op_type in ("TopK", "CumSum", "Softmax", "LogSoftmax"):
@@ -232,6 +238,41 @@ def test_fused_norms() -> None:
     assert [node.op_type for node in proto.graph.node] == ["SkipLayerNormalization", "Add", "LayerNormalization"]
     for one, other in zip(want, run(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_empty_sums(keep: int) -> None:
+    """A sum over nothing, which CUDA's kernel refuses, becomes zeros, or is named where it has another form."""
+    x = helper.make_tensor_value_info("x", TensorProto.INT64, ["B", 1])
+    y = helper.make_tensor_value_info("y", TensorProto.INT64, ["B", 1] if keep else ["B"])
+    none = helper.make_tensor_value_info("none", TensorProto.INT64, ["B", 0])
+    constants = [helper.make_tensor("nothing", TensorProto.INT64, [0], []), helper.make_tensor("axis", 7, [1], [1])]
+    nodes = [
+        helper.make_node("Add", ["x", "nothing"], ["none"]),
+        helper.make_node("ReduceSum", ["none", "axis"], ["y"], name="total", keepdims=keep),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants, value_info=[none])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert cover(proto, "g").missing == ["total (ReduceSum of nothing, [-1, 0])"]
+    assert replace_empty_sums(proto) == 1 - keep
+    assert bool(cover(proto, "g").missing) == bool(keep)
+    onnx.checker.check_model(proto)
+    (found,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": np.ones((3, 1), np.int64)})
+    assert found.dtype == np.int64 and found.shape == ((3, 1) if keep else (3,)) and not found.any()
+
+
+def test_folded_biases() -> None:
+    """A projection without its bias, behind a norm that shifts by a constant, gives what it gave before."""
+    torch.manual_seed(0)
+    norm, layer = nn.LayerNorm(32).double(), nn.Linear(32, 96).double()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, layer.bias):
+            tensor.normal_()
+        x = torch.randn(5, 32, dtype=torch.float64) * 3 + 1
+        want = layer(norm(x))
+        fold(norm, layer)
+        assert layer.bias is None and norm.bias.unique().tolist() == [SHIFT]
+        torch.testing.assert_close(layer(norm(x)), want, rtol=0, atol=1e-12)
 
 
 def test_bf16_in_pytorch(model: Model) -> None:
@@ -305,14 +346,14 @@ def test_the_report_of_a_gpu(half: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("dvq_rt.accept.copy_bandwidth", lambda device: copy_bandwidth(device, 1000, 2))
     monkeypatch.setattr("dvq_rt.accept.open_device", lambda index: device)
     line = "NVIDIA GeForce RTX 4090, 580.65, 1024, 24564, 212.5, 450.00, 2520, 10501, [N/A]\n"
-    monkeypatch.setattr("dvq_rt.accept.read_card", lambda index: card.parse_card(line))
+    monkeypatch.setattr("dvq_rt.accept.read_card", lambda bus: card.parse_card(line) if bus == ADA.bus else None)
     monkeypatch.setattr("dvq_rt.accept.GROWTH", -1.0)
     plan = type(REHEARSAL)(images=2, soak=0.1, rounds=1, slots=(2,))
     report = accept([str(half)], plan=plan, baselines=lambda device, slots, length, rounds: {"eager fp16 b2": 0.01})
     assert (
         report["machine"]["gpu"]["target"] == "sm89" and report["engines"][0]["tokens"][0]["card"]["power_w"] == 212.5
     )
-    assert report["machine"]["card"]["temperature_c"] is None
+    assert report["machine"]["card"]["temperature_c"] is None and ADA.bus not in str(report)
     assert not report["ok"], "memory that grows over the bound fails"
     with pytest.raises(InputError, match="accept is for GPUs: use cuda or cuda:N, or --rehearse"):
         accept([str(half)], device="cpu")

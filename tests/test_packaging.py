@@ -32,7 +32,7 @@ def test_dependencies() -> None:
     assert extras["cpu"] == {"onnxruntime"} and extras["gpu"] == {"onnxruntime-gpu"}
     least = ".".join(map(str, FLOOR))
     assert PROJECT["project"]["optional-dependencies"]["cpu"] == [f"onnxruntime>={least}"]
-    assert PROJECT["project"]["optional-dependencies"]["gpu"] == [f"onnxruntime-gpu>={least}"]
+    assert PROJECT["project"]["optional-dependencies"]["gpu"] == [f"onnxruntime-gpu[cuda,cudnn]>={least}"]
     assert {"torch", "safetensors"} <= extras["train"] and {"torch", "onnx", "onnxscript", "safetensors"} <= extras[
         "export"
     ]

@@ -14,18 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from standin import HostApi, HostDevice
 from test_tensorrt_export import SLOTS, TARGETS, Traced
 
 import runtimes.cuda as cuda
+import runtimes.cuda_devices as devices
 import runtimes.tensorrt as backend
 from dvq_rt.__main__ import main
 from dvq_rt.decoding import Request, Scheduler
 from dvq_rt.generator import Generator
 from dvq_rt.manifest import GRAPHS, Manifest, read_engine, write_engine
 from dvq_rt.sampling import SamplingParams
-from runtimes.cuda import CudaPythonDevice, Gpu, TorchDevice, find_gpu
+from runtimes.cuda import Gpu, find_gpu
+from runtimes.cuda_devices import CudaPythonDevice, TorchDevice
 from runtimes.errors import BackendError, EngineError, InputError
 from runtimes.graph_files import check_interface
 from runtimes.protocol import TensorSpec
@@ -272,6 +275,7 @@ class Driver:
 
     def __init__(self, number: int, status: int = 0) -> None:
         self.number, self.status = number, status
+        self.modes: list[tuple[int, int]] = []
 
     def cuDriverGetVersion(self, pointer: Any) -> int:
         ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = self.number
@@ -291,6 +295,14 @@ class Driver:
         name.value = b"GPU"
         return 0
 
+    def cuDeviceGetPCIBusId(self, bus: Any, size: int, device: Any) -> int:
+        bus.value = b"0000:65:00.0"
+        return 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.modes.append((threading.get_ident(), ctypes.cast(mode, ctypes.POINTER(ctypes.c_int))[0]))
+        return 0
+
     def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:
         ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = {75: 12, 76: 0}[attribute]
         return 0
@@ -308,9 +320,144 @@ def test_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BackendError, match=words):
             find_gpu(13)
     monkeypatch.setattr(cuda, "_driver", lambda: Driver(13010))
-    assert find_gpu(13) == find_gpu(13, 1) == Gpu("GPU", "sm120", (13, 1))
+    assert find_gpu(13) == find_gpu(13, 1) == Gpu("GPU", "sm120", (13, 1), "0000:65:00.0")
     with pytest.raises(BackendError, match=r"device is 'cuda:2', but the driver finds 2 GPU\(s\), counted from 0"):
         find_gpu(13, 2)
+
+
+def test_captures_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread that uses a GPU says once that only captures of its own forbid it anything: ONNX Runtime's forbid
+    all others to allocate and copy."""
+    driver = Driver(13000)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    device = CudaPythonDevice(Memory(0))
+
+    def work() -> None:
+        for _ in range(2):
+            device.release(device.allocate(8))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    told = [mode for ident, mode in driver.modes if ident != threading.get_ident()]
+    assert told == [1, 1]
+
+
+class Memory:
+    """The CUDA runtime's bindings over the host's memory, with everything counted that must be freed again. What goes
+    to a stream wants the stream's GPU to be the current one, but for copies."""
+
+    cudaStreamNonBlocking = cudaEventDisableTiming = 1
+
+    class cudaMemcpyKind:
+        cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice = range(3)
+
+    class cudaStreamCaptureMode:
+        cudaStreamCaptureModeThreadLocal = 1
+
+    def __init__(self, stream_of: int) -> None:
+        self.current, self.stream_of = 0, stream_of
+        self.held: dict[Any, Any] = {}
+        self.capturing = False
+
+    def cudaGetDevice(self) -> tuple[int, int]:
+        return 0, self.current
+
+    def cudaSetDevice(self, index: int) -> tuple[int]:
+        self.current = index
+        return (0,)
+
+    def hold(self, key: Any, thing: Any = None) -> tuple[int, Any]:
+        assert key not in self.held
+        self.held[key] = thing
+        return 0, key
+
+    def drop(self, key: Any) -> tuple[int]:
+        del self.held[key]
+        return (0,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        assert self.current == self.stream_of
+        array = np.zeros(size, np.uint8)
+        return self.hold(array.ctypes.data, array)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, Any]:
+        return self.hold(("event", len(self.held)))
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
+        self.capturing = False
+        return self.hold("graph")
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
+        return self.hold("exec")
+
+    cudaMallocHost = cudaMalloc
+    cudaFree = cudaFreeHost = cudaEventDestroy = cudaGraphDestroy = cudaGraphExecDestroy = drop
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self.capturing = True
+        return (0,)
+
+    def on_stream(self, *_: Any) -> tuple[int]:
+        assert self.current == self.stream_of
+        return (0,)
+
+    cudaMemsetAsync = cudaEventRecord = cudaGraphLaunch = on_stream
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[int]:
+        assert event in self.held
+        return (0,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        assert self.current == self.stream_of
+        return 0, 5
+
+
+def test_nothing_of_cuda_is_left() -> None:
+    """Through cuda-python, on the third GPU: values go in and out, the thread's own GPU stays current, and buffers,
+    pinned memory, events and graphs are freed with their last reference, also an event that is never waited for."""
+    runtime = Memory(2)
+    device = CudaPythonDevice(runtime, 2)
+    buffer, other = (GpuBuffer(device, threading.RLock(), (4,), "int32") for _ in range(2))
+    buffer.write(np.arange(4))
+    assert buffer.read().tolist() == [0, 1, 2, 3]
+    buffer.request()
+    buffer.write(np.ones(4))
+    device.copy(other.address, buffer.address, 16)
+    assert other.read().tolist() == [1] * 4
+    graph = device.capture(lambda: None)
+    device.launch(graph)
+    assert runtime.current == 0 and "exec" in runtime.held and "graph" not in runtime.held
+    del graph, buffer, other
+    assert not runtime.held
+
+
+def test_a_failed_capture_says_why() -> None:
+    """The error of what is captured is told, not what CUDA says of the capture that it ended; the stream is free."""
+    runtime = Memory(0)
+    device = CudaPythonDevice(runtime)
+
+    def refuse() -> None:
+        raise BackendError("the plan refuses")
+
+    with pytest.raises(BackendError, match="the plan refuses"):
+        device.capture(refuse)
+    assert not runtime.capturing
+
+
+def test_pinned_memory_of_pytorch_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's pinned memory is freed with the array over it."""
+    device = TorchDevice(Torch())
+    array = device.pinned(8)
+    assert len(device._pinned) == 1
+    del array
+    assert not device._pinned
 
 
 def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,9 +466,9 @@ def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(cuda.importlib, "import_module", missing)
+    monkeypatch.setattr(devices.importlib, "import_module", missing)
     with pytest.raises(BackendError, match=r"PyTorch with CUDA or cuda-python .*pip install cuda-python"):
-        cuda.open_device()
+        devices.open_device()
 
 
 class Runtime:
@@ -349,34 +496,41 @@ class OutOfMemory(Exception):
     pass
 
 
+class Torch:
+    """PyTorch with a GPU that is full."""
+
+    uint8 = torch.uint8
+
+    class cuda:
+        OutOfMemoryError = OutOfMemory
+
+        class Stream:
+            cuda_stream = 3
+
+            def __init__(self, device: str) -> None:
+                assert device == "cuda:0"
+
+        @staticmethod
+        def stream(stream: Any) -> Any:
+            return contextlib.nullcontext()
+
+    @staticmethod
+    def zeros(*_: Any, **__: Any) -> Any:
+        raise OutOfMemory
+
+    @staticmethod
+    def empty(size: int, dtype: Any, pin_memory: bool) -> Any:
+        return torch.empty(size, dtype=dtype)
+
+
 def test_out_of_memory() -> None:
     """Both ways to GPU memory, and TensorRT's own words, end in the same advice."""
     device = CudaPythonDevice(Runtime(2, "cudaErrorMemoryAllocation"))
     with pytest.raises(BackendError, match=r"out of GPU memory \(cudaMalloc\): use fewer slots, or close"):
         device.allocate(10)
 
-    class Torch:
-        uint8 = None
-
-        class cuda:
-            OutOfMemoryError = OutOfMemory
-
-            class Stream:
-                cuda_stream = 3
-
-                def __init__(self, device: str) -> None:
-                    assert device == "cuda:0"
-
-            @staticmethod
-            def stream(stream: Any) -> Any:
-                return contextlib.nullcontext()
-
-        @staticmethod
-        def zeros(*_: Any, **__: Any) -> Any:
-            raise OutOfMemory
-
     with pytest.raises(BackendError, match=r"out of GPU memory \(allocating 10 bytes\): use fewer slots"):
-        TorchDevice(Torch).allocate(10)
+        TorchDevice(Torch()).allocate(10)
     assert "use fewer slots" in explain("[executionContext.cpp] OutOfMemory: requested 123 bytes")
 
 

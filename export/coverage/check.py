@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from export.coverage.kernels import OPEN, Kernel, Table, read_table, short_type
+from export.fusion import empty_values
 from export.tracing import load_graph
 from runtimes.errors import ExportError
 
@@ -51,6 +52,7 @@ def cover(proto: onnx.ModelProto, name: str, table: Table | None = None) -> Cove
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     types = _types(proto)
     constants = {tensor.name for tensor in proto.graph.initializer}
+    empty = empty_values(proto.graph)
     sizes: set[str] = set()
     on_cuda: Counter[str] = Counter()
     on_host: Counter[str] = Counter()
@@ -66,6 +68,8 @@ def cover(proto: onnx.ModelProto, name: str, table: Table | None = None) -> Cove
             on_host[node.op_type] += 1
             continue
         faults = _faults(node, opsets, types, table)
+        if node.op_type.startswith("Reduce") and node.input[0] in empty:
+            faults = f"nothing, {empty[node.input[0]]}"  # CUDA's kernels refuse it
         if faults is None:
             on_cuda[node.op_type] += 1
         else:

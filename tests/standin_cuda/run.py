@@ -22,7 +22,8 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 HERE = Path(__file__).resolve().parent
 BUILT = "STANDIN_CUDA"
@@ -125,6 +126,7 @@ def grouped(calls: dict[str, int]) -> str:
         "copies on the device": lambda name: name == "copy device to device",
         "copies from or to the host": lambda name: name in ("copy host to device", "copy device to host"),
         "waits": lambda name: "Synchronize" in name,
+        "captures that forbid other threads' calls": lambda name: name == "capture that forbids other threads' calls",
         "graph launches": lambda name: name == "cudaGraphLaunch",
     }
     found = {group: sum(count for name, count in calls.items() if of(name)) for group, of in groups.items()}
@@ -135,6 +137,9 @@ def use(engines: list[str], slots: int, folder: Path) -> None:
     """In the process that has the libraries: open each step, bind it, and count the calls of a token."""
     import numpy as np
     import onnxruntime
+
+    from runtimes.cuda import Device
+    from runtimes.onnxruntime_cuda import cuda_options
 
     runtime = ctypes.CDLL("libcudart.so.13")
 
@@ -149,9 +154,7 @@ def use(engines: list[str], slots: int, folder: Path) -> None:
     formats = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
     for engine in engines:
         for part in ("encoder", "decoder", "step"):
-            options = {"device_id": "0", "use_tf32": "0"}
-            if part == "step":
-                options |= {"user_compute_stream": str(stream.value), "enable_cuda_graph": "1"}
+            options = cuda_options(cast(Device, SimpleNamespace(index=0, stream=stream.value)), main=part == "step")
             session = onnxruntime.InferenceSession(
                 f"{engine}/{part}.onnx", providers=[("CUDAExecutionProvider", options)], enable_fallback=0
             )

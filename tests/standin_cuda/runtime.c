@@ -125,7 +125,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { NO
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return handle(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return handle(event); }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-  NOTE;
+  standin_note(mode == cudaStreamCaptureModeGlobal ? "capture that forbids other threads' calls" : "capture");
   capturing = 1;
   return 0;
 }
