@@ -60,7 +60,7 @@ def private(word: str) -> bool:
     return word.startswith("_") and not word.endswith("__")
 
 
-PUBLIC_ALL_THE_SAME = {"_asdict", "_fields", "_replace", "_forward_hooks", "_reset_state"}
+PUBLIC_ALL_THE_SAME = {"_asdict", "_fields", "_replace", "_forward_hooks", "_reset_state", "_dynamo"}
 """Names that libraries underscore though users need them."""
 TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path.name != Path(__file__).name]
 
