@@ -441,7 +441,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         name = engine.pop("name", "engine")
         command.add_argument(
-            name, metavar="DIR", help="engine folder, demo:dq, demo:mq or hf:owner/name; demo:dq if left out", **engine
+            name, metavar="DIR", help="engine folder, demo:dq, demo:mq, demo:text or hf:owner/name (demo:dq)", **engine
         )
         talk = command.add_mutually_exclusive_group()
         talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")
@@ -513,7 +513,7 @@ def _parser() -> argparse.ArgumentParser:
     words = (accept.__doc__ or "").strip()
     acceptance = commands.add_parser("accept", help=words, description=words, allow_abbrev=False)
     acceptance.set_defaults(command=accept)
-    acceptance.add_argument("engines", nargs="+", metavar="DIR", help="engine folder, demo:dq or demo:mq")
+    acceptance.add_argument("engines", nargs="+", metavar="DIR", help="engine folder or a demo, such as demo:mq")
     acceptance.add_argument("--device", default="cuda", help="cuda (the first GPU) or cuda:N")
     acceptance.add_argument("--rehearse", action="store_true", help="run the same on the CPU, shortened")
     acceptance.add_argument("--checkpoint", metavar="CKPT", help="also time PyTorch with this checkpoint there")

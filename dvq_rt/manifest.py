@@ -42,7 +42,11 @@ MANIFEST = "manifest.json"
 GRAPHS = ("encoder", "decoder", "step")
 TEXT_GRAPH = "text"
 """The graph that models which read prompts have beside the others."""
-DEMOS = {"demo:dq": Path(__file__).with_name("demo"), "demo:mq": Path(__file__).with_name("demo_mq")}
+DEMOS = {
+    "demo:dq": Path(__file__).with_name("demo"),
+    "demo:mq": Path(__file__).with_name("demo_mq"),
+    "demo:text": Path(__file__).with_name("demo_text"),
+}
 """The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -210,8 +214,8 @@ class Manifest:
 
 
 def engine_folder(name: FileName | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo, or ``hf:owner/name@revision``,
-    see ``dvq_rt.hub``; None is ``demo:dq``.
+    """The folder of an engine: a path, ``demo:dq``, ``demo:mq`` or ``demo:text`` for a bundled demo, or
+    ``hf:owner/name@revision``, see ``dvq_rt.hub``; None is ``demo:dq``.
 
     Raises:
         EngineError: the name is empty, as an unset shell variable makes it, or no path; or the hub does not give it.

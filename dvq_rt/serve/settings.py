@@ -28,7 +28,7 @@ UPLOAD_SECONDS = 20.0
 class Settings:
     """
     Args:
-        engines: pairs of the name that requests use and the engine folder (or ``demo:dq``, ``demo:mq``), one or more;
+        engines: pairs of the name that requests use and the engine folder (or ``demo:dq`` and so on), one or more;
             requests that name no model get the first. A folder may name a device of its own, see ``place``.
         host, port: where it listens; port 0 takes a free one.
         slots, threads: of each engine, see ``Generator``.
