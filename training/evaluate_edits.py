@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder with both stages")
     parser.add_argument("data", help="folder of images")
     parser.add_argument("--out", type=Path, required=True, help="folder for edits.json, edits.md and pictures")
-    parser.add_argument("--config", default="emoji_edit_transformer", help="whose labels and held-out images are taken")
+    parser.add_argument("--config", default="emoji_text_transformer", help="whose labels and held-out images are taken")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides")
     parser.add_argument("--images", type=int, default=12, help="held-out images (12)")
     parser.add_argument("--candidates", type=int, nargs="*", default=list(CANDIDATES), help="numbers of them (8 64)")
