@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", help="the images it was trained on, with captions")
     parser.add_argument("--run", type=Path, required=True, help="run folder of its training, which lists what it held")
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts.json and pictures")
-    parser.add_argument("--images", type=int, default=48, help="held-out images whose captions are scored (48)")
+    parser.add_argument("--images", type=int, default=32, help="held-out images whose captions are scored (32)")
     parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption (4)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
