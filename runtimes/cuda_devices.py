@@ -46,7 +46,7 @@ class TorchDevice:
     def __init__(self, torch: Any, index: int = 0) -> None:
         self._torch, self.index = torch, index
         self._tensors: dict[int, Any] = {}
-        self._pinned: dict[int, Any] = {}
+        self.held: dict[int, Any] = {}
         self._stream = torch.cuda.Stream(device=f"cuda:{index}")
         self.stream: int = self._stream.cuda_stream
 
@@ -80,8 +80,8 @@ class TorchDevice:
         with self._queue(f"pinning {size:,} bytes"):
             tensor = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
         array: Bytes = tensor.numpy()
-        self._pinned[array.ctypes.data] = tensor
-        weakref.finalize(array, self._pinned.pop, array.ctypes.data, None).atexit = False
+        self.held[array.ctypes.data] = tensor
+        weakref.finalize(array, self.held.pop, array.ctypes.data, None).atexit = False
         return array
 
     def upload(self, address: int, values: Bytes) -> None:
@@ -91,7 +91,7 @@ class TorchDevice:
     def download(self, address: int, into: Bytes) -> Any:
         with self._queue("a copy from the GPU"):
             event = self._torch.cuda.Event()
-            self._pinned[into.ctypes.data].copy_(self._tensors[address][: into.size], non_blocking=True)
+            self.held[into.ctypes.data].copy_(self._tensors[address][: into.size], non_blocking=True)
             event.record()
         return event
 

@@ -455,9 +455,9 @@ def test_pinned_memory_of_pytorch_goes_back(monkeypatch: pytest.MonkeyPatch) -> 
     """PyTorch's pinned memory is freed with the array over it."""
     device = TorchDevice(Torch())
     array = device.pinned(8)
-    assert len(device._pinned) == 1
+    assert len(device.held) == 1
     del array
-    assert not device._pinned
+    assert not device.held
 
 
 def test_no_memory_package(monkeypatch: pytest.MonkeyPatch) -> None:
