@@ -30,7 +30,7 @@ from export.lowering import TENSORRT_OPSET, attention_for, scatter_attention
 from export.tensorrt.check import check_graph
 from export.to_onnx import export_onnx
 from export.tracing import load_graph, trace
-from runtimes.errors import BackendError, CheckpointError, ConfigError, DataError, DvqError, ExportError, InputError
+from runtimes.errors import BackendError, CheckpointError, ConfigError, DataError, DvqError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
 from training.checkpoint import Model, load_checkpoint, save_checkpoint
 from training.data.captions import choose_caption, holds, train_bpe
@@ -470,12 +470,6 @@ def test_models_that_need_or_read_none(generator: Generator, class_engine: Path)
         Codes(*(getattr(generator.sample().codes[0], name) for name in ("codes", "grain", "layout", "label")), 3)  # type: ignore[arg-type]
 
 
-def test_integers_are_refused(run: Path, tmp_path: Path) -> None:
-    """Caches of prompts have no calibrated ranges yet, so integer weights are refused rather than wrong."""
-    with pytest.raises(ExportError, match="int8 are not made for models that read prompts"):
-        export_onnx(load_checkpoint(run / "checkpoint"), tmp_path / "int8", weights="int8")
-
-
 def test_command_line(generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts by the command line, a row of pictures each; ``inspect`` says how many tokens; errors are told."""
     engine, out = str(generator.path), tmp_path / "samples.png"
@@ -485,11 +479,6 @@ def test_command_line(generator: Generator, tmp_path: Path, capsys: pytest.Captu
     assert "at most 16 tokens of tokenizer.json; the empty one stands for anything" in capsys.readouterr().out
     assert main(["sample", "--engine", engine, "--out", str(out), "--prompt", "a b c d " * 9]) == 2
     assert "this model reads at most 16" in capsys.readouterr().err
-    assert (
-        main(["sample", "--engine", engine, "--out", str(tmp_path / "drawn"), "--n", "2", "--shard", "2", *words[:2]])
-        == 2
-    )
-    assert "leave out --prompt" in capsys.readouterr().err
     card = model_card(read_engine(generator.path), "owner/name", "mit")
     assert "pipeline_tag: text-to-image" in card and "| guidance | yes |" in card and 'prompts="..."' in card
     assert read_engine(generator.path).conditioning == {

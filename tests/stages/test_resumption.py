@@ -22,8 +22,8 @@ from training.checkpoint import (
 from training.loop import TrainConfig
 
 
-class Crash(Exception):
-    """Stands for a power cut."""
+class Crash(BaseException):
+    """Stands for a power cut, which nothing catches."""
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
