@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from dvq_rt.layout import TokenLayout
 from runtimes.errors import ExportError
 from training.checkpoint import Model
 from training.models.transformer import StackedTransformer
+from training.warm_start import relabelled
 
 
 def keep_labels(model: Model, names: Sequence[str]) -> Model:
@@ -26,28 +23,6 @@ def keep_labels(model: Model, names: Sequence[str]) -> Model:
     layout = net.layout
     if not names or not set(names) <= set(model.class_names) or len(set(names)) != len(names):
         raise ExportError(f"labels {list(names)} must be different ones of {list(model.class_names)}")
-    kept = [model.class_names.index(name) for name in names] + [layout.classes] * layout.null_label
-    smaller = replace(layout, classes=len(names))
-
-    content = rows(layout.content_sos, kept)
-    local = [positions(layout, s, kept) for s in range(layout.segments)]
-    joint = torch.cat([ids + layout.position_offset(s) for s, ids in enumerate(local)])
-    kept_rows = {
-        "content_emb.weight": content,
-        "content_head.linear.weight": content,
-        "position_emb.weight": joint,
-        "position_head.linear.weight": local[-1],
-    }
-    result = StackedTransformer(net.config, smaller, model.text)
-    result.load_state_dict({k: v[kept_rows[k]] if k in kept_rows else v for k, v in net.state_dict().items()})
+    result = StackedTransformer(net.config, replace(layout, classes=len(names)), model.text)
+    result.load_state_dict(relabelled(result, names, net, model.class_names))
     return model.with_parts(vae, result, tuple(names)).eval()
-
-
-def rows(start: int, kept: Sequence[int]) -> Tensor:
-    """Ids below the first start id, and the start ids of the kept labels, int64."""
-    return torch.cat([torch.arange(start), start + torch.tensor(kept, dtype=torch.long)])
-
-
-def positions(layout: TokenLayout, segment: int, kept: Sequence[int]) -> Tensor:
-    """Local position ids that stay, int64."""
-    return rows(layout.position_sos(segment), kept if layout.label_in_position else [0])

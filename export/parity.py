@@ -95,7 +95,8 @@ def golden_values(model: Model, limit: int | None = None) -> dict[str, NDArray[n
     large = limit is None and sum(t.numel() for t in net.state_dict().values()) > LARGE
     count = 2 if short else IMAGES
     labels = [i % layout.starts for i in range(count)]
-    prompts, texts = random_prompts(model, count), random_texts(model, count)
+    prompts = random_prompts(model, count)
+    texts = read_prompts(model, prompts)
     embedded = embed_prompts(net, texts) if texts else []
 
     # encoder and decoder
@@ -158,10 +159,10 @@ def random_prompts(model: Model, count: int) -> list[NDArray[np.int64]]:
     return [rng.integers(vocabulary, size=lengths[i % len(lengths)]) for i in range(count)]
 
 
-def random_texts(model: Model, count: int) -> list[NDArray[Any]]:
-    """``random_prompts`` as the transformer takes them: the token ids, or a frozen encoder's features."""
+def read_prompts(model: Model, prompts: list[NDArray[np.int64]]) -> list[NDArray[Any]]:
+    """Token ids as the transformer takes them: those, or a frozen encoder's features."""
     frozen = frozen_of(model)
-    return [ids if frozen is None else frozen.of(ids) for ids in random_prompts(model, count)]
+    return [ids if frozen is None else frozen.of(ids) for ids in prompts]
 
 
 def half_given(layout: TokenLayout) -> NDArray[np.bool_]:

@@ -45,8 +45,8 @@ def cuda_options(device: Device, main: bool) -> dict[str, str]:
 
     Products of float32 keep all their digits (``use_tf32``), fused layer norms sum in float32 as the others do
     (``strict_mode``), and convolutions are chosen without trying, so that an engine gives the same numbers every time
-    it is opened. The step (``main``) runs on the stream of its buffers and
-    becomes CUDA graphs; other programs have streams of their own, beside which it goes on.
+    it is opened. The step (``main``) runs on the stream of its buffers and becomes CUDA graphs; other programs have
+    streams of their own, beside which it goes on.
     """
     options = {
         "device_id": str(device.index),

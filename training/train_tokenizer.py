@@ -107,13 +107,16 @@ def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> N
     Raises:
         CheckpointError: it is not.
     """
-    mine, theirs = vae.state_dict(), before.state_dict()
-    behind = {name for name in (*mine, *theirs) if name.startswith(vae.behind_codes)}
-    of_sizes = [{name: state[name].shape for name in behind if name in state} for state in (mine, theirs)]
-    if fixed and of_sizes[0] != of_sizes[1]:
+
+    def part(tokenizer: Tokenizer, behind: bool) -> dict[str, Tensor]:
+        state = tokenizer.state_dict()
+        return {name: value for name, value in state.items() if name.startswith(vae.behind_codes) == behind}
+
+    own, decoder = part(vae, True), part(before, True)
+    if fixed and {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in decoder.items()}:
         say(f"the decoder of {source} is of another size; it starts anew")
-        theirs = {name: (mine if name in behind else theirs)[name] for name in mine if name in behind or name in theirs}
-    load_strictly(vae, theirs, f"the tokenizer of {source}")
+        decoder = own
+    load_strictly(vae, part(before, False) | decoder, f"the tokenizer of {source}")
 
 
 def learning(

@@ -11,6 +11,7 @@ from torch import Tensor
 from dvq_rt.layout import TokenLayout
 from runtimes.errors import CheckpointError, short
 from training.checkpoint import Model, digest, load_strictly
+from training.models.transformer import StackedTransformer
 from training.run import say
 
 NEW = ("text.", "given_emb")
@@ -27,12 +28,9 @@ def begin_from(model: Model, before: Model, source: str) -> None:
     (tokenizer, net), (other_tokenizer, other) = model.both(), before.both()
     if net.layout != replace(other.layout, classes=net.layout.classes, null_label=net.layout.null_label):
         raise CheckpointError(f"{source} has the layout {other.layout}, this run {net.layout}; its tokens mean others")
-    rows, other_rows = ids(net.layout, model.class_names), ids(other.layout, before.class_names)
-    known = other.state_dict()
+    carried = relabelled(net, model.class_names, other, before.class_names)
     own = net.state_dict()
-    carried = {name: tensor for name, tensor in own.items() if name.startswith(NEW) and name not in known}
-    for name, tensor in known.items():
-        carried[name] = tensor if name not in rows else moved(own[name], rows[name], tensor, other_rows[name])
+    carried |= {name: own[name] for name in own if name.startswith(NEW) and name not in carried}
     load_strictly(net, carried, f"the transformer of {source}")
     if digest(tokenizer) != digest(other_tokenizer):
         say(f"{source} was trained on the codes of another tokenizer, which the transformer has to learn anew")
@@ -40,7 +38,20 @@ def begin_from(model: Model, before: Model, source: str) -> None:
         say(f"the labels {short(lost)} of {source} are gone")
 
 
-def ids(layout: TokenLayout, names: Sequence[str]) -> dict[str, list[Hashable]]:
+def relabelled(
+    net: StackedTransformer, names: Sequence[str], other: StackedTransformer, other_names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights of another transformer, in whose tables the labels are those of ``net``, which keep their weights by
+    name; the rows of labels that only ``net`` has are its own."""
+    rows, other_rows = meanings(net.layout, names), meanings(other.layout, other_names)
+    own = net.state_dict()
+    return {
+        name: moved(own[name], rows[name], tensor, other_rows[name]) if name in rows else tensor
+        for name, tensor in other.state_dict().items()
+    }
+
+
+def meanings(layout: TokenLayout, names: Sequence[str]) -> dict[str, list[Hashable]]:
     """What the rows of the tables of a transformer stand for, by the tables' names."""
     starts: list[Hashable] = [("label", name) for name in names or [""]] + [("null",)] * layout.null_label
     starts_of_a_grid = starts if layout.label_in_position else [("start",)]

@@ -14,7 +14,7 @@ from dvq_rt.decoding import cells_to_maps
 from dvq_rt.editing import given_first
 from dvq_rt.layout import UNORDERED, TokenLayout, Tokens
 from dvq_rt.sampling import SamplingParams
-from export.parity import half_given, random_rows, random_texts
+from export.parity import half_given, random_prompts, random_rows, read_prompts
 from export.quantization.layers import linear_layers, watching
 from training.checkpoint import Model
 from training.models.transformer import StackedTransformer
@@ -45,7 +45,7 @@ def calibration_cases(model: Model, images: int, seed: int = 2**32) -> tuple[lis
     net = model.both()[1]
     layout = net.layout
     labels = spread_labels(layout, images or UNCALIBRATED)
-    texts: list[Any] = random_texts(model, len(labels))
+    texts: list[Any] = read_prompts(model, random_prompts(model, len(labels)))
     if not images and layout.order != UNORDERED:
         rows = random_rows(layout, labels)
         maps = [layout.to_map(row.content.tolist(), row.position.tolist())[0] for row in rows]

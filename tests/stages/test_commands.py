@@ -186,6 +186,7 @@ def test_what_stage_two_refuses(
         ),
         (["--set", 'stage.defaults={"top_q": 1}'], "sampling parameters: unknown fields ['top_q']"),
         (["--set", 'stage.labels={"round": ["disc"]}'], "labels names disc, which"),
+        (["--set", 'stage.labels={"": ["bars"], "round": ["discs"]}'], '"" (images without a label) must be the last'),
     ):
         with pytest.raises(SystemExit):
             train_transformer.main([*stage_2(data, configs, first, run), *options])
