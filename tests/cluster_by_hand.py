@@ -1,9 +1,10 @@
-"""The application of Ray Serve, really run: two replicas on this machine, one of which is killed under load.
+"""The application of Ray Serve, really run: two replicas on this machine, one of which is killed under load; then one
+replica, which gets a second beside it while requests wait.
 
     python tests/cluster_by_hand.py [seconds]        # needs dvq-rt[cpu,serve,ray]; minutes; not one of the tests
 
-It fails unless every image is the one that ``Generator.sample`` draws, both replicas answer, and all requests that come
-after the kill are answered while Ray starts a new replica.
+It fails unless every image is the one that ``Generator.sample`` draws, both replicas answer, all requests that come
+after the kill are answered while Ray starts a new replica, and the second replica comes by itself.
 """
 
 from __future__ import annotations
@@ -58,15 +59,31 @@ def draw(seed: int) -> np.ndarray:
     raise SystemExit(f"seed {seed} was never answered")
 
 
+def wait_for_two(seconds: float) -> bool:
+    """Whether there are two replicas within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while len(replicas()) < 2 and time.monotonic() < deadline:
+        time.sleep(1)
+    return len(replicas()) == 2
+
+
 def main() -> None:
+    patience = float(sys.argv[1] if sys.argv[1:] else 120)
     ray.init(num_cpus=3, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    generator = Generator("demo:dq", slots=2, threads=1)
+    kill_one(generator, patience)
+    serve.delete("dvq_rt")
+    scale_up(generator, patience)
+
+
+def kill_one(generator: Generator, patience: float) -> None:
+    """Of two replicas."""
     began = time.monotonic()
     arguments = {"engines": "demo:dq", "replicas": "2", "slots": "2", "timeout": "300"}
     serve.run(app(arguments), name="dvq_rt", route_prefix="/")
     print(f"two replicas after {time.monotonic() - began:.0f} s: {replicas()}", flush=True)
     assert len(replicas()) == 2
-    generator = Generator("demo:dq", slots=2, threads=1)
     with ThreadPoolExecutor(4) as pool:
         first = list(pool.map(draw, range(4)))
         drawing = [pool.submit(draw, seed) for seed in range(4, 10)]
@@ -77,13 +94,31 @@ def main() -> None:
         os.kill(victim, signal.SIGKILL)
         print(f"killed {victim}", flush=True)
         pictures = first + [future.result() for future in drawing]
+    compare(pictures, generator)
+    assert wait_for_two(patience) and victim not in replicas()
+    print(f"replicas now: {replicas()}", flush=True)
+
+
+def scale_up(generator: Generator, patience: float) -> None:
+    """From one replica to two, by eight clients at a time."""
+    arguments = {"engines": "demo:dq", "replicas": "1", "most_replicas": "2", "slots": "2", "timeout": "300"}
+    serve.run(app(arguments), name="dvq_rt", route_prefix="/")
+    assert len(replicas()) == 1
+    began, pictures = time.monotonic(), []
+    with ThreadPoolExecutor(8) as pool:
+        while len(replicas()) < 2 and time.monotonic() - began < patience:
+            pictures += pool.map(draw, range(len(pictures), len(pictures) + 16))
+        print(f"replicas {time.monotonic() - began:.0f} s after the first request: {replicas()}", flush=True)
+        assert len(replicas()) == 2
+        pictures += pool.map(draw, range(len(pictures), len(pictures) + 16))
+    compare(pictures, generator)
+
+
+def compare(pictures: list[np.ndarray], generator: Generator) -> None:
+    """Picture i with the sample of seed i."""
     for seed, picture in enumerate(pictures):
         assert np.array_equal(picture, generator.sample(1, "hearts", seed=seed).to_numpy()[0]), f"seed {seed} differs"
-    deadline = time.monotonic() + float(sys.argv[1] if sys.argv[1:] else 120)
-    while len(replicas()) < 2 and time.monotonic() < deadline:
-        time.sleep(1)
-    print(f"{len(pictures)} images are those of sample; replicas now: {replicas()}")
-    assert len(replicas()) == 2 and victim not in replicas()
+    print(f"{len(pictures)} images are those of sample", flush=True)
 
 
 if __name__ == "__main__":
