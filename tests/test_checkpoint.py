@@ -68,8 +68,7 @@ def test_older_checkpoints_load(family: str, tmp_path: Path) -> None:
         source = shutil.copytree(DEMO / "mq", tmp_path / "older")
     config = json.loads((source / "config.json").read_text())
     added = ("entropy_low", "grains", "router", "median")
-    for name in [name for name in config["tokenizer"] if family == "dq" and name.startswith(added)]:
-        del config["tokenizer"][name]
+    config["tokenizer"] = {name: x for name, x in config["tokenizer"].items() if not name.startswith(added)}
     del config["transformer"]["given"], config["sha256"]
     (source / "config.json").write_text(json.dumps({**config, "format": 2}))
     model = load_checkpoint(source)
