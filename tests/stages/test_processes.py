@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_models import MASKED, TOKENIZER
 from small_runs import ADVERSARIAL, STAGE_1, log, losses
@@ -22,6 +23,7 @@ from training.loop import TrainConfig, make_optimizer
 from training.models.dqvae import DQVAE
 from training.models.mqvae import MQVAE
 from training.models.tokenizer import Tokenizer
+from training.models.transformer import Attention, TransformerConfig
 
 SHORT = ("steps=8", "validate_every=8", "picture_every=8", "checkpoint_every=4", "lr=0.001")
 STAGE = ADVERSARIAL["stage"] | {"warmup_fraction": 0.25, "adversarial_start": 0.25}
@@ -88,6 +90,25 @@ def test_bfloat16(sizes: object) -> None:
     assert out.scores.dtype == torch.float32 and (out.budget is None or out.budget.dtype == torch.float32)
     assert not torch.equal(vae.quantizer.embed_sum, before) and vae.quantizer.embed_sum.dtype == torch.float32
     (out.images.float().mean() + out.loss).backward()
+
+
+def test_bfloat16_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast on a CPU only the projections of attention compute in bfloat16; what lies between them is in
+    float32, whose kernels are faster there."""
+    kernel, read = F.scaled_dot_product_attention, []
+
+    def recorded(*rows: torch.Tensor, **options: object) -> torch.Tensor:
+        read.extend(row.dtype for row in rows)
+        out: torch.Tensor = kernel(*rows, **options)  # type: ignore[arg-type]
+        read.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    attention, x = Attention(TransformerConfig(width=32, heads=4)), torch.randn(2, 5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x)
+    assert read == [torch.float32] * 4 and out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), attention(x), atol=0.02)
 
 
 def test_options_together(work: Path) -> None:
