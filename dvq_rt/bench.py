@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,30 @@ def mixed_lengths(engine: Engine, rounds: int, images: int = 64, slots: int = 8)
     }
 
 
+def prompt_times(engine: Engine, slots: int, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of drawing ``slots`` images of ``steps`` tokens behind prompts of no, 12 and the most tokens, in turns;
+    ``calls`` of the step, and ``of_none``, how long one takes over one without prompts. Empty for models that read
+    none."""
+    if not engine.table.prompt:
+        return []
+    lengths = sorted({0, min(12, engine.table.prompt), engine.table.prompt})
+    requests, loop = given_requests(engine.layout, [steps] * slots), engine.loop(slots)
+    rows = np.zeros(loop.prefix_shape, np.float32)  # what they hold does not matter here
+    calls: dict[int, int] = {}
+
+    def run(length: int) -> Callable[[], Any]:
+        asked = [replace(request, prompt=rows[:length]) for request in requests]
+        return lambda: calls.update({length: draw_images(engine, loop, asked, False).calls})
+
+    timings = interleave({str(length): run(length) for length in lengths}, rounds, least=0)
+    of_calls = {length: np.array(timings[str(length)].seconds) / calls[length] for length in lengths}
+    return [
+        {"slots": slots, "prompt": length, "calls": calls[length], **timings[str(length)].to_dict()}
+        | {"of_none": float(np.median(of_calls[length] / of_calls[0]))}
+        for length in lengths
+    ]
+
+
 def growth(generator: Generator, counts: Sequence[int]) -> list[dict[str, Any]]:
     """Seconds and the process's peak memory after drawing so many images, fewest first."""
     rows = []
@@ -205,8 +229,8 @@ def bench(
         mixed: also compare refilled slots with static batches, which takes long for large models.
 
     Returns:
-        JSON values: ``machine``, ``engine``, ``dram_bytes_per_s``, ``token``, ``image`` and ``tokenizer`` rows,
-        ``growth``, ``mixed``, ``peak_bytes``.
+        JSON values: ``machine``, ``engine``, ``dram_bytes_per_s``, ``token``, ``image``, ``prompts`` and ``tokenizer``
+        rows, ``growth``, ``mixed``, ``peak_bytes``.
     """
     engine, layout = generator.engine, generator.layout
     length = layout.max_length // 2 if length is None else length
@@ -239,6 +263,7 @@ def bench(
         "dram_bytes_per_s": dram,
         "token": token,
         "image": image,
+        "prompts": prompt_times(engine, max(slots), steps, rounds),
         "tokenizer": tokenizer_times(engine, slots, rounds),
         "growth": grown,
         "mixed": mixed_lengths(engine, rounds) if mixed else None,
@@ -260,6 +285,11 @@ def report(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         remark = ", ".join(f"{name} {r[name] / total:.1%}" for name in ("step", "decoder", "host"))
         name = f"{r['slots']} image(s) of {r['steps']} tokens"
         rows.append((name, ms(r["median_s"]), percent(r["spread"]), remark))
+    for r in result["prompts"]:
+        remark = f"{r['calls']} steps, {r['of_none']:.3f} times as long each as without prompts"
+        rows.append(
+            (f"{r['slots']} behind {r['prompt']} prompt tokens", ms(r["median_s"]), percent(r["spread"]), remark)
+        )
     for r in result["tokenizer"]:
         remark = f"{r['median_s'] / r['slots'] * 1e3:.2f} ms an image"
         rows.append((f"{r['part']}, b{r['slots']}", ms(r["median_s"]), percent(r["spread"]), remark))
