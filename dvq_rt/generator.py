@@ -388,7 +388,7 @@ class Generator(Edits):
         """
         if text is None and not self.takes_prompts:
             return None
-        rows = self.engine.prompts.rows(text, truncate)
+        rows = None if text is None else self.engine.prompts.rows(text, truncate)  # labels alone need no tokenizer
         if rows is None and not self.manifest.empty_prompt:
             raise InputError(f"this model needs {name}: it was trained without the empty prompt")
         return rows

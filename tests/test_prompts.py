@@ -248,12 +248,16 @@ def test_tokenizers() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes need nothing; a BPE names the extra."""
+    """Bytes and labels need nothing; prompts of a BPE name the extra."""
     source = train_bpe(CAPTIONS, 300)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     assert TextTokenizer(BYTES, 8).encode("ab").tolist() == [97, 98]
     with pytest.raises(BackendError, match=r"pip install 'dvq-rt\[text\]'"):
         TextTokenizer(source, 8)
+    demo = Generator("demo:text", threads=1)
+    assert demo.sample(1, "faces").prompts == [None]  # labels alone read no text
+    with pytest.raises(BackendError, match=r"pip install 'dvq-rt\[text\]'"):
+        demo.sample(1, "faces", prompts="smiling face")
 
 
 def test_captions() -> None:
