@@ -287,9 +287,8 @@ def report(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append((name, ms(r["median_s"]), percent(r["spread"]), remark))
     for r in result["prompts"]:
         remark = f"{r['calls']} steps, {r['of_none']:.3f} times as long each as without prompts"
-        rows.append(
-            (f"{r['slots']} behind {r['prompt']} prompt tokens", ms(r["median_s"]), percent(r["spread"]), remark)
-        )
+        name = f"{r['slots']} image(s) behind {r['prompt']} tokens"
+        rows.append((name, ms(r["median_s"]), percent(r["spread"]), remark))
     for r in result["tokenizer"]:
         remark = f"{r['median_s'] / r['slots'] * 1e3:.2f} ms an image"
         rows.append((f"{r['part']}, b{r['slots']}", ms(r["median_s"]), percent(r["spread"]), remark))

@@ -386,10 +386,8 @@ class Generator(Edits):
         Raises:
             InputError: the model reads none, or needs one.
         """
-        if text is None and not self.takes_prompts:
-            return None
         rows = None if text is None else self.engine.prompts.rows(text, truncate)  # labels alone need no tokenizer
-        if rows is None and not self.manifest.empty_prompt:
+        if rows is None and self.takes_prompts and not self.manifest.empty_prompt:
             raise InputError(f"this model needs {name}: it was trained without the empty prompt")
         return rows
 

@@ -77,10 +77,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, t, c = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        in_float32 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # halves take three times as long
+        dropout = self.dropout if self.training else 0.0
+        in_float32 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # its bfloat16 kernels are slower
         with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
             q, k, v = (row.float() if in_float32 else row for row in (q, k, v))
-            dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
         return self.proj(y.transpose(1, 2).reshape(b, t, c))
 
