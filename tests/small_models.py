@@ -50,8 +50,9 @@ VARIANTS = {
         router_norm_groups=0,
         router_gate="relu",
     ),
+    "shrunk": replace(TOKENIZER, image_size=32, shrink=2, decoder_mult=(1, 2, 1)),
 }
-"""Tokenizers of two and three grains, with either router."""
+"""Tokenizers of two and three grains, with either router, and one whose encoder sees smaller images."""
 
 MASKED = MQVAEConfig(
     image_size=16,

@@ -65,7 +65,7 @@ def pictures(size: int, count: int = 8) -> np.ndarray:
 def test_encoder_and_decoder_equal_pytorch(name: str, engines: Any) -> None:
     """Codes and grain of pictures with every grain among them, and their reconstructions within half a level."""
     model, generator = engines(name)
-    vae, images = model.tokenizer, pictures(16)
+    vae, images = model.tokenizer, pictures(model.tokenizer.config.image_size)
     with torch.no_grad():
         codes, grain = vae.encode_maps(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
         decoded = vae.decode_maps(codes)

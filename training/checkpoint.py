@@ -25,6 +25,7 @@ from dvq_rt.layout import TokenLayout
 from dvq_rt.prompts import BYTES, TextTokenizer
 from runtimes.errors import CheckpointError, ConfigError, guard, short
 from training.models.dqvae import ADDED, DQVAE, DQVAEConfig
+from training.models.mqvae import ADDED as ADDED_TO_MQ
 from training.models.mqvae import MQVAE, MQVAEConfig
 from training.models.text import TextConfig
 from training.models.tokenizer import Tokenizer
@@ -333,8 +334,8 @@ def build_model(config: Mapping[str, Any]) -> Model:
         )
     tokenizer, transformer, values = None, None, config["tokenizer"]
     if values:
-        if config["family"] == "dq" and isinstance(values, dict):
-            values = {**ADDED, **values}
+        if isinstance(values, dict):
+            values = {**(ADDED if config["family"] == "dq" else ADDED_TO_MQ), **values}
         tokenizer = new_tokenizer(read_dataclass(family_config(config["family"]), values, "tokenizer"))
     if config["transformer"]:
         layout = TokenLayout.from_dict(config["layout"])

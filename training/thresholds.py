@@ -21,16 +21,17 @@ from training.checkpoint import STATE, load_checkpoint, load_training_state, sav
 from training.cli import guarded
 from training.data.folder import ImageFolder
 from training.data.pixels import to_float
+from training.models.blocks import shrunk
 from training.models.dqvae import DQVAE, DQVAEConfig
 from training.models.router import GRAINS, fit_biases, patch_entropy
 
 
-def threshold_table(images: Iterable[np.ndarray], patch: int, low: float = -1.0) -> Tensor:
+def threshold_table(images: Iterable[np.ndarray], patch: int, low: float = -1.0, shrink: int = 1) -> Tensor:
     """Percentiles 1 to 99 of the patch entropies.
 
     Args:
         images: uint8 [S, S, 3] each.
-        patch: patch side in pixels (the coarse stride).
+        patch: patch side in pixels (the coarse stride), of images that are ``shrink`` times smaller.
         low: value of the first entropy bin, see ``patch_entropy``.
 
     Returns:
@@ -39,7 +40,8 @@ def threshold_table(images: Iterable[np.ndarray], patch: int, low: float = -1.0)
     Raises:
         DataError: there is no image.
     """
-    entropies = [patch_entropy(to_float(image[None]), patch, low).flatten() for image in images]
+    seen = (shrunk(to_float(image[None]), shrink) for image in images)
+    entropies = [patch_entropy(image, patch, low).flatten() for image in seen]
     if not entropies:
         raise DataError("no image can be decoded, so there are no entropy thresholds; replace the files")
     return percentiles(torch.cat(entropies))
@@ -56,9 +58,8 @@ def folder_thresholds(folder: ImageFolder, config: DQVAEConfig, limit: int = 20_
     ``limit``."""
     subset = folder.train[:: max(1, len(folder.train) // limit)]
     images = (image for batch, _ in folder.chunks(subset, 64) for image in batch)
-    return threshold_table(
-        progress_bar(images, total=len(subset), desc="patch entropies"), config.stride, config.entropy_low
-    )
+    images = progress_bar(images, total=len(subset), desc="patch entropies")
+    return threshold_table(images, config.stride // config.shrink, config.entropy_low, config.shrink)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def train_tokenizer(
 
 def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> None:
     """Give a tokenizer the weights of another one, which must be of its sizes; if the codes are ``fixed``, what makes
-    images of them may be of others, and starts anew then.
+    images of them may be of others. What has the same size in both keeps its weights then, levels being counted from
+    the one of the fewest pixels, and the rest starts anew.
 
     Raises:
         CheckpointError: it is not.
@@ -114,8 +116,12 @@ def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> N
 
     own, decoder = part(vae, True), part(before, True)
     if fixed and {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in decoder.items()}:
-        say(f"the decoder of {source} is of another size; it starts anew")
-        decoder = own
+        more = len(vae.config.decoder_mult) - len(before.config.decoder_mult)
+        level = re.compile(r"(?<=decoder\.up\.)\d+")
+        decoder = {level.sub(lambda at: str(int(at[0]) + more), name): x for name, x in decoder.items()}
+        same = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
+        say(f"the decoder of {source} is of another size; {len(own) - len(same)} of {len(own)} weights start anew")
+        decoder = own | same
     load_strictly(vae, part(before, False) | decoder, f"the tokenizer of {source}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from training import train_tokenizer, train_transformer
 from training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
 from training.data.folder import ImageFolder
 from training.loop import TrainConfig
+from training.models.blocks import shrunk
 from training.run import open_run
 
 HOLD = """
@@ -258,7 +260,8 @@ def test_decoders_that_learn_alone(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Images keep their codes to the bit while the decoder learns, which may be of another size than before."""
+    """Images keep their codes to the bit while the decoder learns, which may be of another size than before, and make
+    larger images."""
     start = request.getfixturevalue(trained) / "best"
     base = [str(data), "--config", str(configs / f"{sizes}.json"), "--set", "stage.learns=decoder"]
     base += ["--set", "training.steps=3", "--out"]
@@ -276,6 +279,20 @@ def test_decoders_that_learn_alone(
         (codes, grain), now = before.encode_maps(images), tuned.encode_maps(images)
         assert torch.equal(codes, now[0]) and torch.equal(grain, now[1])
         assert not torch.equal(before.decode_maps(codes), tuned.decode_maps(codes))
+    large = [
+        "tokenizer.image_size=32",
+        "tokenizer.shrink=2",
+        f"tokenizer.decoder_mult={[1, *tuned.config.decoder_mult]}",
+    ]
+    sizes_of_large = [word for setting in large for word in ("--set", setting)]
+    train_tokenizer.main([*base, str(tmp_path / "large"), "--init", str(start), *sizes_of_large])
+    count = re.search(r"(\d+) of (\d+) weights start anew", capsys.readouterr().out)
+    assert count and int(count[1]) < int(count[2])  # all but the finest level have their sizes
+    tuned = load_checkpoint(tmp_path / "large" / "best").tokenizer
+    assert tuned is not None
+    big = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (codes, grain), now = before.encode_maps(shrunk(big, 2)), tuned.encode_maps(big)
+    assert torch.equal(codes, now[0]) and torch.equal(grain, now[1])
     assert "needs the codes of a tokenizer" in refused(capsys, [*base, str(tmp_path / "none")])
 
 

@@ -17,7 +17,7 @@ from training.models.whole_batch import Dropout
 
 SIZES = (
     *("image_size", "channels", "encoder_mult", "decoder_channels", "decoder_mult", "blocks", "decoder_blocks"),
-    *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups"),
+    *("attention", "decoder_attention", "z_channels", "codebook_size", "code_dim", "norm_groups", "shrink"),
 )
 """Fields that the configurations of both tokenizers have."""
 
@@ -43,6 +43,8 @@ def check_sizes(config: Any) -> None:
                 f"tokenizer.{name} is {short(value)}; it must be positive integers, of at most {most}, at most "
                 f"{MOST_LEVELS} of them"
             )
+    if config.shrink & (config.shrink - 1):
+        raise ConfigError(f"tokenizer.shrink is {config.shrink}; it must be a power of two")
     if config.image_size < 11:
         raise ConfigError(f"tokenizer.image_size is {config.image_size}; it must be at least 11, the window of SSIM")
     if config.image_size % config.stride:
@@ -56,6 +58,20 @@ def check_sizes(config: Any) -> None:
     for name in ("beta", "restart_below"):
         if not 0 <= getattr(config, name) <= 1e9:
             raise ConfigError(f"tokenizer.{name} is {short(getattr(config, name))}; it must be in 0..1e9")
+
+
+def shrunk(images: Tensor, times: int) -> Tensor:
+    """Images [B, C, H, W] in [-1, 1] whose side is ``times`` smaller (1 or an even number), by Lanczos' filter of three
+    lobes."""
+    if times == 1:
+        return images
+    reach, channels = 3 * times, images.shape[1]
+    at = (torch.arange(2 * reach, device=images.device) + 0.5) / times - 3
+    taps = torch.sinc(at) * torch.sinc(at / 3)
+    taps = (taps / taps.sum()).to(images.dtype).expand(channels, 1, 1, -1)
+    edge = reach - times // 2
+    rows = F.conv2d(F.pad(images, (edge, edge, edge, edge), mode="replicate"), taps, stride=(1, times), groups=channels)
+    return F.conv2d(rows, taps.transpose(2, 3), stride=(times, 1), groups=channels).clamp(-1, 1)
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

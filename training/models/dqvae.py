@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
-from training.models.blocks import Contracting, Expanding, Middle, check_sizes, group_norm
+from training.models.blocks import Contracting, Expanding, Middle, check_sizes, group_norm, shrunk
 from training.models.quantizer import EMAQuantizer
 from training.models.router import (
     GATES,
@@ -42,6 +42,7 @@ class DQVAEConfig:
         channels: width of the first encoder level; ``encoder_mult`` scales it per level. The last level is the
             coarsest grid, the ones before it are the finer grids.
         decoder_channels, decoder_mult: likewise for the decoder, highest resolution first.
+        shrink: the encoder and the entropy router see images whose side is this many times smaller; a power of two.
         blocks, decoder_blocks: residual blocks per encoder level; per decoder level (the decoder adds one more).
         attention, decoder_attention: image sides at which blocks are followed by attention.
         z_channels: width of the encoder heads and the decoder input.
@@ -92,6 +93,7 @@ class DQVAEConfig:
     router_gate: str = "silu"
     router_gradient: str = "chosen"
     budget: float = 10.0
+    shrink: int = 1
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -109,10 +111,9 @@ class DQVAEConfig:
                 f"tokenizer.encoder_mult is {self.encoder_mult}; of the last {self.grains} each must be a multiple of "
                 "the one before"
             )
-        if len(self.decoder_mult) != len(self.encoder_mult) - self.grains + 1:
+        if len(self.decoder_mult) != (levels := len(self.encoder_mult) - self.grains + self.shrink.bit_length()):
             raise ConfigError(
-                f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; the fine grid needs "
-                f"{len(self.encoder_mult) - self.grains + 1}"
+                f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; the fine grid needs {levels}"
             )
         self._check_router()
         if self.position_bias not in POSITION_BIASES:
@@ -161,7 +162,7 @@ class DQVAEConfig:
     @property
     def stride(self) -> int:
         """Pixels per side of a coarsest cell."""
-        return int(2 ** (len(self.encoder_mult) - 1))
+        return int(self.shrink * 2 ** (len(self.encoder_mult) - 1))
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -182,6 +183,7 @@ ADDED = {
     "router_gate": "silu",
     "router_gradient": "chosen",
     "budget": 10.0,
+    "shrink": 1,
 }
 """Fields of DQVAEConfig that checkpoints lack which were written before there were these, and what they were like."""
 
@@ -191,7 +193,9 @@ class Encoder(Contracting):
 
     def __init__(self, config: DQVAEConfig) -> None:
         c, groups = config, config.norm_groups
-        super().__init__(c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout)
+        side = c.image_size // c.shrink
+        super().__init__(side, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout)
+        self.shrink = c.shrink
         self.grains = GRAINS[c.grains]
         widths = {g: c.channels * m for g, m in zip(self.grains, reversed(c.encoder_mult[-c.grains :]), strict=True)}
         for grain, width in widths.items():
@@ -203,7 +207,7 @@ class Encoder(Contracting):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> [B, z, side, side] of each grain, coarsest first."""
-        trunks = list(self.maps(x))[-len(self.grains) :]
+        trunks = list(self.maps(shrunk(x, self.shrink)))[-len(self.grains) :]
         return tuple(self.head(grain, trunk) for grain, trunk in zip(self.grains, reversed(trunks), strict=True))
 
     def head(self, grain: str, trunk: Tensor) -> Tensor:
@@ -333,7 +337,8 @@ class DQVAE(Tokenizer):
 
     def route(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Grain int64 [B, hc, wc] and entropy float [B, hc, wc] of [B, 3, H, W] images, by the entropy router."""
-        entropy = patch_entropy(images, self.config.stride, self.config.entropy_low)
+        c = self.config
+        entropy = patch_entropy(shrunk(images, c.shrink), c.stride // c.shrink, c.entropy_low)
         grain, *finer = ((entropy > threshold).long() for threshold in self.thresholds())
         for more in finer:
             grain = grain + more

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
 from training import processes
-from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm
+from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm, shrunk
 from training.models.quantizer import EMAQuantizer
 from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
 from training.models.whole_batch import BatchNorm2d, in_float32
 
+ADDED = {"shrink": 1}
+"""Fields of MQVAEConfig that checkpoints of before lack, and what they were like."""
 SCORERS = ("conv", "token", "random")
 
 
@@ -28,7 +30,8 @@ class MQVAEConfig:
         image_size: side of the square images, pixels.
         channels: width of the first encoder level; ``encoder_mult`` scales it per level, and each level but the last
             halves the side.
-        decoder_channels, decoder_mult: likewise for the decoder, highest resolution first, as many levels.
+        decoder_channels, decoder_mult: likewise for the decoder, highest resolution first.
+        shrink: the encoder sees images whose side is this many times smaller; a power of two.
         blocks, decoder_blocks: residual blocks per encoder level; per decoder level (the decoder adds one more).
         attention, decoder_attention: image sides at which blocks are followed by attention.
         z_channels: width of the encoder's output.
@@ -68,14 +71,12 @@ class MQVAEConfig:
     beta: float = 0.25
     decay: float = 0.99
     restart_below: float = 1.0
+    shrink: int = 1
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if len(self.decoder_mult) != len(self.encoder_mult):
-            raise ConfigError(
-                f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; it must have as many as encoder_mult, "
-                f"{len(self.encoder_mult)}"
-            )
+        if len(self.decoder_mult) != (levels := len(self.encoder_mult) + self.shrink.bit_length() - 1):
+            raise ConfigError(f"tokenizer.decoder_mult has {len(self.decoder_mult)} levels; the cells need {levels}")
         if not isinstance(self.kept_ratio, int | float) or not 0 < self.kept_ratio <= 1 or not self.kept:
             cells = self.sides[0] ** 2
             raise ConfigError(
@@ -93,7 +94,7 @@ class MQVAEConfig:
     @property
     def stride(self) -> int:
         """Pixels per side of a cell."""
-        return int(2 ** (len(self.encoder_mult) - 1))
+        return int(self.shrink * 2 ** (len(self.encoder_mult) - 1))
 
     @property
     def sides(self) -> tuple[int]:
@@ -116,13 +117,15 @@ class Encoder(Contracting):
 
     def __init__(self, config: MQVAEConfig) -> None:
         c, width = config, config.channels * config.encoder_mult[-1]
-        super().__init__(c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, c.norm_groups, c.dropout)
+        side = c.image_size // c.shrink
+        super().__init__(side, c.channels, c.encoder_mult, c.blocks, c.attention, c.norm_groups, c.dropout)
+        self.shrink = c.shrink
         self.mid = Middle(width, c.norm_groups, c.dropout)
         self.norm_out = group_norm(width, c.norm_groups)
         self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        *_, h = self.maps(x)
+        *_, h = self.maps(shrunk(x, self.shrink))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
