@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import masked_model
+from small_models import VARIANTS, masked_model, small_model
 
 import training.judging.engine
 from dvq_rt import Generator
@@ -127,10 +127,13 @@ def test_models_side_by_side(
     engine: Path, data: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Protects ``training.compare``: an engine and a checkpoint of the other family that reads prompts in one run, each
-    with its own number of codes and labels, distances beside that of held-out images; and what cannot be compared."""
+    with its own number of codes and labels, distances beside that of held-out images; a third one that makes larger
+    images; and what cannot be compared."""
     save_checkpoint(masked_model(("dots", "bars"), text=TextConfig(16, 256, 1)), tmp_path / "new")
+    save_checkpoint(small_model(("dots", "bars"), sizes=VARIANTS["shrunk"]), tmp_path / "large")
     out = tmp_path / "out"
-    arguments = [str(data), f"old={engine}", f"new={tmp_path / 'new'}", "--config", str(config), "--out", str(out)]
+    models = [f"old={engine}", *(f"{name}={tmp_path / name}" for name in ("new", "large"))]
+    arguments = [str(data), *models, "--config", str(config), "--out", str(out)]
     few = ["--n", "2", "--number", "6", "--images", "12", "--classifier-steps", "2"]
     compare.main([*arguments, *few])
     printed = capsys.readouterr().out
@@ -138,18 +141,23 @@ def test_models_side_by_side(
     assert {path.name for path in out.iterdir()} == {"compare.md", "compare.json", "codes.png", "samples.png"}
     values = json.loads((out / "compare.json").read_text())
     assert values["reconstruction"]["new"]["codes"] == 25 and values["reconstruction"]["old"]["fixed_codes"] == 64
+    for name, size in (("old", 16), ("new", 16), ("large", 32)):
+        row = values["reconstruction"][name]
+        assert row["image_size"] == size and set(row["at"]) == {"16", "32"}
+        assert row["at"]["16"]["psnr"] != row["at"]["32"]["psnr"]
     samples = values["labels"]["samples"]
     assert samples["new"]["labels"]["squares"] == {"share": None, "count": 0} and samples["old"]["count"] == 6
     assert values["shared"]["labels"] == ["bars", "dots"]
     sets = values["shared"]["sets"]
     assert set(values["captions"]["sets"]) == {"held-out images", "new"}
-    assert set(sets) == {"held-out images", "old", "new"} and len({row["images"] for row in sets.values()}) == 1
+    assert (
+        set(sets) == {"held-out images", "old", "new", "large"} and len({row["images"] for row in sets.values()}) == 1
+    )
     assert set(values["nearest"]["old"]) == {"pixels", "features"}
-    for wrong, words in (([str(data), "demo:dq", str(engine)], "images of [16, 64]"), (arguments, "has the labels")):
-        labels = 'stage.labels={"dots": ["d"], "squares": ["a"]}'
-        with pytest.raises(SystemExit):
-            compare.main([*wrong, "--out", str(out), *few, "--set", labels, "--set", "stage.flip_exclude=[]"])
-        assert words in capsys.readouterr().err
+    labels = 'stage.labels={"dots": ["d"], "squares": ["a"]}'
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, *few, "--set", labels, "--set", "stage.flip_exclude=[]"])
+    assert "has the labels" in capsys.readouterr().err
 
 
 def test_sweep_covers_the_grid(
@@ -246,7 +254,7 @@ def test_classifier_is_small_reproducible_and_leaves_the_random_state(folder: Im
     first, second = (train_classifier(folder, 3, Augment(shift=1)) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     images, _ = folder.load(folder.val)
-    judges = [Judge(net, np.arange(3)) for net in (first, second)]
+    judges = [Judge(net, np.arange(3), 16) for net in (first, second)]
     assert np.array_equal(judges[0](images).features, judges[1](images).features)
     seen = first(to_float(folder.load(folder.train)[0]))[1]
     assert seen.mean(0).abs().max() < 1e-3 and seen.std(0, correction=0).max() == pytest.approx(1, abs=1e-3)

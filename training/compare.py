@@ -4,6 +4,9 @@ All are judged in one run by the same real images: reconstructions of held-out o
 classifier of all classes of the data; samples of the labels that all models have, by their distance to the training
 images beside that of held-out ones; how near they are to single training images; and, of models that read prompts,
 samples of training captions against all training images. ``compare.md``, ``compare.json`` and pictures go into DIR.
+
+Models may make images of different sizes. Each codes images of its own size; all is judged at the smallest, and
+reconstructions at the others as well, to which images are resized by Lanczos' filter.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 from dvq_rt import Generator
 from dvq_rt.files import write_file
-from runtimes.errors import ConfigError, InputError, guard
+from runtimes.errors import InputError, guard
 from training.checkpoint_engine import named, open_model
 from training.cli import guarded
 from training.config import read_config
@@ -33,13 +36,8 @@ def open_models(models: list[str]) -> dict[str, Generator]:
 
     Raises:
         InputError: two have the same name.
-        ConfigError: they make images of different sizes.
     """
-    opened = {name: open_model(path) for name, path in named(models).items()}
-    sizes = {generator.manifest.image_size for generator in opened.values()}
-    if len(sizes) > 1:
-        raise ConfigError(f"the models make images of {sorted(sizes)} pixels; compare models of one size")
-    return opened
+    return {name: open_model(path) for name, path in named(models).items()}
 
 
 @guarded
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     sections: dict[str, Any] = {"tokenizer": dict, "training": TrainConfig, "stage": StageOneConfig}
     first = read_config(args.tokenizer_config, sections, [])
     models = open_models(args.models)
-    size = next(iter(models.values())).manifest.image_size
+    size = min(generator.manifest.image_size for generator in models.values())
     stage_1 = held_out_folder(args.data, size, first["training"], first["stage"])
     real = RealImages.of(args.data, stage_1, config["training"], config["stage"], args.images)
     extractor = efficientnet_features()

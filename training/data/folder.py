@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -150,6 +151,12 @@ class ImageFolder:
                 f"{self.root}: {count} of {among} images cannot be decoded, more than half, such as "
                 f"{some(self.unreadable)}; replace the files"
             )
+
+    def at_size(self, size: int) -> ImageFolder:
+        """The same images with the same split, decoded at another size, in 1 .. 4096 pixels."""
+        other = copy.copy(self)  # without the decoded images
+        other.size = size
+        return other
 
     def for_worker(self, workers: int) -> None:
         """Share the room for decoded images with the other ``workers`` of a pool, each of which has its own."""

@@ -16,6 +16,7 @@ from runtimes.errors import ConfigError
 from training.data.folder import ImageFolder, Indices
 from training.data.pixels import Pixels, to_float
 from training.data.stream import Augment, batches
+from training.judging.metrics import resized
 
 WIDTHS = (24, 48, 80, 112)
 FEATURES = 4 * WIDTHS[2]
@@ -78,14 +79,17 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """A classifier, and the label int64 [classes] that each of its classes is one of, -1 for none."""
+    """A classifier, the label int64 [classes] that each of its classes is one of, -1 for none, and the side of the
+    images that it was trained on, to which others are resized."""
 
     net: Classifier
     label_of: NDArray[np.int64]
+    size: int
 
     @torch.no_grad()
     def __call__(self, images: Pixels) -> Verdict:
         """What it makes of images uint8 [N, S, S, 3]."""
+        images = resized(images, self.size)
         classes, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
         for start in range(0, len(images), 64):
             logits, raw_features = self.net(to_float(images[start : start + 64]))

@@ -25,6 +25,7 @@ from training.judging.metrics import (
     memorisation,
     nearest_features,
     nearest_pixels,
+    resized,
     spreads,
     through,
 )
@@ -33,6 +34,8 @@ from training.loop import TrainConfig
 from training.prompts import directed_images
 from training.train_transformer import StageTwoConfig, labelled_images
 
+LARGEST = 64
+"""Pixels a side of what is judged, at most: what pictures show is seen at this size, and larger ones take long."""
 COPIES = 128  # training images whose reconstructions show how near a verbatim copy would be
 SWEEP = {"temperature": (0.6, 0.7, 0.8, 0.9), "guidance": (1.0, 1.5, 2.0, 2.5), "top_k": (None, 100)}
 
@@ -77,7 +80,7 @@ def train_judge(
     held out.
 
     Args:
-        folder: whose held-out images it does not see.
+        folder: whose held-out images it does not see; it sees images of at most ``LARGEST`` pixels a side.
         training, stage: augmentation, and which classes a label joins.
         names: the labels that it judges by, in the order of their numbers.
 
@@ -85,15 +88,18 @@ def train_judge(
         ConfigError: ``steps`` is not positive.
         DataError: no image can be decoded.
     """
-    every, held = ImageFolder(folder.root, folder.size, val_fraction=0), {folder.relative(int(i)) for i in folder.val}
+    size = min(folder.size, LARGEST)
+    every, held = ImageFolder(folder.root, size, val_fraction=0), {folder.relative(int(i)) for i in folder.val}
     every.train = np.array([i for i in range(len(every)) if every.relative(i) not in held], dtype=np.int64)
     label_of = {name: label for label, joined in stage.labels.items() for name in joined}
     labels = [label_of.get(name, "" if stage.labels else name) for name in every.classes]
     apart = {name for name, label in zip(every.classes, labels, strict=True) if label in stage.flip_exclude}
     directed = directed_images(every, stage.flip_exclude_words)
-    augment = Augment(training.shift, training.flip, frozenset(apart), directed, training.crop)
+    shift = training.shift * size // folder.size
+    augment = Augment(shift, training.flip, frozenset(apart), directed, training.crop)
     number = {name: i for i, name in enumerate(names)}
-    return Judge(train_classifier(every, steps, augment), np.array([number.get(label, -1) for label in labels]))
+    net = train_classifier(every, steps, augment)
+    return Judge(net, np.array([number.get(label, -1) for label in labels]), size)
 
 
 def judge_engine(
@@ -130,7 +136,7 @@ def judge_engine(
 
     queries = np.concatenate([samples.to_numpy(), real, copies])
     parts = [len(samples), len(samples) + len(real)]
-    pixels = nearest_pixels(queries, training)
+    pixels = nearest_pixels(resized(queries, judge.size), resized(training, judge.size))
     features = np.concatenate([drawn.features, seen.features, judge(copies).features])
     mirrored = judge(training[:, :, ::-1]).features
     plain = judge(training).features

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from dvq_rt import Codes, Generator
+from dvq_rt.images import square
 from dvq_rt.progress import progress_bar
 from training.data.folder import Indices
 from training.data.pixels import Pixels, to_float
@@ -59,6 +61,12 @@ def accuracy(predicted: NDArray[np.int64], wanted: NDArray[np.int64], names: Seq
 
     labels = {name: share(wanted == i) for i, name in enumerate(names)}
     return {**share(np.ones(len(wanted), dtype=bool)), "labels": labels}
+
+
+def resized(images: Pixels, size: int) -> Pixels:
+    """Images uint8 [N, S, S, 3] at another side, as ``dvq_rt.images.square`` makes it."""
+    same = images.shape[1] == size
+    return images if same else np.stack([square(Image.fromarray(image), size) for image in images])
 
 
 def through(generator: Generator, images: Pixels, title: str) -> tuple[list[Codes], Pixels]:

@@ -27,6 +27,7 @@ from training.judging.metrics import (
     memorisation,
     nearest_features,
     nearest_pixels,
+    resized,
     through,
 )
 from training.judging.report import enlarged, pick, sheet, table
@@ -46,14 +47,16 @@ class RealImages:
     """What models are compared with.
 
     Attributes:
-        folder: images with the configuration's labels, behind them "" for those without; split as for stage 2.
-        held_out: images that the tokenizers did not see, uint8 [N, S, S, 3].
+        folder: images with the configuration's labels, behind them "" for those without; split as for stage 2. Models
+            are judged at its size.
+        stage_1: the images with the split of stage 1, and ``held_out`` the indices that the tokenizers did not see.
         training, stage: of the configuration.
         train, val: indices into the folder, at most so many as are used.
     """
 
     folder: ImageFolder
-    held_out: Pixels
+    stage_1: ImageFolder
+    held_out: Indices
     training: TrainConfig
     stage: StageTwoConfig
     train: Indices
@@ -73,17 +76,22 @@ class RealImages:
         stage_1.check_held_out()
         folder, _ = labelled_images(data, stage_1.size, training, stage)
         folder.check_held_out()
-        images, _ = stage_1.load(stage_1.val[pick(len(stage_1.val), most)])
+        held_out = stage_1.load(stage_1.val[pick(len(stage_1.val), most)])[1]
         train, val = (folder.load(side[pick(len(side), most)])[1] for side in (folder.train, folder.val))
-        return cls(folder, images, training, stage, train, val)
+        return cls(folder, stage_1, held_out, training, stage, train, val)
 
     @property
     def names(self) -> list[str]:
         """The labels, without that of images that have none."""
         return [name for name in self.folder.classes if name]
 
-    def pixels(self, indices: Indices) -> Pixels:
-        return self.folder.load(indices)[0]
+    def pixels(self, indices: Indices, size: int | None = None) -> Pixels:
+        """Images of ``folder``, uint8 [N, S, S, 3]."""
+        return self.folder.at_size(size or self.folder.size).load(indices)[0]
+
+    def unseen(self, size: int) -> Pixels:
+        """The images of ``held_out``, uint8 [N, S, S, 3]."""
+        return self.stage_1.at_size(size).load(self.held_out)[0]
 
 
 def compare(
@@ -115,7 +123,9 @@ def compare(
     kinds = {"shared": (models, shared), "captions": (prompted, real.folder.classes if prompted else [])}
     used = {key: used_images(real, labels) for key, (_, labels) in kinds.items() if labels}
 
-    result: dict[str, Any] = {"reconstruction": {k: reconstruction(g, real, k) for k, g in models.items()}}
+    sizes = sorted({g.manifest.image_size for g in models.values()})
+    result: dict[str, Any] = {"sizes": sizes}
+    result["reconstruction"] = {name: reconstruction(g, real, sizes, name) for name, g in models.items()}
     drawn: dict[str, Samples] = {}
     if any(offered.values()):
         judge = train_judge(real.folder, real.training, real.stage, names, steps)
@@ -130,7 +140,7 @@ def compare(
             prompts = conditions(g, real.folder, wanted).prompts if key == "captions" else None
             sources[name] = g, Conditions(labels_in(g, real.folder, wanted), prompts)
         train, val = (own[rows] for own, rows in zip(features, use, strict=True))
-        sets = distances(sources, extractor, train, val, seed)
+        sets = distances(sources, extractor, train, val, real.folder.size, seed)
         result[key] = {"labels": kinds[key][1], "images": [len(train), len(val)], "sets": sets}
     return result, drawn
 
@@ -154,17 +164,20 @@ def labels_in(generator: Generator, folder: ImageFolder, indices: Indices) -> li
     return [own.get(folder.classes[label]) for label in folder.labels[indices]]
 
 
-def reconstruction(generator: Generator, real: RealImages, title: str) -> dict[str, float]:
-    """What held-out images cost and how they come back: ``fidelity``, and the mean distance in the features of
-    EfficientNet-Lite0."""
-    images = real.held_out
-    codes, decoded = through(generator, images, title)
+def reconstruction(generator: Generator, real: RealImages, sizes: Sequence[int], title: str) -> dict[str, Any]:
+    """What held-out images cost and how they come back: by size, in ``at``, ``fidelity`` and the mean distance in the
+    features of EfficientNet-Lite0."""
+    own = generator.manifest.image_size
+    codes, decoded = through(generator, real.unseen(own), title)
     distance = load_perceptual("efficientnet")
     assert distance is not None, "a network of that name"
-    pairs = [(to_float(images[i : i + 32]), to_float(decoded[i : i + 32])) for i in range(0, len(images), 32)]
-    far = np.concatenate([distance(x, y).detach().reshape(-1).numpy() for x, y in pairs])
-    spent = cost(codes, real.folder.size)
-    return {"images": len(images), **spent, **fidelity(images, decoded), "feature_distance": float(far.mean())}
+    at = {}
+    for size in sizes:
+        pair = real.unseen(size), resized(decoded, size)
+        chunks = [[to_float(x[i : i + 32]) for x in pair] for i in range(0, len(decoded), 32)]
+        far = np.concatenate([distance(x, y).detach().reshape(-1).numpy() for x, y in chunks])
+        at[str(size)] = {**fidelity(*pair), "feature_distance": float(far.mean())}
+    return {"images": len(decoded), "image_size": own, **cost(codes, own), "at": at}
 
 
 def judged_labels(
@@ -200,12 +213,13 @@ def nearest(
     models: Mapping[str, Generator], drawn: Mapping[str, Samples], real: RealImages, judge: Judge
 ) -> dict[str, Any]:
     """``memorisation`` by pixels and by the judge's features, of some samples of each model."""
-    training, held = real.pixels(real.train), real.pixels(real.val[pick(len(real.val), NEAREST)])
+    training, held = (real.pixels(i, judge.size) for i in (real.train, real.val[pick(len(real.val), NEAREST)]))
     plain, mirrored = judge(training).features, judge(training[:, :, ::-1]).features
     out: dict[str, Any] = {}
     for name, samples in drawn.items():
-        shown = samples.to_numpy()[pick(len(samples), NEAREST)]
-        copies = through(models[name], training[pick(len(training), NEAREST)], name)[1]
+        shown = resized(samples.to_numpy()[pick(len(samples), NEAREST)], judge.size)
+        originals = real.pixels(real.train[pick(len(real.train), NEAREST)], models[name].manifest.image_size)
+        copies = resized(through(models[name], originals, name)[1], judge.size)
         queries = np.concatenate([shown, held, copies])
         parts = [len(shown), len(shown) + len(held)]
         by = {
@@ -221,14 +235,15 @@ def distances(
     extractor: Extractor,
     train: Features,
     val: Features,
+    size: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
     """``at_equal_numbers`` of held-out images and of each model's samples against training images, whose features
-    ``val`` and ``train`` are."""
+    ``val`` and ``train`` are, at one size."""
     sets: dict[str, Features] = {"held-out images": val}
     for name, (generator, wanted) in sources.items():
         params = SamplingParams.from_dict(generator.manifest.defaults)
-        chunks = draw(generator, wanted, seed, params)
+        chunks = (resized(chunk, size) for chunk in draw(generator, wanted, seed, params))
         sets[name] = extract(extractor, chunks, name, len(wanted.labels)).features
     return at_equal_numbers(train, sets)
 
@@ -236,12 +251,15 @@ def distances(
 # --- tables and pictures ---------------------------------------------------------------------------------------
 def tables(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
-    rows = [
-        [name, r["codes"], r["bits_per_pixel"], f"{r['psnr']:.2f}", r["ssim"], r["feature_distance"]]
-        for name, r in result["reconstruction"].items()
-    ]
+    rows = []
+    for name, r in result["reconstruction"].items():
+        measured = [[f"{at['psnr']:.2f}", at["ssim"], at["feature_distance"]] for at in r["at"].values()]
+        rows.append([name, r["image_size"], r["codes"], r["bits_per_pixel"], *(x for row in measured for x in row)])
     images = next(iter(result["reconstruction"].values()))["images"]
-    headings = ["codes an image", "bits per pixel", "PSNR, dB", "SSIM", "distance in EfficientNet-Lite0"]
+    headings = ["pixels a side", "codes an image", "bits per pixel"]
+    for size in result["sizes"]:
+        at = f", at {size}" if len(result["sizes"]) > 1 else ""
+        headings += [f"PSNR, dB{at}", f"SSIM{at}", f"distance in EfficientNet-Lite0{at}"]
     parts = [f"Reconstructions of {images} held-out images:", table(["model", *headings], rows)]
     if labels := result.get("labels"):
         models = labels["samples"]
@@ -289,8 +307,9 @@ def share(row: dict[str, Any]) -> str:
 def picture_labels(drawn: Mapping[str, Samples]) -> Image.Image:
     """For each label a row of samples of each model that has it."""
     rows = []
+    size = max(samples.to_numpy().shape[1] for samples in drawn.values())
     for name, samples in drawn.items():
-        pictures, labels = samples.to_numpy(), np.array(samples.labels)
+        pictures, labels = resized(samples.to_numpy(), size), np.array(samples.labels)
         for label in dict.fromkeys(samples.labels):
             shown = np.flatnonzero(labels == label)[:SHOWN]
             rows.append((label, name, [enlarged(pictures[i]) for i in shown]))
@@ -299,11 +318,14 @@ def picture_labels(drawn: Mapping[str, Samples]) -> Image.Image:
 
 def picture_codes(models: Mapping[str, Generator], real: RealImages) -> Image.Image:
     """Held-out images above each model's coded cells and reconstructions."""
-    images = real.held_out[pick(len(real.held_out), COLUMNS)]
+    size = max(generator.manifest.image_size for generator in models.values())
+    shown = pick(len(real.held_out), COLUMNS)
+    images = real.unseen(size)[shown]
     rows = [("original", [enlarged(image) for image in images])]
     scale = rows[0][1][0].width // images.shape[1]
     for name, generator in models.items():
-        codes, decoded = through(generator, images, name)
+        codes, decoded = through(generator, real.unseen(generator.manifest.image_size)[shown], name)
+        decoded = resized(decoded, size)
         pairs = zip(images, codes, strict=True)
         sides = generator.layout.sides
         overlays = [grain_overlay(image, c.grain, sides, scale).convert("RGB") for image, c in pairs]
