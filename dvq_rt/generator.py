@@ -40,7 +40,7 @@ class Generator(Edits):
     anew.
 
     Args:
-        engine_dir: engine folder, or ``demo:dq``, ``demo:mq`` or ``demo:text`` for a demo of the package; None opens
+        engine_dir: engine folder, or ``demo:dq`` or ``demo:mq`` for a demo of the package; None opens
             the first of these.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes the CPU, or the first GPU for an engine of TensorRT plans.
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the calls can use,

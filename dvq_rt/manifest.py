@@ -45,7 +45,6 @@ TEXT_GRAPH = "text"
 DEMOS = {
     "demo:dq": Path(__file__).with_name("demo"),
     "demo:mq": Path(__file__).with_name("demo_mq"),
-    "demo:text": Path(__file__).with_name("demo_text"),
 }
 """The engines that ship with the package; names for them that stand in place of a folder."""
 FAMILIES = ("dq", "mq")
@@ -214,7 +213,7 @@ class Manifest:
 
 
 def engine_folder(name: FileName | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq``, ``demo:mq`` or ``demo:text`` for a bundled demo, or
+    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo, or
     ``hf:owner/name@revision``, see ``dvq_rt.hub``; None is ``demo:dq``.
 
     Raises:

@@ -21,8 +21,9 @@ generator = dvq_rt.Generator(args.engine)
 dvq_rt.save_codes(args.codes, generator.encode(args.images))
 codes = dvq_rt.load_codes(args.codes)
 decoded = generator.decode(codes)
-cells = [grain_overlay(image, c.grain, c.layout.sides, scale=4) for image, c in zip(decoded, codes, strict=True)]
-pictures = np.concatenate([decoded.repeat(4, 1).repeat(4, 2), np.stack([np.asarray(cell) for cell in cells])])
+scale = max(1, 256 // decoded.shape[1])
+cells = [grain_overlay(image, c.grain, c.layout.sides, scale) for image, c in zip(decoded, codes, strict=True)]
+pictures = np.concatenate([decoded.repeat(scale, 1).repeat(scale, 2), np.stack([np.asarray(cell) for cell in cells])])
 grid(pictures, columns=len(codes)).save(args.out)
 for path, c in zip(args.images, codes, strict=True):
     print(f"{path}: {c.length} codes, {c.bits_per_pixel(decoded.shape[1]):.3f} bits per pixel")

@@ -74,11 +74,11 @@ def test_mixed_lengths_take_fewer_steps_when_slots_refill(generator: Generator) 
 
 def test_prompt_times() -> None:
     """Each token of a prompt takes one run of the step, and all slots read theirs at once."""
-    engine = Generator("demo:text", threads=1).engine
+    engine = Generator("demo:dq", threads=1).engine
     rows = bench.prompt_times(engine, 2, 70, 1)
     assert [row["prompt"] for row in rows] == [0, 12, 32] and rows[0]["of_none"] == 1
     assert [row["calls"] - rows[0]["calls"] for row in rows] == [0, 12, 32]
-    assert bench.prompt_times(Generator("demo:dq", threads=1).engine, 2, 70, 1) == []
+    assert bench.prompt_times(Generator("demo:mq", threads=1).engine, 2, 70, 1) == []
 
 
 def test_bench_command(class_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,9 +30,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_sample_grid(example) -> None:  # type: ignore[no-untyped-def]
-    """Protects the grid: one row per label, one column per image, 64 px and a gap of 2."""
+    """Protects the grid: one row per label, one column per image, 128 px and a gap of 2."""
     example("sample_grid", "--labels", "faces,hearts", "--n", 1, "--out", "grid.png")
-    assert Image.open("grid.png").size == (64 + 4, 2 * 64 + 6)
+    assert Image.open("grid.png").size == (128 + 4, 2 * 128 + 6)
 
 
 def test_stream_previews(example) -> None:  # type: ignore[no-untyped-def]
@@ -82,7 +82,7 @@ def test_edit_regions(example) -> None:  # type: ignore[no-untyped-def]
 def test_async_calls(example) -> None:  # type: ignore[no-untyped-def]
     """Protects asynchronous use: the stream ends with all codes, and three calls make a picture."""
     assert "100% of the codes" in example("async_calls", "--n", 3, "--out", "async.png")
-    assert Image.open("async.png").size == (2 * 66 + 2, 2 * 66 + 2)
+    assert Image.open("async.png").size == (2 * 130 + 2, 2 * 130 + 2)
 
 
 def test_every_example_is_tested_and_short() -> None:

@@ -254,7 +254,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TextTokenizer(BYTES, 8).encode("ab").tolist() == [97, 98]
     with pytest.raises(BackendError, match=r"pip install 'dvq-rt\[text\]'"):
         TextTokenizer(source, 8)
-    demo = Generator("demo:text", threads=1)
+    demo = Generator("demo:dq", threads=1)
     assert demo.sample(1, "faces").prompts == [None]  # labels alone read no text
     with pytest.raises(BackendError, match=r"pip install 'dvq-rt\[text\]'"):
         demo.sample(1, "faces", prompts="smiling face")

@@ -82,30 +82,33 @@ def test_the_official_client(running: Running, demo: Generator) -> None:
     errors are of the classes it has for them."""
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["dq", "mq"]
-    expected = demo.sample(2, "hearts", seed=7)
-    answer = client.images.generate(prompt="hearts", n=2, size="64x64", extra_body={"seed": 7, "with_codes": True})
+    expected = demo.sample(2, prompts="red heart", seed=7)
+    options = {"seed": 7, "with_codes": True}
+    answer = client.images.generate(prompt="red heart", n=2, size="128x128", extra_body=options)
     assert all((pixels(item) == image).all() for item, image in zip(answer.data, expected.to_numpy(), strict=True))
     assert answer.usage.output_tokens == sum(c.length for c in expected.codes)
     assert answer.data[1].codes["codes"] == [expected.codes[1].codes.tolist()]
-    stream = client.images.generate(prompt="hearts", stream=True, partial_images=3, extra_body={"seed": 7, "first": 1})
+    options = {"seed": 7, "first": 1}
+    stream = client.images.generate(prompt="red heart", stream=True, partial_images=3, extra_body=options)
     events = list(stream)
     assert [e.type for e in events[-1:]] == ["image_generation.completed"]
     assert {e.type for e in events[:-1]} <= {"image_generation.partial_image"} and len(events) <= 5
     assert (pixels(events[-1]) == expected.to_numpy()[1]).all()
     with pytest.raises(openai.BadRequestError, match="unknown label 'nope'; this model has faces, portraits"):
-        client.images.generate(prompt="nope")
+        client.images.generate(prompt="nope", model="mq")
     with pytest.raises(openai.NotFoundError, match="there is no model 'x' here; the models are dq, mq"):
         client.images.generate(prompt="faces", model="x")
 
 
-def test_png_and_seeds(running: Running) -> None:
+def test_png_and_seeds(running: Running, demo: Generator) -> None:
     """One image comes as a PNG file if asked for; without a seed the answer names the one that was taken."""
-    first = running.post(DRAW, json={"label": 4, "response_format": "png", "temperature": 0.5})
+    hearts = demo.class_names.index("hearts")
+    first = running.post(DRAW, json={"label": hearts, "response_format": "png", "temperature": 0.5})
     assert first.headers["content-type"] == "image/png"
     seed = int(first.headers["x-seed"])
-    again = running.post(DRAW, json={"prompt": "hearts", "seed": seed, "temperature": 0.5}).json()
+    again = running.post(DRAW, json={"label": "hearts", "seed": seed, "temperature": 0.5}).json()
     assert (pixels(again["data"][0]) == np.asarray(Image.open(io.BytesIO(first.content)))).all()
-    assert again["seed"] == seed and again["size"] == "64x64"
+    assert again["seed"] == seed and again["size"] == "128x128"
 
 
 def test_codes(running: Running, demo: Generator) -> None:
@@ -127,8 +130,8 @@ def test_codes(running: Running, demo: Generator) -> None:
 def test_edits(running: Running, demo: Generator) -> None:
     """The official client's edits are the generator's, streamed ones too; a form has texts alone, also for a label's
     index."""
-    original, clear = demo.sample(1, "faces", seed=3)[0], np.zeros((64, 64), dtype=bool)
-    clear[16:40, 24:64] = True
+    original, clear = demo.sample(1, "faces", seed=3)[0], np.zeros((128, 128), dtype=bool)
+    clear[32:80, 48:128] = True
     alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
     image, mask = (("x.png", png(x), "image/png") for x in (original, Image.merge("LA", (alpha, alpha))))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
@@ -153,14 +156,14 @@ REFUSED = [
     (DRAW, {"json": {"style": 1}}, 400, "style is no field of this request"),
     (DRAW, {"json": {"n": "2"}}, 400, "n is '2'"),
     (DRAW, {"json": {"n": 9}}, 400, "n is 9; this server draws at most 8"),
-    (DRAW, {"json": {"size": "256x256"}}, 400, "size is '256x256'; dq draws 64x64 alone"),
+    (DRAW, {"json": {"size": "256x256"}}, 400, "size is '256x256'; dq draws 128x128 alone"),
     (DRAW, {"json": {"response_format": "url"}}, 400, "response_format is 'url'"),
     (DRAW, {"json": {"response_format": "png", "n": 2}}, 400, "png answers with one image"),
     (DRAW, {"json": {"temperature": -1}}, 400, "temperature is -1.0; it must be a number in"),
     (DRAW, {"json": {"seed": -1}}, 400, "seed is -1; it must be an integer from 0"),
-    (DRAW, {"json": {"label": 9}}, 400, "unknown label 9"),
-    (DRAW, {"json": {"label": 1, "prompt": "faces"}}, 400, "give one of them"),
-    (DRAW, {"json": {"negative_prompt": "x"}}, 400, "this model takes no prompts"),
+    (DRAW, {"json": {"label": 99}}, 400, "unknown label 99"),
+    (DRAW, {"json": {"label": 1, "prompt": "faces", "model": "mq"}}, 400, "give one of them"),
+    (DRAW, {"json": {"negative_prompt": "x", "model": "mq"}}, 400, "this model takes no prompts"),
     (DRAW, {"content": b"x" * (1 << 21)}, 413, "the body has more than 1048576 bytes"),
     ("/v1/images/edits", {"content": b"x"}, 400, "the body must be multipart/form-data with the files image and mask"),
     ("/v1/images/edits", {"files": {"image": b"x"}}, 400, "the image is damaged or of another format"),

@@ -81,7 +81,7 @@ class Drawing(BaseModel):
         # forms have texts alone
         label = read_label(self.label, generator.class_names) if isinstance(self.label, str) else self.label
         if generator.takes_prompts:
-            return {"labels": label, "prompts": self.prompt, "negative_prompts": self.negative_prompt or None}
+            return {"labels": label, "prompts": self.prompt or None, "negative_prompts": self.negative_prompt or None}
         if self.negative_prompt:
             raise ApiError(400, "this model takes no prompts; leave negative_prompt out", param="negative_prompt")
         if self.prompt and self.label is not None:
