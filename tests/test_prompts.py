@@ -533,10 +533,11 @@ def test_the_command(run: Path, data: Path, tmp_path: Path) -> None:
     """The command reads what the run held out, judges a checkpoint as it does an engine, and writes numbers and
     pictures."""
     arguments = [str(run / "checkpoint"), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
-    assert judge_prompts([*arguments, "--images", "2", "--samples", "1"]) is None
+    assert judge_prompts([*arguments, "--images", "2", "--samples", "1", "--show", "red left", "blue"]) is None
     result = json.loads((tmp_path / "out" / "prompts.json").read_text())
     assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
     assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
+    assert (tmp_path / "out" / "prompts.png").exists()
     assert (tmp_path / "out" / "words.png").exists() and result["colours"]["words"]["red"]["captions"] == 2
 
 

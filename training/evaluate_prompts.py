@@ -117,6 +117,12 @@ def picture_combinations(
     return sheet(rows, ["held out", *["drawn"] * count, "nearest trained"])
 
 
+def picture_prompts(generator: Generator, prompts: Sequence[str], count: int, seed: int) -> Image.Image:
+    """Prompts above their samples."""
+    drawn = [generator.sample(count, prompts=text, seed=seed).to_numpy() for text in prompts]
+    return sheet([("", [enlarged(images[i]) for images in drawn]) for i in range(count)], prompts)
+
+
 @guarded
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate_prompts", description="Judge prompts.")
@@ -126,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts.json and pictures")
     parser.add_argument("--images", type=int, default=32, help="held-out images whose captions are scored (32)")
     parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption (4)")
+    parser.add_argument("--show", nargs="*", default=[], metavar="PROMPT", help="short ones, drawn into prompts.png")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.images < 1 or args.samples < 1:
@@ -136,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = ImageFolder(args.data, generator.manifest.image_size, val_fraction=0)
         train, held, phrases = read_split(folder, args.run)
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.show:
+            save_picture(args.out / "prompts.png", picture_prompts(generator, args.show, args.samples, args.seed))
         result: dict[str, Any] = {"model": args.model, "run": str(args.run), "seed": args.seed}
         result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
         result["colours"], rows = test_words(generator, folder, COLOURS, args.samples, args.seed)
