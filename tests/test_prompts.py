@@ -1,6 +1,7 @@
 """Prompts: a prefix of text in front of the image, in PyTorch, in the traced step, in engines and in training."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -563,10 +564,8 @@ def test_coco(tmp_path: Path) -> None:
         prepare(tmp_path / "captions.json", images, tmp_path / "other")
 
 
-@pytest.mark.parametrize("kind", ["clip", "t5"])
-def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
-    """A small CLIP or T5 with random weights, from its folder: features do not depend on what lies behind the prompt,
-    the traced graph gives PyTorch's rows, and another encoder in the folder is refused."""
+def small_encoder(kind: str, folder: Path) -> Path:
+    """A folder with a small CLIP or T5 of random weights, of width 32, and a tokenizer."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     if kind == "clip":
@@ -576,8 +575,16 @@ def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
     else:
         config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
         encoder = transformers.T5EncoderModel(config)
-    encoder.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(train_bpe(CAPTIONS, 300))
+    encoder.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(train_bpe(CAPTIONS, 300))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
+    """A small CLIP or T5 with random weights, from its folder: features do not depend on what lies behind the prompt,
+    the traced graph gives PyTorch's rows, and another encoder in the folder is refused."""
+    small_encoder(kind, tmp_path)
     frozen = load_frozen(tmp_path)
     net = text_transformer(LAYOUTS["three grains"], TextConfig(16, 0, 1, features=32))
     model = Model(None, net, text_tokenizer=frozen.tokenizer)
@@ -594,6 +601,27 @@ def test_frozen_encoders(kind: str, tmp_path: Path) -> None:
     model.text_encoder["sha256"] = "0" * 64
     with pytest.raises(CheckpointError, match="another text encoder"):
         frozen_of(model)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_frozen_encoder_from_training_to_engine(kind: str, run: Path, data: Path, tmp_path: Path) -> None:
+    """A model is trained on the features of a small random encoder and exported, which compares it with PyTorch; its
+    engine draws by prompts without the encoder's folder."""
+    encoder = small_encoder(kind, tmp_path / "encoder")
+    config = json.loads((run.parent / "config.json").read_text())
+    config["text"] = {"length": 16, "blocks": 1, "encoder": str(encoder)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--tokenizer", str(run.parent / "tokenizer"), "--config", str(tmp_path / "config.json")]
+    assert train([str(data), *arguments, "--out", str(tmp_path / "run")]) is None
+    model = load_checkpoint(tmp_path / "run" / "best")
+    assert model.text_encoder["folder"] == str(encoder) and not any("t5" in name for name in model.state_dict())
+    export_onnx(model, tmp_path / "engine", slots=2)
+    shutil.rmtree(encoder)
+    generator = Generator(tmp_path / "engine", threads=1)
+    assert all(check.ok for check in generator.verify())
+    drawn = generator.sample(1, prompts="red left", seed=1)
+    red, blue = (generator.score(drawn.codes, prompts=text)[0].total for text in ("red left", "blue both"))
+    assert red != blue
 
 
 @pytest.mark.parametrize(
