@@ -397,8 +397,9 @@ class Edits:
                 f"engine {self.engine.path} was exported before there was editing; export it again "
                 "(python -m export.to_onnx)"
             )
-        given = self.engine.table.has("given") and exact is not False
-        law = "given" if given else "prefix" if edit.beginning else "pins"
+        beginning = edit.beginning and edit.hints is None
+        given = self.engine.table.has("given") and exact is not False and not beginning
+        law = "given" if given else "prefix" if beginning else "pins"
         if exact and law == "pins":
             raise InputError(
                 "this edit is not exact: tokens that are kept come after some that are drawn; use exact=None, or a "

@@ -10,7 +10,7 @@ import numpy as np
 import dvq_rt
 from dvq_rt.images import grid
 
-REGIONS = {"lower half": (0, 32, 64, 64), "right half": (32, 0, 64, 64), "centre": (16, 16, 48, 48)}
+REGIONS = {"lower half": (0, 2, 4, 4), "right half": (2, 0, 4, 4), "centre": (1, 1, 3, 3)}  # quarters of a side
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--engine", default="demo:dq")
 parser.add_argument("--label", default="faces")
@@ -20,10 +20,10 @@ args = parser.parse_args()
 
 generator, rows = dvq_rt.Generator(args.engine), []
 original = generator.sample(1, args.label, seed=1)[0]
-for name, (left, top, right, bottom) in REGIONS.items():
+for name, quarters in REGIONS.items():
+    left, top, right, bottom = (quarter * original.width // 4 for quarter in quarters)
     edited = generator.edit(original, region=(left, top, right, bottom), labels=args.label, n=args.n)
-    masked = np.array(original)
-    masked[top:bottom, left:right] = 255
+    (masked := np.array(original))[top:bottom, left:right] = 255
     rows += [np.array(original), masked, *edited.to_numpy()]
     print(f"{name}: drawn from the law of {edited.law}")
 grid(np.stack(rows), args.n + 2).save(args.out)

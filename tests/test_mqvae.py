@@ -190,7 +190,7 @@ def test_layout_follows() -> None:
         ({"demask_blocks": -1}, r"demask_blocks is -1.*must be an integer of at least 0"),
         ({"demask_blocks": 1.5}, r"demask_blocks is 1.5"),
         ({"mask_damping": 1.5}, r"mask_damping 1.5; .* a number in \[0, 1\]"),
-        ({"decoder_mult": (1, 2)}, r"decoder_mult has 2 levels; it must have as many as encoder_mult, 3"),
+        ({"decoder_mult": (1, 2)}, r"decoder_mult has 2 levels; the cells need 3"),
         ({"image_size": 34}, r"image_size is 34; it must be a multiple of 4"),
         ({"norm_groups": 5}, r"norm_groups is 5; it must divide every width"),
         ({"codebook_size": 0}, r"codebook_size is 0; it must be positive"),
