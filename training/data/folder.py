@@ -155,7 +155,7 @@ class ImageFolder:
     def at_size(self, size: int) -> ImageFolder:
         """The same images with the same split, decoded at another size, in 1 .. 4096 pixels."""
         other = copy.copy(self)  # without the decoded images
-        other.size = size
+        other.size, other._cache_room = size, self._cache_room * self.size**2 // size**2
         return other
 
     def for_worker(self, workers: int) -> None:
