@@ -174,8 +174,9 @@ class Contracting(nn.Module):
     """A convolution and one Level per entry of ``mult``, with half the side from each to the next.
 
     Args:
-        size: pixels per side; attention sides are compared with ``size / 2 ** level``.
+        size: pixels per side; attention sides are compared with ``size / shrink / 2 ** level``.
         channels: width of the first convolution, which ``mult`` scales per level.
+        shrink: the first convolution sees images whose side is this many times smaller, see ``shrunk``.
     """
 
     def __init__(
@@ -187,8 +188,10 @@ class Contracting(nn.Module):
         attention: Sequence[int],
         groups: int,
         dropout: float,
+        shrink: int = 1,
     ) -> None:
         super().__init__()
+        self.shrink, size = shrink, size // shrink
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for level, m in enumerate(mult):
@@ -200,7 +203,7 @@ class Contracting(nn.Module):
 
     def maps(self, x: Tensor) -> Iterator[Tensor]:
         """[B, 3, H, W] -> what each level makes of it, largest side first."""
-        h = self.conv_in(x)
+        h = self.conv_in(shrunk(x, self.shrink))
         for i, level in enumerate(self.down):
             h = level(h)
             yield h

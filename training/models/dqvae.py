@@ -193,9 +193,7 @@ class Encoder(Contracting):
 
     def __init__(self, config: DQVAEConfig) -> None:
         c, groups = config, config.norm_groups
-        side = c.image_size // c.shrink
-        super().__init__(side, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout)
-        self.shrink = c.shrink
+        super().__init__(c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, groups, c.dropout, c.shrink)
         self.grains = GRAINS[c.grains]
         widths = {g: c.channels * m for g, m in zip(self.grains, reversed(c.encoder_mult[-c.grains :]), strict=True)}
         for grain, width in widths.items():
@@ -207,7 +205,7 @@ class Encoder(Contracting):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> [B, z, side, side] of each grain, coarsest first."""
-        trunks = list(self.maps(shrunk(x, self.shrink)))[-len(self.grains) :]
+        trunks = list(self.maps(x))[-len(self.grains) :]
         return tuple(self.head(grain, trunk) for grain, trunk in zip(self.grains, reversed(trunks), strict=True))
 
     def head(self, grain: str, trunk: Tensor) -> Tensor:

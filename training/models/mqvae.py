@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
 from training import processes
-from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm, shrunk
+from training.models.blocks import AttnBlock, Contracting, Expanding, Middle, ResBlock, check_sizes, group_norm
 from training.models.quantizer import EMAQuantizer
 from training.models.tokenizer import EveryGrain, Reconstruction, Tokenizer, check_images
 from training.models.whole_batch import BatchNorm2d, in_float32
@@ -117,15 +117,15 @@ class Encoder(Contracting):
 
     def __init__(self, config: MQVAEConfig) -> None:
         c, width = config, config.channels * config.encoder_mult[-1]
-        side = c.image_size // c.shrink
-        super().__init__(side, c.channels, c.encoder_mult, c.blocks, c.attention, c.norm_groups, c.dropout)
-        self.shrink = c.shrink
+        super().__init__(
+            c.image_size, c.channels, c.encoder_mult, c.blocks, c.attention, c.norm_groups, c.dropout, c.shrink
+        )
         self.mid = Middle(width, c.norm_groups, c.dropout)
         self.norm_out = group_norm(width, c.norm_groups)
         self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        *_, h = self.maps(shrunk(x, self.shrink))
+        *_, h = self.maps(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
