@@ -73,6 +73,10 @@ def test_labels_join_sub_folders(root: Path) -> None:
     assert np.bincount(folder.labels).tolist() == [1, 12]
     everything = ImageFolder(root, 8, labels={"": ["*"]})
     assert everything.classes == [""] and len(everything) == 18
+    begun = ImageFolder(root, 8, labels={"": ["*"], "b": ["b*", "ant"]})
+    assert begun.classes == ["", "b"] and np.bincount(begun.labels).tolist() == [1, 17]
+    with pytest.raises(DataError, match=r"labels names d\*, which"):
+        ImageFolder(root, 8, labels={"b": ["d*"]})
 
 
 def test_digest_tells_sets_of_images_apart(root: Path) -> None:

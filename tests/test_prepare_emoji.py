@@ -23,9 +23,9 @@ STEMS = {
 }
 
 
-def webp(width: int = 16, height: int = 16, colour: tuple[int, ...] = (255, 0, 0, 255)) -> bytes:
+def webp(width: int = 16, height: int = 16, colour: tuple[int, ...] = (255, 0, 0, 255), kind: str = "WEBP") -> bytes:
     stream = io.BytesIO()
-    Image.new("RGBA", (width, height), colour).save(stream, "WEBP", lossless=True)
+    Image.new("RGBA", (width, height), colour).save(stream, kind, lossless=True)
     return stream.getvalue()
 
 
@@ -70,6 +70,36 @@ def test_sorts_and_captions_every_image(
         assert image.mode == "RGB" and image.size == (8, 8)
 
 
+def test_two_styles_in_one_folder(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flat style stands beside the other one, under classes and captions that say so; what is newer than the table
+    is left out and said; each style needs its own archive."""
+    images = {
+        f"package/img/google/64/{stem.replace('_', '-')}.png": webp(8, 8, kind="PNG") for stem in (*STEMS, "1fae9")
+    }
+    flat = pack(
+        tmp_path / "flat.tgz", {**images, "package/img/google/sheets/64.png": np.random.default_rng(0).bytes(3 << 19)}
+    )
+    out = ["--styles", "3d", "flat", "--size", "8", "--archive"]
+    main([str(tmp_path / "both"), *out, str(archive), str(flat)])
+    captions = json.loads((tmp_path / "both" / "captions.json").read_text(encoding="utf-8"))
+    assert len(captions) == 8 and captions["heart/2764-fe0f.png"] == "red heart"
+    assert captions["flat-heart/2764-fe0f.png"] == "red heart, flat"
+    assert {path.relative_to(tmp_path / "both").as_posix() for path in (tmp_path / "both").rglob("*.png")} == set(
+        captions
+    )
+    printed = capsys.readouterr()
+    assert "8 images, 8 classes" in printed.out and "1 files are no emoji that" in printed.err
+    assert "1fae9; they are left out" in printed.err
+    for wrong, words in (((archive,), "1 files for 2 styles"), ((archive, archive), "google/64/*.png")):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "other"), *out, *map(str, wrong)])
+        assert words in capsys.readouterr().err
+    newer = pack(tmp_path / "newer.tgz", {"package/img/google/64/1fae9.png": webp(8, 8, kind="PNG")})
+    with pytest.raises(DataError, match="1fae9; use emoji-datasource-google"):
+        prepare({"flat": newer}, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
 def test_table_is_well_formed() -> None:
     """Each row has its three texts, and class names are safe folder names without spaces."""
     table = load_table()
@@ -101,7 +131,7 @@ def test_existing_folder_is_kept(archive: Path, tmp_path: Path) -> None:
     """A folder that is there is neither overwritten nor mixed with."""
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="out already exists"):
-        prepare(archive, tmp_path / "out", progress=False)
+        prepare({"3d": archive}, tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -112,7 +142,7 @@ def test_existing_folder_is_kept(archive: Path, tmp_path: Path) -> None:
         ({"package/assets/1f600.webp": webp(), "package/assets/10fffe.webp": webp()}, "1 files.*10fffe"),
         ({"package/assets/smile.webp": webp()}, "1 files.*smile"),
         ({"package/assets/fe0f.webp": webp()}, "1 files.*fe0f"),
-        ({"package/assets/1f600.webp": b"RIFF no image"}, "1f600.webp is no readable image"),
+        ({"package/assets/1f600.webp": b"RIFF no image"}, "the image 1f600 cannot be read"),
         ({"package/assets/1f600.webp": webp(1025, 1)}, "1025 x 1 pixels"),
         ({"package/assets/1f600.webp": bytes((1 << 20) + 1)}, "1048577 bytes"),
     ],
@@ -121,7 +151,7 @@ def test_wrong_content_is_refused(tmp_path: Path, members: dict[str, bytes], tex
     """Another package, an unknown file or a broken image is named, and nothing is left behind."""
     archive = pack(tmp_path / "wrong.tgz", members)
     with pytest.raises(DataError, match=text):
-        prepare(archive, tmp_path / "out", progress=False)
+        prepare({"3d": archive}, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.tgz"]
 
 
@@ -133,7 +163,7 @@ def test_unreadable_archives_are_refused(archive: Path, tmp_path: Path) -> None:
     text.write_text("hello", encoding="utf-8")
     for wrong in (cut, text, tmp_path / "missing.tgz", tmp_path):
         with pytest.raises(DataError, match=rf"cannot read the archive {wrong}.*npm pack"):
-            prepare(wrong, tmp_path / "out", progress=False)
+            prepare({"3d": wrong}, tmp_path / "out", progress=False)
 
 
 def test_fetches_with_npm(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +195,7 @@ def test_npm_problems_are_explained(
 def test_size_is_checked(archive: Path, tmp_path: Path, size: int) -> None:
     """A size out of range is refused by value."""
     with pytest.raises(DataError, match=f"size {size} is out of range"):
-        prepare(archive, tmp_path / "out", size=size)
+        prepare({"3d": archive}, tmp_path / "out", size=size)
 
 
 def test_archives_that_expand(tmp_path: Path) -> None:
@@ -175,7 +205,7 @@ def test_archives_that_expand(tmp_path: Path) -> None:
     archive = pack(tmp_path / "many.tgz", {"package/assets/2764-fe0f.webp": webp(), **zeros})
     assert archive.stat().st_size < 1 << 17
     with pytest.raises(DataError, match=r"many\.tgz unpacks to more than \d+ bytes; this is not"):
-        prepare(archive, tmp_path / "out", size=8)
+        prepare({"3d": archive}, tmp_path / "out", size=8)
     long = tarfile.TarInfo("package/assets/2764-fe0f.webp")
     long.size = 1 << 40
     header = tarfile.TarInfo("header")
@@ -186,7 +216,7 @@ def test_archives_that_expand(tmp_path: Path) -> None:
     ):
         (tmp_path / f"{name}.tgz").write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 16)))
         with pytest.raises(DataError, match=words):
-            prepare(tmp_path / f"{name}.tgz", tmp_path / "out", size=8)
+            prepare({"3d": tmp_path / f"{name}.tgz"}, tmp_path / "out", size=8)
     assert not (tmp_path / "out").exists()
 
 
@@ -195,4 +225,4 @@ def test_pipes_are_no_archives(tmp_path: Path) -> None:
     """A pipe in place of the archive is refused instead of waited for."""
     os.mkfifo(tmp_path / "emoji.tgz")
     with pytest.raises(DataError, match=r"it is not a regular file; give the \.tgz"):
-        prepare(tmp_path / "emoji.tgz", tmp_path / "out", size=8)
+        prepare({"3d": tmp_path / "emoji.tgz"}, tmp_path / "out", size=8)

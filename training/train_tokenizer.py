@@ -48,6 +48,7 @@ def train_tokenizer(
     resume: bool = False,
     init: str | Path | None = None,
     device: str = "",
+    init_decoder: str | Path | None = None,
 ) -> Model:
     """Train a tokenizer on a folder of images; see ``fit`` for what the run folder holds.
 
@@ -61,6 +62,8 @@ def train_tokenizer(
         init: checkpoint folder whose tokenizer, of the same sizes, is trained on. Its codebook is used from the first
             step; of a DQ-VAE the entropy thresholds are made anew of these images, if all learns.
         device: see ``processes.start``.
+        init_decoder: checkpoint folder, of either family, whose decoder is trained on in place of that of ``init``, if
+            ``stage.learns`` is ``decoder``; see ``begin_from``.
 
     Raises:
         DataError, ConfigError, CheckpointError, TrainingError: what a user can cause.
@@ -76,7 +79,12 @@ def train_tokenizer(
     fixed = stage.learns == "decoder"
     if fixed and init is None:
         raise ConfigError("stage.learns is 'decoder', which needs the codes of a tokenizer; give it with --init")
+    if init_decoder is not None and not fixed:
+        raise ConfigError(f"--init-decoder {init_decoder} is for stage.learns=decoder, not {stage.learns}")
+    painter = None if init_decoder is None else load_tokenizer(init_decoder)
     inputs = {} if init is None or before is None else {"init": (init, digest(before))}
+    if init_decoder is not None and painter is not None:
+        inputs["init-decoder"] = (init_decoder, digest(painter))
     if perceptual:
         inputs["stage.perceptual"] = (str(stage.lpips_weights or stage.perceptual), digest(perceptual))
 
@@ -88,6 +96,8 @@ def train_tokenizer(
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
             begin_from(vae, before, str(init), fixed)
+            if painter is not None:
+                take_decoder(vae, painter, str(init_decoder))
         if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not (resumed or fixed):
             processes.on_first(lambda: fit_router(vae, folder))  # ``fit`` gives it to the others
         if fixed:
@@ -103,26 +113,34 @@ def train_tokenizer(
 
 def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> None:
     """Give a tokenizer the weights of another one, which must be of its sizes; if the codes are ``fixed``, what makes
-    images of them may be of others. What has the same size in both keeps its weights then, levels being counted from
-    the one of the fewest pixels, and the rest starts anew.
+    images of them may be of others. What has the same size in both keeps its weights then, see ``take_decoder``, and
+    the rest starts anew.
 
     Raises:
         CheckpointError: it is not.
     """
+    weights = before.state_dict()
+    if fixed:
+        own = {name: x for name, x in vae.state_dict().items() if name.startswith(vae.behind_codes)}
+        same = {name: x for name, x in weights.items() if name in own and x.shape == own[name].shape}
+        codes = {name: x for name, x in weights.items() if not name.startswith(before.behind_codes)}
+        weights = codes | own | {name: x for name, x in same.items() if not name.startswith("decoder.")}
+    load_strictly(vae, weights, f"the tokenizer of {source}")
+    if fixed:
+        take_decoder(vae, before, source)
 
-    def part(tokenizer: Tokenizer, behind: bool) -> dict[str, Tensor]:
-        state = tokenizer.state_dict()
-        return {name: value for name, value in state.items() if name.startswith(vae.behind_codes) == behind}
 
-    own, decoder = part(vae, True), part(before, True)
-    if fixed and {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in decoder.items()}:
-        more = len(vae.config.decoder_mult) - len(before.config.decoder_mult)
-        level = re.compile(r"(?<=decoder\.up\.)\d+")
-        decoder = {level.sub(lambda at: str(int(at[0]) + more), name): x for name, x in decoder.items()}
-        same = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
+def take_decoder(vae: Tokenizer, before: Tokenizer, source: str) -> None:
+    """Give a tokenizer those weights of another one's decoder that have the same size in its own, levels being counted
+    from the one of the fewest pixels."""
+    more = len(vae.config.decoder_mult) - len(before.config.decoder_mult)
+    level = re.compile(r"(?<=up\.)\d+")
+    own = vae.decoder.state_dict()
+    weights = {level.sub(lambda at: str(int(at[0]) + more), name): x for name, x in before.decoder.state_dict().items()}
+    same = {name: x for name, x in weights.items() if name in own and x.shape == own[name].shape}
+    if len(same) < len(own):
         say(f"the decoder of {source} is of another size; {len(own) - len(same)} of {len(own)} weights start anew")
-        decoder = own | same
-    load_strictly(vae, part(before, False) | decoder, f"the tokenizer of {source}")
+    vae.decoder.load_state_dict(own | same)
 
 
 def learning(
@@ -226,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="emoji_tokenizer", help="JSON file, or a name in training/configs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--init", metavar="CKPT", help="checkpoint folder to train on from, of the same sizes")
+    parser.add_argument("--init-decoder", metavar="CKPT", help="checkpoint folder whose decoder to train on instead")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint, if there is one")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; by default the first of these that is there")
     args = parser.parse_args(argv)
@@ -236,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = read_dataclass(family, sizes, "section 'tokenizer'", defaults=True)
     settings = tokenizer, config["training"], config["stage"]
     try:
-        train_tokenizer(args.data, args.out, *settings, args.resume, args.init, args.device)
+        train_tokenizer(args.data, args.out, *settings, args.resume, args.init, args.device, args.init_decoder)
         say(str(Path(args.out) / "best"))
     finally:
         processes.leave()

@@ -294,6 +294,25 @@ def test_decoders_that_learn_alone(
     (codes, grain), now = before.encode_maps(shrunk(big, 2)), tuned.encode_maps(big)
     assert torch.equal(codes, now[0]) and torch.equal(grain, now[1])
     assert "needs the codes of a tokenizer" in refused(capsys, [*base, str(tmp_path / "none")])
+    # the decoder of another tokenizer, kept where next to nothing is learned
+    other = ["--init-decoder", str(tmp_path / "wide" / "best")]
+    still = ["--set", "training.lr=1e-9", *size, *other]
+    train_tokenizer.main([*base, str(tmp_path / "taken"), "--init", str(start), *still])
+    taken, wide = (load_checkpoint(tmp_path / name / "best").tokenizer for name in ("taken", "wide"))
+    assert taken is not None and wide is not None
+    own = taken.state_dict()
+    assert all((own[f"decoder.{key}"] - value).abs().max() < 1e-6 for key, value in wide.decoder.state_dict().items())
+    assert torch.equal(before.encode_maps(images)[0], taken.encode_maps(images)[0])
+    all_learn = [
+        str(data),
+        "--config",
+        str(configs / f"{sizes}.json"),
+        "--init",
+        str(start),
+        "--out",
+        str(tmp_path / "no"),
+    ]
+    assert "is for stage.learns=decoder, not all" in refused(capsys, [*all_learn, *other])
 
 
 def test_fine_tuning_stage_two(

@@ -31,8 +31,8 @@ def list_images(
 
     Args:
         root: folder or list.
-        labels: label name to the classes that it joins, ``["*"]`` joins all that no other label names; None: each
-            class, sorted, is one.
+        labels: label name to the classes that it joins, in which ``flat-*`` stands for all that begin so; ``["*"]``
+            joins all that no other label names; None: each class, sorted, is one.
         exclude: classes that are left out before.
 
     Raises:
@@ -74,7 +74,7 @@ def choose_classes(
     there = [name for name in there if name not in set(exclude)]
     if labels is None:
         return {name: [name] for name in there}
-    groups: dict[str, Sequence[str]] = {label: list(names) for label, names in labels.items()}
+    groups: dict[str, Sequence[str]] = {label: _matching(there, names) for label, names in labels.items()}
     named = {name for names in groups.values() for name in names}
     groups = {
         label: [n for n in there if n not in named] if names == ["*"] else names for label, names in groups.items()
@@ -89,6 +89,12 @@ def choose_classes(
     if twice:
         raise DataError(f"labels names {some(twice)} more than once; give each class to one label")
     return groups
+
+
+def _matching(there: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names of classes, in which ``flat-*`` stands for those of ``there`` that begin so, if there are any."""
+    begin = {name: [n for n in there if n.startswith(name[:-1])] for name in names if name[:-1] and name[-1] == "*"}
+    return [found for name in names for found in begin.get(name) or [name]]
 
 
 def _ignored(name: str) -> bool:
