@@ -44,6 +44,7 @@ class Tokenizer(nn.Module):
 
     config: Any
     quantizer: EMAQuantizer
+    decoder: nn.Module
     behind_codes: tuple[str, ...]
     """The names of the modules that make images of codes."""
     codes_fixed = False
