@@ -441,7 +441,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         name = engine.pop("name", "engine")
         command.add_argument(
-            name, metavar="DIR", help="engine folder, demo:dq, demo:mq or hf:owner/name (demo:dq)", **engine
+            name, metavar="DIR", help="engine folder, demo:dq, demo:dq3, demo:mq or hf:owner/name (demo:dq)", **engine
         )
         talk = command.add_mutually_exclusive_group()
         talk.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is done")

@@ -40,8 +40,8 @@ class Generator(Edits):
     anew.
 
     Args:
-        engine_dir: engine folder, or ``demo:dq`` or ``demo:mq`` for a demo of the package; None opens
-            the first of these.
+        engine_dir: engine folder, or ``demo:dq``, ``demo:dq3`` or ``demo:mq`` for a demo of the package; None
+            opens the first of these.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes the CPU, or the first GPU for an engine of TensorRT plans.
         slots: images drawn side by side (guidance takes two slots an image); None takes as many as the calls can use,
             up to the manifest's number. Pin it where last-bit equality between calls matters. TensorRT plans have

@@ -44,6 +44,7 @@ TEXT_GRAPH = "text"
 """The graph that models which read prompts have beside the others."""
 DEMOS = {
     "demo:dq": Path(__file__).with_name("demo"),
+    "demo:dq3": Path(__file__).with_name("demo_dq3"),
     "demo:mq": Path(__file__).with_name("demo_mq"),
 }
 """The engines that ship with the package; names for them that stand in place of a folder."""
@@ -213,8 +214,8 @@ class Manifest:
 
 
 def engine_folder(name: FileName | None) -> Path:
-    """The folder of an engine: a path, ``demo:dq`` or ``demo:mq`` for a bundled demo, or
-    ``hf:owner/name@revision``, see ``dvq_rt.hub``; None is ``demo:dq``.
+    """The folder of an engine: a path, one of ``DEMOS``, or ``hf:owner/name@revision``, see ``dvq_rt.hub``;
+    None is ``demo:dq``.
 
     Raises:
         EngineError: the name is empty, as an unset shell variable makes it, or no path; or the hub does not give it.
@@ -222,7 +223,7 @@ def engine_folder(name: FileName | None) -> Path:
     if name is None:
         name = "demo:dq"
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
-        raise EngineError(f"the engine is {short(name)}; give the path of a folder, or {' or '.join(DEMOS)}")
+        raise EngineError(f"the engine is {short(name)}; give the path of a folder, or one of {', '.join(DEMOS)}")
     if str(name).startswith(PREFIX):
         return fetch(str(name))
     return DEMOS.get(str(name)) or Path(name)

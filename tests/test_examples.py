@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dvq_rt import load_codes
+from dvq_rt.manifest import DEMOS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURE = EXAMPLES.parent / "docs" / "samples.png"
@@ -43,7 +44,7 @@ def test_stream_previews(example) -> None:  # type: ignore[no-untyped-def]
         assert film.format == "GIF" and film.size == (256, 256)
 
 
-@pytest.mark.parametrize("engine", ["demo:dq", "demo:mq"])
+@pytest.mark.parametrize("engine", DEMOS)
 def test_encode_decode(example, engine: str) -> None:  # type: ignore[no-untyped-def]
     """Protects coding, the file of codes and the overlay of both families."""
     printed = example("encode_decode", PICTURE, PICTURE, "--engine", engine, "--codes", "c.npz", "--out", "c.png")

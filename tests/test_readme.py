@@ -69,7 +69,7 @@ def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "faces.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("demo", ["demo:dq", "demo:mq"])
+@pytest.mark.parametrize("demo", DEMOS)
 def test_engine_runs_without_this_package(demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the description of the format: its code, on numpy and ONNX Runtime, draws the generator's image."""
     (code,) = blocks("docs/engine-format.md")
