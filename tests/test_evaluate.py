@@ -198,10 +198,11 @@ def test_the_judge_knows_every_class(data: Path, monkeypatch: pytest.MonkeyPatch
     folder, seen = ImageFolder(data, 16, val_fraction=0.2, labels=stage.labels), []
     monkeypatch.setattr(
         "training.judging.engine.train_classifier",
-        lambda every, steps, augment: (seen.append((every, augment)), Classifier(4))[1],
+        lambda every, steps, augment, seed: (seen.append((every, augment)), Classifier(4))[1],
     )
     judge = train_judge(folder, TrainConfig(flip=True), stage, ("dots", "squares"), 1)
-    ((every, augment),) = seen
+    assert len(judge.nets) == len(seen) == 3
+    every, augment = seen[0]
     assert every.classes == list("abcd") and judge.label_of.tolist() == [1, 1, -1, 0]
     assert augment.flip_exclude == {"a", "b"}
     held = {folder.relative(int(i)) for i in folder.val}
@@ -254,8 +255,13 @@ def test_classifier_is_small_reproducible_and_leaves_the_random_state(folder: Im
     first, second = (train_classifier(folder, 3, Augment(shift=1)) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     images, _ = folder.load(folder.val)
-    judges = [Judge(net, np.arange(3), 16) for net in (first, second)]
+    judges = [Judge((net,), np.arange(3), 16) for net in (first, second)]
     assert np.array_equal(judges[0](images).features, judges[1](images).features)
+    other = train_classifier(folder, 3, Augment(shift=1), seed=1)
+    both = Judge((first, other), np.arange(3), 16)(images)
+    logits = [net(to_float(images))[0].log_softmax(1) for net in (first, other)]
+    assert both.labels.tolist() == (logits[0] + logits[1]).argmax(1).tolist()
+    assert np.array_equal(both.features, judges[0](images).features)
     seen = first(to_float(folder.load(folder.train)[0]))[1]
     assert seen.mean(0).abs().max() < 1e-3 and seen.std(0, correction=0).max() == pytest.approx(1, abs=1e-3)
     assert judges[0](images[:0]).features.shape == (0, judges[0](images).features.shape[1])

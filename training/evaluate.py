@@ -166,7 +166,7 @@ def evaluate_model(
         "steps": args.classifier_steps,
         "seconds": time.monotonic() - began,
         "classes": len(judge.label_of),
-        "parameters": sum(p.numel() for p in judge.net.parameters()),
+        "parameters": sum(p.numel() for net in judge.nets for p in net.parameters()),
     }
     if args.sweep:
         trials = sweep(generator, folder, judge, args.sweep, args.seed)

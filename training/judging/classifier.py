@@ -1,4 +1,4 @@
-"""A small classifier of real images, the judge of ``training.evaluate``."""
+"""Small classifiers of real images, together the judge of ``training.evaluate``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.judging.metrics import resized
 
 WIDTHS = (24, 48, 80, 112)
 FEATURES = 4 * WIDTHS[2]
-SEED = 0  # fixed, so that the judge depends on the data alone
+SEEDS = (0, 1, 2)  # one classifier each; fixed, so that the judge depends on the data alone
 BATCH, RATE, WEIGHT_DECAY, SMOOTHING, NOISE = 32, 3e-3, 0.05, 0.1, 0.1
 
 
@@ -79,10 +79,11 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """A classifier, the label int64 [classes] that each of its classes is one of, -1 for none, and the side of the
-    images that it was trained on, to which others are resized."""
+    """Classifiers whose log-probabilities are averaged, since one alone names a tenth of the samples of a label
+    differently from another; the label int64 [classes] that each of their classes is one of, -1 for none; and the side
+    of the images that they were trained on, to which others are resized. The features are those of the first."""
 
-    net: Classifier
+    nets: tuple[Classifier, ...]
     label_of: NDArray[np.int64]
     size: int
 
@@ -92,13 +93,13 @@ class Judge:
         images = resized(images, self.size)
         classes, features = [np.zeros(0, np.int64)], [np.zeros((0, FEATURES), np.float32)]
         for start in range(0, len(images), 64):
-            logits, raw_features = self.net(to_float(images[start : start + 64]))
-            classes.append(logits.argmax(1).numpy())
-            features.append(F.normalize(raw_features).numpy())
+            made = [net(to_float(images[start : start + 64])) for net in self.nets]
+            classes.append(sum(logits.log_softmax(1) for logits, _ in made).argmax(1).numpy())
+            features.append(F.normalize(made[0][1]).numpy())
         return Verdict(self.label_of[np.concatenate(classes)], np.concatenate(features))
 
 
-def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Classifier:
+def train_classifier(folder: ImageFolder, steps: int, augment: Augment, seed: int = 0) -> Classifier:
     """Train on ``folder.train``, every label drawn alike, with random blur and noise on top of ``augment``.
 
     Raises:
@@ -107,9 +108,9 @@ def train_classifier(folder: ImageFolder, steps: int, augment: Augment) -> Class
     """
     if steps < 1:
         raise ConfigError(f"the classifier's steps are {steps}; it must be at least 1")
-    source = batches(folder, balanced(folder), BATCH, seed=SEED, augment=augment)
+    source = batches(folder, balanced(folder), BATCH, seed=seed, augment=augment)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         model = Classifier(len(folder.classes)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)

@@ -16,7 +16,7 @@ from dvq_rt.progress import progress_bar
 from runtimes.errors import ConfigError, InputError
 from training.data.folder import ImageFolder
 from training.data.stream import Augment
-from training.judging.classifier import Judge, train_classifier
+from training.judging.classifier import SEEDS, Judge, train_classifier
 from training.judging.metrics import (
     accuracy,
     cost,
@@ -98,8 +98,8 @@ def train_judge(
     shift = training.shift * size // folder.size
     augment = Augment(shift, training.flip, frozenset(apart), directed, training.crop)
     number = {name: i for i, name in enumerate(names)}
-    net = train_classifier(every, steps, augment)
-    return Judge(net, np.array([number.get(label, -1) for label in labels]), size)
+    nets = tuple(train_classifier(every, steps, augment, seed) for seed in SEEDS)
+    return Judge(nets, np.array([number.get(label, -1) for label in labels]), size)
 
 
 def judge_engine(
