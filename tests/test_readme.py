@@ -148,22 +148,33 @@ def test_cited_mathematics_exists() -> None:
     assert count > 60  # nothing is checked if the citations are written in another way
 
 
-@pytest.mark.parametrize(("column", "file"), [(3, "docs/evaluation.json"), (5, "docs/mq/evaluation.json")])
-def test_numbers_of_the_demos(column: int, file: str) -> None:
-    """Protects the table of judged samples: its numbers are those that the evaluation of each demo wrote."""
-    values = json.loads((ROOT / file).read_text(encoding="utf-8"))
-    samples, held = values["accuracy"]["samples"], values["accuracy"]["held_out"]
-    rows = dict(
-        (cells[0], cells)
-        for line in PAGES["docs/demos.md"].splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 6
-    )
-    for name, result in [*samples["labels"].items(), ("all", samples)]:
-        assert rows[name][column] == f"{100 * result['share']:.1f} %"
-    for name, result in held["labels"].items():
-        assert rows[name][1] == str(values["training_images"][name])
-        assert rows[name][column - 1] == f"{round(result['share'] * result['count'])} of {result['count']}"
-    quality = values["reconstruction"]
-    text = f"PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.3f}"
-    assert text in PAGES["docs/demos.md"]
-    assert f"{quality['psnr']:.2f} dB at {values['cost']['held_out']['bits_per_pixel']:.3f}" in README
+def test_numbers_of_the_demos() -> None:
+    """Protects the tables of the demos: their numbers are those that the commands of the page wrote."""
+    page = PAGES["docs/demos.md"]
+    judged = json.loads((ROOT / "docs/compared/compare.json").read_text(encoding="utf-8"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    first = next(i for i, cells in enumerate(table) if cells[0] == "label")
+    models = [name.strip("`") for name in table[first][3:]]
+    assert set(models) == set(judged["labels"]["samples"]) >= set(DEMOS)
+    rows = {cells[0]: cells[1:] for cells in table[first + 2 : first + 9]}
+    shared = judged["shared"]["labels"]
+    assert list(rows) == [*shared, "all"]
+    right = {name: [0.0, 0.0] for name in ("", *models)}
+    for label in shared:
+        results = {name: judged["labels"]["samples"][name]["labels"][label] for name in models}
+        assert rows[label][2:] == [f"{100 * result['share']:.1f} %" for result in results.values()]
+        held = judged["labels"]["held_out"]["labels"][label]
+        count = str(judged["labels"]["training_images"][label])
+        assert rows[label][:2] == [count, f"{round(held['share'] * held['count'])} of {held['count']}"]
+        for name, result in (("", held), *results.items()):
+            right[name] = [right[name][0] + result["share"] * result["count"], right[name][1] + result["count"]]
+    shares = [f"{100 * named / count:.1f} %" for named, count in right.values()]
+    assert rows["all"][1:] == shares
+    ours = [share for name, share in zip(models, shares[1:], strict=True) if name in DEMOS]
+    assert f"| {', '.join(ours)} ({shares[0]}) |" in README
+    for demo, folder in (("demo:dq", "docs"), ("demo:dq3", "docs/dq3"), ("demo:mq", "docs/mq")):
+        values = json.loads((ROOT / folder / "evaluation.json").read_text(encoding="utf-8"))
+        assert values["settings"]["model"] == demo
+        quality = values["reconstruction"]
+        assert f"PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.3f}" in page
+        assert f"{quality['psnr']:.2f} dB at {values['cost']['held_out']['bits_per_pixel']:.3f}" in README
