@@ -77,7 +77,7 @@ def test_edit_regions(example) -> None:  # type: ignore[no-untyped-def]
     """Protects editing of a bundled demo: three regions, and of MQ the lower half follows the model's own law."""
     printed = example("edit_regions", "--engine", "demo:mq", "--n", 1, "--out", "edits.png")
     assert "lower half: drawn from the law of prefix" in printed and "centre: drawn from the law of given" in printed
-    assert Image.open("edits.png").size == (3 * 66 + 2, 3 * 66 + 2)
+    assert Image.open("edits.png").size == (3 * 130 + 2, 3 * 130 + 2)
 
 
 def test_async_calls(example) -> None:  # type: ignore[no-untyped-def]
