@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,18 +158,22 @@ def test_numbers_of_the_demos() -> None:
     models = [name.strip("`") for name in table[first][3:]]
     assert set(models) == set(judged["labels"]["samples"]) >= set(DEMOS)
     rows = {cells[0]: cells[1:] for cells in table[first + 2 : first + 9]}
-    shared = judged["shared"]["labels"]
-    assert list(rows) == [*shared, "all"]
-    right = {name: [0.0, 0.0] for name in ("", *models)}
-    for label in shared:
-        results = {name: judged["labels"]["samples"][name]["labels"][label] for name in models}
-        assert rows[label][2:] == [f"{100 * result['share']:.1f} %" for result in results.values()]
-        held = judged["labels"]["held_out"]["labels"][label]
-        count = str(judged["labels"]["training_images"][label])
-        assert rows[label][:2] == [count, f"{round(held['share'] * held['count'])} of {held['count']}"]
-        for name, result in (("", held), *results.items()):
-            right[name] = [right[name][0] + result["share"] * result["count"], right[name][1] + result["count"]]
-    shares = [f"{100 * named / count:.1f} %" for named, count in right.values()]
+    samples, images = judged["labels"]["samples"], judged["labels"]["held_out"]["labels"]
+    made = {name: {label: row for label, row in samples[name]["labels"].items() if row["count"]} for name in models}
+    labels = [label for label in images if any(label in made[demo] for demo in DEMOS)]
+    assert list(rows) == [*labels, "all"]
+    for label in labels:
+        held, count = images[label], judged["labels"]["training_images"][label]
+        assert rows[label][:2] == [str(count), f"{round(held['share'] * held['count'])} of {held['count']}"]
+        shown = [f"{100 * made[name][label]['share']:.1f} %" if label in made[name] else "–" for name in models]
+        assert rows[label][2:] == shown
+
+    def over(results: dict[str, Any]) -> str:
+        counted = [results[label] for label in labels if label in results]
+        right = sum(result["share"] * result["count"] for result in counted)
+        return f"{100 * right / sum(result['count'] for result in counted):.1f} %"
+
+    shares = [over(images), *(over(made[name]) for name in models)]
     assert rows["all"][1:] == shares
     ours = [share for name, share in zip(models, shares[1:], strict=True) if name in DEMOS]
     assert f"| {', '.join(ours)} ({shares[0]}) |" in README

@@ -1,4 +1,4 @@
-"""An engine judged on real images by a classifier of them: accuracy, diversity, nearness to training images."""
+"""An engine judged on real images by classifiers of them: accuracy, diversity, nearness to training images."""
 
 from __future__ import annotations
 

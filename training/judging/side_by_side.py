@@ -270,7 +270,7 @@ def tables(result: dict[str, Any]) -> str:
         rows.append(["**all**", sum(labels["training_images"].values()), share(labels["held_out"])])
         rows[-1] += [share(each) for each in models.values()]
         parts += [
-            "Named as their label by a classifier of all classes of the data:",
+            "Named as their label by classifiers of all classes of the data:",
             table(["label", "training images", "held-out images", *(f"{name}, samples" for name in models)], rows),
         ]
     for key, title in (("shared", "labels that all models have"), ("captions", "labels and captions of real images")):
