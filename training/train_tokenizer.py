@@ -95,9 +95,7 @@ def train_tokenizer(
         torch.manual_seed(training.seed)
         vae = load_tokenizer(path / "checkpoint") if resumed else new_tokenizer(tokenizer)
         if before is not None and not resumed:
-            begin_from(vae, before, str(init), fixed)
-            if painter is not None:
-                take_decoder(vae, painter, str(init_decoder))
+            begin_from(vae, before, str(init), fixed, painter)
         if isinstance(vae, DQVAE) and vae.config.router == "entropy" and not (resumed or fixed):
             processes.on_first(lambda: fit_router(vae, folder))  # ``fit`` gives it to the others
         if fixed:
@@ -111,36 +109,30 @@ def train_tokenizer(
         return fit(stages, training, path, resumed, accelerator)
 
 
-def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool) -> None:
+def begin_from(vae: Tokenizer, before: Tokenizer, source: str, fixed: bool, painter: Tokenizer | None = None) -> None:
     """Give a tokenizer the weights of another one, which must be of its sizes; if the codes are ``fixed``, what makes
-    images of them may be of others. What has the same size in both keeps its weights then, see ``take_decoder``, and
-    the rest starts anew.
+    images of them may be of others, and its decoder be that of a ``painter``. What has the same size in both keeps its
+    weights then, levels being counted from the one of the fewest pixels, and the rest starts anew.
 
     Raises:
         CheckpointError: it is not.
     """
     weights = before.state_dict()
     if fixed:
-        own = {name: x for name, x in vae.state_dict().items() if name.startswith(vae.behind_codes)}
-        same = {name: x for name, x in weights.items() if name in own and x.shape == own[name].shape}
         codes = {name: x for name, x in weights.items() if not name.startswith(before.behind_codes)}
-        weights = codes | own | {name: x for name, x in same.items() if not name.startswith("decoder.")}
+        own = {name: x for name, x in vae.state_dict().items() if name.startswith(vae.behind_codes)}
+        drawing = painter or before
+        more = len(vae.config.decoder_mult) - len(drawing.config.decoder_mult)
+        level = re.compile(r"(?<=decoder\.up\.)\d+")
+        there = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
+        for name, x in drawing.state_dict().items():
+            if name.startswith("decoder."):
+                there[level.sub(lambda at: str(int(at[0]) + more), name)] = x
+        same = {name: there[name] for name, x in own.items() if name in there and x.shape == there[name].shape}
+        if len(same) < len(own):
+            say(f"the decoder of {source} is of another size; {len(own) - len(same)} of {len(own)} weights start anew")
+        weights = codes | own | same
     load_strictly(vae, weights, f"the tokenizer of {source}")
-    if fixed:
-        take_decoder(vae, before, source)
-
-
-def take_decoder(vae: Tokenizer, before: Tokenizer, source: str) -> None:
-    """Give a tokenizer those weights of another one's decoder that have the same size in its own, levels being counted
-    from the one of the fewest pixels."""
-    more = len(vae.config.decoder_mult) - len(before.config.decoder_mult)
-    level = re.compile(r"(?<=up\.)\d+")
-    own = vae.decoder.state_dict()
-    weights = {level.sub(lambda at: str(int(at[0]) + more), name): x for name, x in before.decoder.state_dict().items()}
-    same = {name: x for name, x in weights.items() if name in own and x.shape == own[name].shape}
-    if len(same) < len(own):
-        say(f"the decoder of {source} is of another size; {len(own) - len(same)} of {len(own)} weights start anew")
-    vae.decoder.load_state_dict(own | same)
 
 
 def learning(
