@@ -154,7 +154,7 @@ def test_special_and_grown_files(engine, monkeypatch):
 def test_names_that_open_no_engine(name):
     """An unset shell variable or a value of another kind does not open the demo."""
     with pytest.raises(
-        EngineError, match=r"the engine is .*; give the path of a folder, or one of demo:dq, .*, demo:mq$"
+        EngineError, match=r"the engine is .*; give the path of a folder, or one of demo:dq, demo:dq3, demo:mq$"
     ):
         engine_folder(name)
 
