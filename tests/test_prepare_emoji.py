@@ -94,6 +94,9 @@ def test_two_styles_in_one_folder(archive: Path, tmp_path: Path, capsys: pytest.
         with pytest.raises(SystemExit):
             main([str(tmp_path / "other"), *out, *map(str, wrong)])
         assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "other"), "--styles", "3d", "3d"])
+    assert "names a style twice" in capsys.readouterr().err
     newer = pack(tmp_path / "newer.tgz", {"package/img/google/64/1fae9.png": webp(8, 8, kind="PNG")})
     with pytest.raises(DataError, match="1fae9; use emoji-datasource-google"):
         prepare({"flat": newer}, tmp_path / "other", progress=False)

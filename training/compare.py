@@ -1,7 +1,7 @@
 """Models that draw, side by side: ``python -m training.compare DATA [NAME=]MODEL [NAME=]MODEL ... --out DIR``.
 
-All are judged in one run by the same real images: reconstructions of held-out ones; samples of each label, by a
-classifier of all classes of the data; samples of the labels that all models have, by their distance to the training
+All are judged in one run by the same real images: reconstructions of held-out ones; samples of each label, by
+classifiers of all classes of the data; samples of the labels that all models have, by their distance to the training
 images beside that of held-out ones; how near they are to single training images; and, of models that read prompts,
 samples of training captions against all training images. ``compare.md``, ``compare.json`` and pictures go into DIR.
 

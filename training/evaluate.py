@@ -4,9 +4,9 @@
   at their own rates and at equal budgets, in ``tokenizers.md`` and ``tokenizers.json``; rate against distortion in
   ``rate_distortion.png``.
 - **An engine**, or one checkpoint of both stages: samples against the training images (Fréchet distance, Inception
-  Score, precision, recall; of held-out images too), the likelihood of held-out images, and the verdict of a classifier
-  that is trained on the real images of all classes, also those of none of the model's labels. Samples that are compared
-  with real images have their labels and, if the model reads prompts, captions; those that are judged have a label
+  Score, precision, recall; of held-out images too), the likelihood of held-out images, and the verdict of classifiers
+  that are trained on the real images of all classes, also those of none of the model's labels. Samples that are
+  compared with real images have their labels and, if the model reads prompts, captions; those that are judged have a label
   alone. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
   ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR, with all settings.
 """

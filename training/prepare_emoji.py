@@ -251,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", choices=get_args(Classes), default="subgroup", help="what makes a class")
     args = parser.parse_args(argv)
     _check_request(args.out, args.size, args.classes)
+    if len(set(args.styles)) < len(args.styles):
+        raise DataError(f"--styles {' '.join(args.styles)} names a style twice; give each once")
     if args.archive and len(args.archive) != len(args.styles):
         raise DataError(f"--archive has {len(args.archive)} files for {len(args.styles)} styles; give one for each")
     with tempfile.TemporaryDirectory() as folder:
