@@ -6,8 +6,8 @@
 - **An engine**, or one checkpoint of both stages: samples against the training images (Fréchet distance, Inception
   Score, precision, recall; of held-out images too), the likelihood of held-out images, and the verdict of classifiers
   that are trained on the real images of all classes, also those of none of the model's labels. Samples that are
-  compared with real images have their labels and, if the model reads prompts, captions; those that are judged have a label
-  alone. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
+  compared with real images have their labels and, if the model reads prompts, captions; those that are judged have a
+  label alone. The model draws, encodes and decodes as an engine does; PyTorch runs the judges. Pictures and
   ``evaluation.json`` (with ``--sweep``: ``sweep.json``) go into DIR, with all settings.
 """
 
