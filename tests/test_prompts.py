@@ -6,7 +6,8 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -33,13 +34,23 @@ from export.to_onnx import export_onnx
 from export.tracing import load_graph, trace
 from runtimes.errors import BackendError, CheckpointError, ConfigError, DataError, DvqError, InputError
 from runtimes.onnxruntime import OnnxRuntimeBackend
+from training import evaluate_prompts
 from training.checkpoint import Model, load_checkpoint, save_checkpoint
 from training.data.captions import choose_caption, holds, train_bpe
 from training.data.folder import ImageFolder
 from training.evaluate_prompts import main as judge_prompts
 from training.frozen_text import describe_frozen, frozen_of, load_frozen
 from training.import_published import import_published
-from training.judging.prompts import COLOURS, by_word, families, foreground_colour, hue, matching, nearest_word
+from training.judging.prompts import (
+    COLOURS,
+    by_word,
+    families,
+    foreground_colour,
+    hue,
+    in_two_styles,
+    matching,
+    nearest_word,
+)
 from training.models.text import TextConfig
 from training.models.transformer import StackedTransformer, TransformerConfig
 from training.prepare_coco import main as prepare_coco
@@ -540,6 +551,33 @@ def test_the_command(run: Path, data: Path, tmp_path: Path) -> None:
     assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
     assert (tmp_path / "out" / "prompts.png").exists()
     assert (tmp_path / "out" / "words.png").exists() and result["colours"]["words"]["red"]["captions"] == 2
+
+
+def test_styles_of_samples(data: Path, tmp_path: Path) -> None:
+    """A sample counts where it is nearer to the real image of its own style than to that of the other, the styles are
+    counted apart, and captions that are there in one style alone count for nothing."""
+    captions = ["red both", "red both, flat", "both, flat", "family, girl", "family"]
+    assert in_two_styles(captions) == [("red both", "red both, flat")]
+    shutil.copytree(data, tmp_path / "data")
+    paths = sorted(json.loads((data / "captions.json").read_text()))
+    (tmp_path / "data" / "captions.json").write_text(json.dumps(dict(zip(paths, captions, strict=False))))
+    folder = ImageFolder(tmp_path / "data", 16, val_fraction=0)
+    drawn = {folder.captions(i)[0]: folder.pixels(i) for i in range(len(folder)) if folder.captions(i)}
+
+    class Drawing:
+        """Draws the real image of each caption; without its style if so asked."""
+
+        def __init__(self, styled: bool) -> None:
+            self.styled = styled
+
+        def sample(self, count: int, prompts: str, seed: int) -> Any:
+            image = drawn[prompts if self.styled else prompts.removesuffix(", flat")]
+            return SimpleNamespace(to_numpy=lambda: np.stack([image] * count))
+
+    for styled in (True, False):
+        numbers, rows = evaluate_prompts.test_styles(cast(Generator, Drawing(styled)), folder, 2, 0)
+        assert numbers == {"nearest": 0.5 + styled / 2, "plain": 1.0, "styled": float(styled), "captions": 1}
+        assert [title for title, _ in rows] == ["red both", "drawn"]
 
 
 def test_coco(tmp_path: Path) -> None:

@@ -23,8 +23,18 @@ from training.checkpoint_engine import open_model
 from training.cli import guarded
 from training.data.captions import holds
 from training.data.folder import ImageFolder
+from training.judging.features import efficientnet_features, extract
 from training.judging.metrics import nearest_pixels
-from training.judging.prompts import COLOURS, TONES, by_word, families, foreground_colour, matching, nearest_word
+from training.judging.prompts import (
+    COLOURS,
+    TONES,
+    by_word,
+    families,
+    foreground_colour,
+    in_two_styles,
+    matching,
+    nearest_word,
+)
 from training.judging.report import enlarged, save_json, save_picture, sheet
 from training.run import IMAGES, SETTINGS, say
 
@@ -32,6 +42,8 @@ OTHERS = 50
 """Captions that an image's own is compared with."""
 MOST_FAMILIES = 8
 """Of captions that differ in one word, for each kind of word."""
+MOST_PAIRS = 24
+"""Of captions that differ in their style alone."""
 
 
 def read_split(folder: ImageFolder, run: Path) -> tuple[list[int], list[int], tuple[str, ...]]:
@@ -49,6 +61,11 @@ def read_split(folder: ImageFolder, run: Path) -> tuple[list[int], list[int], tu
     if len(train) + len(held) != len(side):
         raise DataError(f"{folder.root} lacks images that {run} was trained with; give the same data")
     return train, held, phrases
+
+
+def captioned(folder: ImageFolder) -> dict[str, int]:
+    """First caption to index, of equal ones the first image's; images without captions are left out."""
+    return {text: i for i in reversed(range(len(folder))) for text in folder.captions(i)[:1]}
 
 
 def score_captions(
@@ -76,7 +93,7 @@ def test_words(
 ) -> tuple[dict[str, Any], list[tuple[str, list[Image.Image]]]]:
     """Draw captions that differ in one word, ``count`` times each, and see whether the samples' colour is nearest to
     that of the real image with that word. Rows of a picture: the real images, and below them a sample of each."""
-    images = {folder.captions(i)[0]: i for i in reversed(range(len(folder)))}
+    images = captioned(folder)
     groups = families(list(images), attributes)
     step = max(1, -(-len(groups) // MOST_FAMILIES))
     hits: list[NDArray[np.bool_]] = []
@@ -97,6 +114,29 @@ def test_words(
         return {}, []
     numbers = {"nearest": float(np.concatenate(hits).mean()), "chance": float(np.mean(chances))}
     return {**numbers, "words": by_word(list(told.values())), "captions": told}, rows
+
+
+def test_styles(
+    generator: Generator, folder: ImageFolder, count: int, seed: int
+) -> tuple[dict[str, Any], list[tuple[str, list[Image.Image]]]]:
+    """Draw captions without and with the word of a style, ``count`` times each, and see whether the samples' features
+    are nearer to the real image of their own style than to that of the other. Rows of a picture as ``test_words``."""
+    images = captioned(folder)
+    pairs = in_two_styles(list(images))
+    if not pairs:
+        return {}, []
+    extractor = efficientnet_features()
+    nearest: list[NDArray[np.bool_]] = []
+    rows = []
+    for pair in progress_bar(pairs[:: -(-len(pairs) // MOST_PAIRS)], desc="drawing styles", unit="caption"):
+        real = np.stack([folder.pixels(images[text]) for text in pair])
+        drawn = [generator.sample(count, prompts=text, seed=seed).to_numpy() for text in pair]
+        features = extract(extractor, np.concatenate([real, *drawn]), "features").features
+        apart = np.square(features[2:, None] - features[:2]).sum(2).reshape(2, count, 2)
+        nearest.append(apart.argmin(2) == np.arange(2)[:, None])
+        rows += [(pair[0], list(map(enlarged, real))), ("drawn", [enlarged(own[0]) for own in drawn])]
+    plain, styled = np.stack(nearest).mean((0, 2)).tolist()
+    return {"nearest": (plain + styled) / 2, "plain": plain, "styled": styled, "captions": len(nearest)}, rows
 
 
 def picture_combinations(
@@ -149,15 +189,18 @@ def main(argv: list[str] | None = None) -> None:
         result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
         result["colours"], rows = test_words(generator, folder, COLOURS, args.samples, args.seed)
         result["skin_tones"], more = test_words(generator, folder, TONES, args.samples, args.seed)
+        result["styles"], styles = test_styles(generator, folder, args.samples, args.seed)
         save_json(args.out / "prompts.json", result)
         if rows + more:
             save_picture(args.out / "words.png", sheet(rows + more))
+        if styles:
+            save_picture(args.out / "styles.png", sheet(styles))
         if novel := [i for i in held if holds(folder.captions(i)[0], phrases)]:
             save_picture(
                 args.out / "combinations.png",
                 picture_combinations(generator, folder, train, novel, args.samples, args.seed),
             )
-    for name in ("captions", "colours", "skin_tones"):
+    for name in ("captions", "colours", "skin_tones", "styles"):
         numbers = {k: round(v, 3) for k, v in result[name].items() if isinstance(v, int | float)}
         say(f"{name}: {numbers}")
     print(args.out)

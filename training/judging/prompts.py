@@ -12,6 +12,8 @@ from training.data.captions import words
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+STYLES = ("flat",)
+"""Words behind a last comma, which say how what the caption names is drawn (``training.prepare_emoji``)."""
 WHITE = 245
 """Least value of every channel of a pixel that counts as background."""
 
@@ -48,6 +50,12 @@ def families(captions: Sequence[str], attributes: Sequence[str]) -> dict[str, di
         if len(own) == 1 and text.lower().count(own[0]) == 1:
             found.setdefault(text.lower().replace(own[0], "{}"), {})[own[0]] = text
     return {name: members for name, members in found.items() if len(members) >= 3}
+
+
+def in_two_styles(captions: Sequence[str]) -> list[tuple[str, str]]:
+    """Captions that are there without and with a word of ``STYLES``, sorted."""
+    there = set(captions)
+    return [(text, styled) for text in sorted(there) for word in STYLES if (styled := f"{text}, {word}") in there]
 
 
 def foreground_colour(image: NDArray[np.uint8]) -> NDArray[np.float64]:
