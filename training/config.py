@@ -12,7 +12,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Configuration dataclasses from a JSON file of sections, with ``section.field=value`` overrides.
+    """Configuration dataclasses from a JSON file of sections, with ``section.field=value`` overrides, of which
+    ``section.field.key=value`` changes one key of a field that is an object.
 
     Args:
         path: a JSON file, or the name of one in ``training/configs`` without its suffix.
@@ -32,14 +33,19 @@ def read_config(path: str | Path, sections: dict[str, Any], overrides: list[str]
         raise ConfigError(f"{file}: unknown sections {short(unknown)}; there are {sorted(sections)}")
     for text in overrides:
         key, equals, value = text.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot or section not in sections:
+        section, *within = key.split(".")
+        if not equals or not within or section not in sections:
             raise ConfigError(f"override {short(text)} is not SECTION.FIELD=VALUE with a section of {sorted(sections)}")
-        values.setdefault(section, {})
+        *outer, name = within
+        place = values.setdefault(section, {})
+        for field in outer:
+            place = place.setdefault(field, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"override {short(text)}: {field} is {short(place)}, which has no keys; set it whole")
         try:
-            values[section][name] = parse_json(value)
+            place[name] = parse_json(value)
         except (ValueError, RecursionError):
-            values[section][name] = value
+            place[name] = value
     made = {}
     for name, cls in sections.items():
         fields, where = values.get(name, {}), f"{file}: section {name!r}"

@@ -56,8 +56,8 @@ class StageTwoConfig:
 
     Args:
         labels: label -> sub-folders it joins, ["*"] joins the rest; empty makes every sub-folder a label. The one label
-            "" is an unconditional model: ``{"": ["*"]}``. Behind other labels "" gathers images that have none, which
-            are trained with the null label.
+            "" is an unconditional model: ``{"": ["*"]}``. Beside other labels "" gathers images that have none, which
+            are trained with the null label; it becomes the last.
         flip_exclude: labels whose images are never mirrored.
         flip_exclude_words: phrases; images with a caption that has all words of one are never mirrored.
         hold_out: phrases; images with a caption that has all words of one are held out.
@@ -101,11 +101,13 @@ class StageTwoConfig:
         for label, names in self.labels.items():
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"stage.labels: {label!r} is {names!r}; it must be a list of sub-folders")
-        if len(self.labels) > 1 and "" in self.labels and (list(self.labels)[-1] or not self.label_dropout):
-            raise ConfigError(
-                'stage.labels: "" (images without a label) must be the last one, and needs the null label, a '
-                "stage.label_dropout above 0"
-            )
+        if len(self.labels) > 1 and "" in self.labels:
+            if not self.label_dropout:
+                raise ConfigError(
+                    'stage.labels: "" (images without a label) needs the null label, a stage.label_dropout above 0'
+                )
+            last = {"": self.labels[""]}
+            object.__setattr__(self, "labels", {name: self.labels[name] for name in self.labels if name} | last)
         SamplingParams.from_dict(self.defaults)
 
 

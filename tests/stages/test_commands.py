@@ -76,6 +76,8 @@ def test_threshold_command(first: Path, data: Path, tmp_path: Path, capsys: pyte
         (["--set", "tokenizer.beta=-Infinity"], "beta is -inf; it must be of type float"),
         (["--set", "tokenizer.entropy_low=0.5"], "tokenizer.entropy_low is 0.5; it must be -1 or 0"),
         (["--set", "training.seed=" + "[" * 9000], "seed is '[[[["),
+        (["--set", "training.steps.many=3"], "steps is 80, which has no keys; set it whole"),
+        (["--set", "training=3"], "'training=3' is not SECTION.FIELD=VALUE"),
         (["--set", 'tokenizer.family=["dq"]'], "family is ['dq']; it must be one of"),
         (["--set", 'stage.exclude=["squares"]'], "exclude names squares, which"),
         (["--set", "training.flip=1"], "flip is 1; it must be of type bool"),
@@ -186,7 +188,10 @@ def test_what_stage_two_refuses(
         ),
         (["--set", 'stage.defaults={"top_q": 1}'], "sampling parameters: unknown fields ['top_q']"),
         (["--set", 'stage.labels={"round": ["disc"]}'], "labels names disc, which"),
-        (["--set", 'stage.labels={"": ["bars"], "round": ["discs"]}'], '"" (images without a label) must be the last'),
+        (
+            ["--set", 'stage.labels={"": ["bars"], "round": ["discs"]}', "--set", "stage.label_dropout=0"],
+            '"" (images without a label) needs the null label, a stage.label_dropout above 0',
+        ),
     ):
         with pytest.raises(SystemExit):
             train_transformer.main([*stage_2(data, configs, first, run), *options])

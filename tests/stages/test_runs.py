@@ -337,7 +337,8 @@ def test_fine_tuning_stage_two(
     save_checkpoint(other, tmp_path / "first" / "best")
     train_transformer.main([*stage_2(data, configs, tmp_path / "first", tmp_path / "far"), *short, *start])
     assert "was trained on the codes of another tokenizer" in capsys.readouterr().out
-    some = ["--set", 'stage.labels={"bars": ["bars"], "": ["*"]}', "--set", "stage.given=0.3"]  # discs have no label
+    labels = ('stage.labels={"": ["*"]}', 'stage.labels.bars=["bars"]')  # discs have none
+    some = [word for setting in (*labels, "stage.given=0.3") for word in ("--set", setting)]
     train_transformer.main([*stage_2(data, configs, first, tmp_path / "some"), *short, *start, *some])
     assert "the labels ['discs'] of" in capsys.readouterr().out
     assert losses(tmp_path / "some")[0] < 0.7 * losses(second)[0]
