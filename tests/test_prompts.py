@@ -6,12 +6,12 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from small_models import BOUND, MASKED, TOKENIZER, full_logits, ragged_tokens, relative_error, small_model
 
@@ -545,8 +545,10 @@ def test_the_command(run: Path, data: Path, tmp_path: Path) -> None:
     """The command reads what the run held out, judges a checkpoint as it does an engine, and writes numbers and
     pictures."""
     arguments = [str(run / "checkpoint"), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
-    assert judge_prompts([*arguments, "--images", "2", "--samples", "1", "--show", "red left", "blue"]) is None
+    few = ["--images", "2", "--samples", "1", "--param", "guidance=1"]
+    assert judge_prompts([*arguments, *few, "--show", "red left", "blue"]) is None
     result = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert result["params"]["guidance"] == 1 and result["styles"] == {}
     assert result["captions"]["images"] == 2 and set(result["colours"]["captions"]) <= {"{} left", "{} both"}
     assert result["skin_tones"] == {} and (tmp_path / "out" / "combinations.png").exists()
     assert (tmp_path / "out" / "prompts.png").exists()
@@ -564,20 +566,14 @@ def test_styles_of_samples(data: Path, tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "data", 16, val_fraction=0)
     drawn = {folder.captions(i)[0]: folder.pixels(i) for i in range(len(folder)) if folder.captions(i)}
 
-    class Drawing:
-        """Draws the real image of each caption; without its style if so asked."""
+    for styled in (True, False):  # the real image of each caption, or that without its style
 
-        def __init__(self, styled: bool) -> None:
-            self.styled = styled
+        def draw(count: int, text: str, styled: bool = styled) -> NDArray[np.uint8]:
+            return np.stack([drawn[text if styled else text.removesuffix(", flat")]] * count)
 
-        def sample(self, count: int, prompts: str, seed: int) -> Any:
-            image = drawn[prompts if self.styled else prompts.removesuffix(", flat")]
-            return SimpleNamespace(to_numpy=lambda: np.stack([image] * count))
-
-    for styled in (True, False):
-        numbers, rows = evaluate_prompts.test_styles(cast(Generator, Drawing(styled)), folder, 2, 0)
+        numbers, ((title, pictures),) = evaluate_prompts.test_styles(draw, folder, 2)
         assert numbers == {"nearest": 0.5 + styled / 2, "plain": 1.0, "styled": float(styled), "captions": 1}
-        assert [title for title, _ in rows] == ["red both", "drawn"]
+        assert title == "red both" and len(pictures) == 4
 
 
 def test_coco(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ Everything is drawn, encoded and scored by the engine, or the checkpoint, under 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from training.checkpoint_engine import open_model
 from training.cli import guarded
 from training.data.captions import holds
 from training.data.folder import ImageFolder
+from training.evaluate import sampling
 from training.judging.features import efficientnet_features, extract
 from training.judging.metrics import nearest_pixels
 from training.judging.prompts import (
@@ -35,15 +36,18 @@ from training.judging.prompts import (
     matching,
     nearest_word,
 )
-from training.judging.report import enlarged, save_json, save_picture, sheet
+from training.judging.report import enlarged, pick, save_json, save_picture, sheet
 from training.run import IMAGES, SETTINGS, say
 
+Draw = Callable[[int, str], NDArray[np.uint8]]
+"""So many samples [N, S, S, 3] of a prompt."""
 OTHERS = 50
 """Captions that an image's own is compared with."""
 MOST_FAMILIES = 8
 """Of captions that differ in one word, for each kind of word."""
 MOST_PAIRS = 24
-"""Of captions that differ in their style alone."""
+"""Of captions that differ in their style alone; ``SHOWN`` of them come into the picture."""
+SHOWN = 12
 
 
 def read_split(folder: ImageFolder, run: Path) -> tuple[list[int], list[int], tuple[str, ...]]:
@@ -89,7 +93,7 @@ def score_captions(
 
 
 def test_words(
-    generator: Generator, folder: ImageFolder, attributes: Sequence[str], count: int, seed: int
+    draw: Draw, folder: ImageFolder, attributes: Sequence[str], count: int
 ) -> tuple[dict[str, Any], list[tuple[str, list[Image.Image]]]]:
     """Draw captions that differ in one word, ``count`` times each, and see whether the samples' colour is nearest to
     that of the real image with that word. Rows of a picture: the real images, and below them a sample of each."""
@@ -101,7 +105,7 @@ def test_words(
     for name in progress_bar(list(groups)[::step], desc="drawing words", unit="caption"):
         members = {word: groups[name][word] for word in attributes if word in groups[name]}
         real = {word: folder.pixels(images[text]) for word, text in members.items()}
-        drawn = {word: generator.sample(count, prompts=text, seed=seed).to_numpy() for word, text in members.items()}
+        drawn = {word: draw(count, text) for word, text in members.items()}
         colours = {word: np.stack([foreground_colour(image) for image in own]) for word, own in drawn.items()}
         hit, told[name] = nearest_word({word: foreground_colour(image) for word, image in real.items()}, colours)
         hits.append(hit)
@@ -117,10 +121,11 @@ def test_words(
 
 
 def test_styles(
-    generator: Generator, folder: ImageFolder, count: int, seed: int
+    draw: Draw, folder: ImageFolder, count: int
 ) -> tuple[dict[str, Any], list[tuple[str, list[Image.Image]]]]:
     """Draw captions without and with the word of a style, ``count`` times each, and see whether the samples' features
-    are nearer to the real image of their own style than to that of the other. Rows of a picture as ``test_words``."""
+    are nearer to the real image of their own style than to that of the other. Rows of a picture: of each style the real
+    image and a sample."""
     images = captioned(folder)
     pairs = in_two_styles(list(images))
     if not pairs:
@@ -130,25 +135,23 @@ def test_styles(
     rows = []
     for pair in progress_bar(pairs[:: -(-len(pairs) // MOST_PAIRS)], desc="drawing styles", unit="caption"):
         real = np.stack([folder.pixels(images[text]) for text in pair])
-        drawn = [generator.sample(count, prompts=text, seed=seed).to_numpy() for text in pair]
+        drawn = [draw(count, text) for text in pair]
         features = extract(extractor, np.concatenate([real, *drawn]), "features").features
         apart = np.square(features[2:, None] - features[:2]).sum(2).reshape(2, count, 2)
         nearest.append(apart.argmin(2) == np.arange(2)[:, None])
-        rows += [(pair[0], list(map(enlarged, real))), ("drawn", [enlarged(own[0]) for own in drawn])]
+        shown = [image for style, own in zip(real, drawn, strict=True) for image in (style, own[0])]
+        rows.append((pair[0], list(map(enlarged, shown))))
     plain, styled = np.stack(nearest).mean((0, 2)).tolist()
     return {"nearest": (plain + styled) / 2, "plain": plain, "styled": styled, "captions": len(nearest)}, rows
 
 
 def picture_combinations(
-    generator: Generator, folder: ImageFolder, train: Sequence[int], held: Sequence[int], count: int, seed: int
-) -> Any:
+    draw: Draw, folder: ImageFolder, train: Sequence[int], held: Sequence[int], count: int
+) -> Image.Image:
     """For held-out images: the real one, samples of its caption, and the training image nearest to the first sample."""
     training = np.stack([folder.pixels(i) for i in train])
     texts = [folder.captions(i)[0] for i in held]
-    drawn = [
-        generator.sample(count, prompts=text, seed=seed).to_numpy()
-        for text in progress_bar(texts, desc="drawing what was held out", unit="caption")
-    ]
+    drawn = [draw(count, text) for text in progress_bar(texts, desc="drawing what was held out", unit="caption")]
     nearest = nearest_pixels(np.stack([images[0] for images in drawn]), training)[1]
     rows = [
         (text, [enlarged(image) for image in (folder.pixels(i), *images, training[near])])
@@ -157,9 +160,9 @@ def picture_combinations(
     return sheet(rows, ["held out", *["drawn"] * count, "nearest trained"])
 
 
-def picture_prompts(generator: Generator, prompts: Sequence[str], count: int, seed: int) -> Image.Image:
+def picture_prompts(draw: Draw, prompts: Sequence[str], count: int) -> Image.Image:
     """Prompts above their samples."""
-    drawn = [generator.sample(count, prompts=text, seed=seed).to_numpy() for text in prompts]
+    drawn = [draw(count, text) for text in prompts]
     return sheet([("", [enlarged(images[i]) for images in drawn]) for i in range(count)], prompts)
 
 
@@ -173,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=32, help="held-out images whose captions are scored (32)")
     parser.add_argument("--samples", type=int, default=4, help="pictures drawn of each caption (4)")
     parser.add_argument("--show", nargs="*", default=[], metavar="PROMPT", help="short ones, drawn into prompts.png")
+    parser.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="another sampling parameter than recommended"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.images < 1 or args.samples < 1:
@@ -180,25 +186,32 @@ def main(argv: list[str] | None = None) -> None:
     with open_model(args.model) as generator:
         if not generator.takes_prompts:
             raise InputError(f"{args.model} reads no prompts; give a model that was trained with text")
+        params = sampling(generator, args.param)
+
+        def draw(count: int, text: str) -> NDArray[np.uint8]:
+            return generator.sample(count, prompts=text, seed=args.seed, params=params).to_numpy()
+
         folder = ImageFolder(args.data, generator.manifest.image_size, val_fraction=0)
         train, held, phrases = read_split(folder, args.run)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.show:
-            save_picture(args.out / "prompts.png", picture_prompts(generator, args.show, args.samples, args.seed))
-        result: dict[str, Any] = {"model": args.model, "run": str(args.run), "seed": args.seed}
+            save_picture(args.out / "prompts.png", picture_prompts(draw, args.show, args.samples))
+        settings = {"model": args.model, "run": str(args.run), "seed": args.seed, "params": params.to_dict()}
+        result: dict[str, Any] = dict(settings)
         result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
-        result["colours"], rows = test_words(generator, folder, COLOURS, args.samples, args.seed)
-        result["skin_tones"], more = test_words(generator, folder, TONES, args.samples, args.seed)
-        result["styles"], styles = test_styles(generator, folder, args.samples, args.seed)
+        result["colours"], rows = test_words(draw, folder, COLOURS, args.samples)
+        result["skin_tones"], more = test_words(draw, folder, TONES, args.samples)
+        result["styles"], styles = test_styles(draw, folder, args.samples)
         save_json(args.out / "prompts.json", result)
         if rows + more:
             save_picture(args.out / "words.png", sheet(rows + more))
         if styles:
-            save_picture(args.out / "styles.png", sheet(styles))
+            headings = ["plain", "drawn", "styled", "drawn"]
+            save_picture(args.out / "styles.png", sheet([styles[i] for i in pick(len(styles), SHOWN)], headings))
         if novel := [i for i in held if holds(folder.captions(i)[0], phrases)]:
             save_picture(
                 args.out / "combinations.png",
-                picture_combinations(generator, folder, train, novel, args.samples, args.seed),
+                picture_combinations(draw, folder, train, novel, args.samples),
             )
     for name in ("captions", "colours", "skin_tones", "styles"):
         numbers = {k: round(v, 3) for k, v in result[name].items() if isinstance(v, int | float)}
