@@ -196,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.show:
             save_picture(args.out / "prompts.png", picture_prompts(draw, args.show, args.samples))
-        settings = {"model": args.model, "run": str(args.run), "seed": args.seed, "params": params.to_dict()}
-        result: dict[str, Any] = dict(settings)
+        result: dict[str, Any] = {"model": args.model, "run": str(args.run), "seed": args.seed}
+        result["params"] = params.to_dict()
         result["captions"] = score_captions(generator, folder, held, args.images, args.seed)
         result["colours"], rows = test_words(draw, folder, COLOURS, args.samples)
         result["skin_tones"], more = test_words(draw, folder, TONES, args.samples)
