@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.captions import words
+from training.prepare_emoji import STYLES
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-STYLES = ("flat",)
-"""Words behind a last comma, which say how what the caption names is drawn (``training.prepare_emoji``)."""
 WHITE = 245
 """Least value of every channel of a pixel that counts as background."""
 
@@ -53,9 +52,9 @@ def families(captions: Sequence[str], attributes: Sequence[str]) -> dict[str, di
 
 
 def in_two_styles(captions: Sequence[str]) -> list[tuple[str, str]]:
-    """Captions that are there without and with a word of ``STYLES``, sorted."""
-    there = set(captions)
-    return [(text, styled) for text in sorted(there) for word in STYLES if (styled := f"{text}, {word}") in there]
+    """Captions that are there without and with the suffix of a style of ``training.prepare_emoji``, sorted."""
+    there, suffixes = set(captions), [style.suffix for style in STYLES.values() if style.suffix]
+    return [(text, text + suffix) for text in sorted(there) for suffix in suffixes if text + suffix in there]
 
 
 def foreground_colour(image: NDArray[np.uint8]) -> NDArray[np.float64]:
