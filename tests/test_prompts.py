@@ -542,9 +542,14 @@ def test_numbers_of_judging() -> None:
 
 
 def test_the_command(run: Path, data: Path, tmp_path: Path) -> None:
-    """The command reads what the run held out, judges a checkpoint as it does an engine, and writes numbers and
-    pictures."""
-    arguments = [str(run / "checkpoint"), str(data), "--run", str(run), "--out", str(tmp_path / "out")]
+    """The command reads what the run held out, leaves out of it what has no caption, judges a checkpoint as it does an
+    engine, and writes numbers and pictures."""
+    shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(line) for line in (run / "images.jsonl").read_text().splitlines()]
+    bare = next(path for path, _, side in rows if side == "val")
+    captions = json.loads((data / "captions.json").read_text())
+    (tmp_path / "data" / "captions.json").write_text(json.dumps({k: v for k, v in captions.items() if k != bare}))
+    arguments = [str(run / "checkpoint"), str(tmp_path / "data"), "--run", str(run), "--out", str(tmp_path / "out")]
     few = ["--images", "2", "--samples", "1", "--param", "guidance=1"]
     assert judge_prompts([*arguments, *few, "--show", "red left", "blue"]) is None
     result = json.loads((tmp_path / "out" / "prompts.json").read_text())

@@ -75,7 +75,11 @@ def captioned(folder: ImageFolder) -> dict[str, int]:
 def score_captions(
     generator: Generator, folder: ImageFolder, held: Sequence[int], images: int, seed: int
 ) -> dict[str, float]:
-    """``matching`` of so many held-out images, each with its own caption and 50 captions of other held-out images."""
+    """``matching`` of so many held-out images, each with its own caption and 50 captions of other held-out images.
+
+    Raises:
+        DataError: they have fewer than two captions.
+    """
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.array(held))[:images]
     texts = sorted({folder.captions(i)[0] for i in held})
@@ -193,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
         folder = ImageFolder(args.data, generator.manifest.image_size, val_fraction=0)
         train, held, phrases = read_split(folder, args.run)
+        held = [i for i in held if folder.captions(i)]
         args.out.mkdir(parents=True, exist_ok=True)
         if args.show:
             save_picture(args.out / "prompts.png", picture_prompts(draw, args.show, args.samples))
