@@ -58,7 +58,7 @@ def test_readme_is_short_and_has_the_two_commands() -> None:
     """Protects the first page: it stays a page, and the line that .ci/run takes from it is the first of its kind."""
     assert len(README.splitlines()) <= 160
     first = next(line for line in README.splitlines() if "python -m pytest" in line)
-    assert first == "pip install torch==2.13.0 -e '.[cpu,train,export,dev]' && python -m pytest"
+    assert first == "pip install torch==2.13.0 -e '.[cpu,train,export,dev]' && python -m pytest -n 2 --dist loadfile"
     assert "pip install '.[cpu]' && python -m dvq_rt sample --out samples.png" in README.splitlines()
 
 
